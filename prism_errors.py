@@ -1,0 +1,31 @@
+"""The one exception hierarchy. Every error a user can cause is a `PrismError`; the door prints it as one line."""
+
+
+class PrismError(Exception):
+    """Something the user can act on. The message names the file or option and the remedy; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UsageError(PrismError):
+    """An option has a value that cannot work."""
+
+    exit_code = 2
+
+
+class InputError(PrismError):
+    """A checkpoint, dataset or folder is missing, broken or not supported."""
+
+    exit_code = 3
+
+
+class GateError(PrismError):
+    """A verification or quality gate was not met."""
+
+    exit_code = 4
+
+
+class ResourceError(PrismError):
+    """Not enough disk or memory."""
+
+    exit_code = 5

@@ -1,0 +1,44 @@
+"""Balanced neuron partitioners: saliency [tokens, neurons] in, partition out. Knows nothing of models."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from prism_errors import UsageError
+from solvers import methods
+from solvers.genetic import genetic
+from solvers.problem import Partition, Problem
+
+SOLVERS: dict[str, Callable[[Problem, int], np.ndarray]] = {
+    "genetic": genetic,
+    "annealing": methods.annealing,
+    "ascent": methods.ascent,
+    "greedy": methods.greedy,
+    "kmeans": methods.kmeans,
+    "random": methods.random,
+}
+
+
+def solve(saliency: np.ndarray, num_groups: int, kept: int, method: str = "genetic", seed: int = 0) -> Partition:
+    """Partition neurons into equal groups that fire together.
+
+    Args:
+        saliency: float32 [B tokens, C neurons], non-negative: how much each neuron matters to each token.
+        num_groups: N, divides C.
+        kept: groups a token keeps in the objective, 1 <= kept < N.
+        method: a name in `SOLVERS`.
+        seed: equal seeds give equal bytes, in any process.
+
+    Returns:
+        The partition and its dropped share (see `Problem`).
+
+    Raises:
+        UsageError: unknown method, or the numbers do not describe a problem.
+    """
+    if method not in SOLVERS:
+        raise UsageError(f"unknown solver '{method}'; choose one of {', '.join(SOLVERS)}")
+    problem = Problem(saliency, num_groups, kept)
+    return Partition.of(problem, SOLVERS[method](problem, seed))
+
+
+__all__ = ["SOLVERS", "Partition", "Problem", "solve"]
