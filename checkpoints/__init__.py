@@ -1,0 +1,24 @@
+"""Read a Mixture-of-Experts checkpoint lazily, describe its architecture, split its experts, write a new one."""
+
+from checkpoints.architectures import ARCHITECTURES, Architecture, moe_block
+from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
+from checkpoints.reader import Checkpoint
+from checkpoints.split import split_experts
+from checkpoints.writer import MANIFEST, ShardWriter, check_target, output_folder, side_files, write_json
+
+__all__ = [
+    "ARCHITECTURES",
+    "MANIFEST",
+    "Architecture",
+    "Checkpoint",
+    "LayeredModel",
+    "ShardWriter",
+    "build_meta_model",
+    "check_target",
+    "moe_block",
+    "names_on_disk",
+    "output_folder",
+    "side_files",
+    "split_experts",
+    "write_json",
+]

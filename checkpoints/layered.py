@@ -1,0 +1,136 @@
+"""A transformers model that lives on the meta device and is filled from a checkpoint one part at a time."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from checkpoints.reader import Checkpoint
+from prism_errors import InputError
+
+# Load a converter's tensors when it runs, not all of a layer's ahead: halves the peak of materialising a layer.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a config with every parameter on the meta device; rotary tables are real.
+
+    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if names and set(names) <= module._non_persistent_buffers_set:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+    return model
+
+
+class LayeredModel:
+    """A checkpoint's model with at most the parts you asked for in memory.
+
+    Args:
+        checkpoint: where the weights are.
+        dtype: type to load them in; None keeps each tensor's type on disk.
+        device: where loaded parts go.
+
+    Attributes:
+        model: the transformers model; everything not loaded is on the meta device.
+        layers: its decoder layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str = "cpu"):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
+        self.layers: nn.ModuleList = self.model.base_model.layers
+        self._mapping = get_model_conversion_mapping(self.model)
+        self._sources = self._match_tensors()
+
+    def layer_name(self, index: int) -> str:
+        """The dotted name of a decoder layer, as in the state dict."""
+        return f"{self.model.base_model_prefix}.layers.{index}"
+
+    def _match_tensors(self) -> dict[str, list[str]]:
+        """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        sources = defaultdict(list)
+        for name in self.checkpoint.weight_map:
+            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            sources[target].append(name)
+        return dict(sources)
+
+    def tensors_under(self, prefix: str) -> list[str]:
+        """Names of the checkpoint tensors that make up the part of the model called `prefix`."""
+        return [name for target, names in self._sources.items() if target.startswith(prefix + ".") for name in names]
+
+    @contextmanager
+    def loaded(self, *parts: str) -> Iterator[None]:
+        """Materialise parts of the model (dotted module names) for the duration of a `with` block.
+
+        Raises:
+            InputError: a tensor is missing or has another shape than the config says.
+        """
+        try:
+            for part in parts:
+                self._load(part)
+            yield
+        finally:
+            for part in parts:
+                self.model.get_submodule(part).to("meta")
+
+    def _load(self, part: str) -> None:
+        names = self.tensors_under(part)
+        if self.dtype is None:
+            self._adopt_dtypes(part)
+        config = LoadStateDictConfig(
+            dtype=self.dtype or torch.float32, weight_mapping=self._mapping, device_map={"": self.device}
+        )
+        quiet = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            with self.checkpoint.slices(names) as slices:
+                info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        finally:
+            if quiet:
+                transformers_logging.enable_progress_bar()
+        wrong = sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
+        wrong += [f"{part}.{name}" for name, value in self.model.get_submodule(part).state_dict().items() if value.is_meta]
+        if wrong:
+            raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
+
+    def _adopt_dtypes(self, part: str) -> None:
+        """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
+        for target, names in self._sources.items():
+            if target.startswith(part + "."):
+                owner_name, _, leaf = target.rpartition(".")
+                owner = self.model.get_submodule(owner_name)
+                dtype = self.checkpoint.dtypes[names[0]]
+                if dtype is None:
+                    raise InputError(f"{self.checkpoint.path}: {names[0]} is stored in a type that cannot be split; use bf16, fp16 or fp32")
+                if leaf in owner._parameters:
+                    owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
+                else:
+                    owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+
+
+def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
+    return revert_weight_conversion(model, state)

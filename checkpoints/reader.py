@@ -1,0 +1,134 @@
+"""A safetensors checkpoint on disk, read lazily by tensor."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from checkpoints.architectures import Architecture, describe
+from prism_errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAMPLES, _SAMPLE_BYTES = 16, 65536
+
+
+class Checkpoint:
+    """A supported Mixture-of-Experts checkpoint in a local folder.
+
+    Opening it reads config.json and every shard's header, so a missing or truncated shard is found before any work.
+
+    Attributes:
+        path: the folder.
+        config: its transformers config. No code from the folder is ever run.
+        architecture: its family.
+        weight_map: tensor name -> shard file name.
+        sizes: tensor name -> size in bytes.
+        dtypes: tensor name -> torch dtype (None for a type this tool only passes through).
+
+    Raises:
+        InputError: no folder or config, not a supported MoE, a shard missing or truncated.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_json = self._read_json("config.json")
+        try:
+            self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+        self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
+        if "quantization_config" in self.config_json:
+            raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
+        self.weight_map = self._weight_map()
+        self.sizes: dict[str, int] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}
+        for file in sorted(set(self.weight_map.values())):
+            self._read_header(file)
+        missing = sorted(set(self.weight_map) - set(self.sizes))
+        if missing:
+            raise InputError(f"{self.path / self.weight_map[missing[0]]}: tensor {missing[0]} is not in it; download the shard again")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        if not self.path.is_dir():
+            raise InputError(f"{self.path}: no such folder; MODEL_DIR is a local folder with config.json and safetensors shards")
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
+        except ValueError as error:
+            raise InputError(f"{self.path / name}: not valid JSON ({error})") from None
+
+    def _weight_map(self) -> dict[str, str]:
+        if (self.path / INDEX_FILE).exists():
+            return dict(self._read_json(INDEX_FILE)["weight_map"])
+        if not (self.path / SINGLE_FILE).exists():
+            raise InputError(f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read")
+        with self._shard(SINGLE_FILE) as shard:
+            return dict.fromkeys(shard.keys(), SINGLE_FILE)
+
+    @contextmanager
+    def _shard(self, file: str) -> Iterator[Any]:
+        path = self.path / file
+        if not path.exists():
+            raise InputError(f"{path}: shard is missing; {INDEX_FILE} names it, download it again")
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield shard
+        except SafetensorError as error:
+            raise InputError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
+
+    def _read_header(self, file: str) -> None:
+        with self._shard(file) as shard:
+            for name in shard.keys():
+                if self.weight_map.get(name) == file:
+                    part = shard.get_slice(name)
+                    self.dtypes[name] = DTYPES.get(part.get_dtype())
+                    self.sizes[name] = _bytes(part.get_dtype(), part.get_shape())
+
+    @contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazy safetensors slices of some tensors; the shards are unmapped on exit."""
+        with ExitStack() as stack:
+            shards: dict[str, Any] = {}
+            slices = {}
+            for name in names:
+                file = self.weight_map[name]
+                if file not in shards:
+                    shards[file] = stack.enter_context(self._shard(file))
+                slices[name] = shards[file].get_slice(name)
+            yield slices
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and, for each shard, its name, size and 16 evenly spaced 64 KiB samples (the first holds the header).
+
+        Tells one checkpoint from another without reading all of it.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(set(self.weight_map.values())):
+            size = (self.path / file).stat().st_size
+            digest.update(f"{file}:{size}".encode())
+            with open(self.path / file, "rb") as stream:
+                for sample in range(_SAMPLES):
+                    stream.seek(size * sample // _SAMPLES)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _bytes(dtype: str, shape: list[int]) -> int:
+    """Size of a tensor from its safetensors type name, which holds the width in bits: F8_E4M3, BF16, I64; BOOL takes a byte."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,143 @@
+"""Write a checkpoint shard by shard into a folder that appears only when it is complete."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from checkpoints.reader import INDEX_FILE
+from prism_errors import InputError, UsageError
+
+MANIFEST = "prism.json"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+class ShardWriter:
+    """Collects tensors and saves them in shards of at most `max_bytes`.
+
+    Call `close_shard` after each decoder layer: a shard never spans two layers, so memory stays one layer however large `max_bytes` is.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.bytes_written = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Queue one tensor; a full shard is saved first."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
+            self.close_shard()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += tensor.nbytes
+
+    def close_shard(self) -> None:
+        """Save what is queued."""
+        if self._pending:
+            self._shards.append(list(self._pending))
+            save_file(self._pending, self.folder / f"shard-{len(self._shards):05d}.safetensors", metadata={"format": "pt"})
+            self.bytes_written += self._pending_bytes
+            self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Save the rest, give the shards their final names and write the index."""
+        self.close_shard()
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_json(path: Path, value: object) -> None:
+    """Indented, key order as given, newline at the end."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def side_files(source: Path) -> list[Path]:
+    """Files of a model folder that are not weights, config.json or hidden, relative to it: tokenizer, templates, custom code, ..."""
+    found = []
+    for folder, subfolders, files in os.walk(source):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            relative = (Path(folder) / name).relative_to(source)
+            is_weight = relative.suffix in WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json"))
+            if not is_weight and not name.startswith(".") and relative != Path("config.json"):
+                found.append(relative)
+    return found
+
+
+def check_target(target: Path, source: Path, overwrite: bool, marker: str) -> None:
+    """Refuse an output folder that would lose something: an existing one, one that is not ours, one inside or around the source.
+
+    Raises:
+        UsageError: with the remedy.
+    """
+    resolved, origin = target.resolve(), source.resolve()
+    if resolved == origin or resolved in origin.parents or origin in resolved.parents:
+        raise UsageError(f"{target}: must be outside {source}; choose another output folder")
+    if target.exists():
+        if not target.is_dir():
+            raise UsageError(f"{target}: is a file; choose another output folder")
+        if any(target.iterdir()) and not overwrite:
+            raise UsageError(f"{target}: exists; choose another output folder or add --overwrite")
+        if any(target.iterdir()) and not (target / marker).exists():
+            raise UsageError(f"{target}: was not written by this command (no {marker}); remove it yourself if you mean it")
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"{target}: the folder {target.resolve().parent} does not exist; create it first")
+
+
+@contextmanager
+def output_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder `TARGET.partial` that becomes TARGET if the block ends well and is removed if it does not.
+
+    A folder of that name left by a killed run is replaced; one in use by a live run is refused.
+
+    Raises:
+        InputError: another run is writing to the same target.
+    """
+    target = target.resolve()
+    partial = target.with_name(target.name + ".partial")
+    lock_path = target.with_name(f".{target.name}.lock")
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{target}: another run is writing to it; wait for it to end") from None
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            _sync(partial)
+            _replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(target.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old)
