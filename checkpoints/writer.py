@@ -15,6 +15,7 @@ from checkpoints.reader import INDEX_FILE
 from prism_errors import InputError, UsageError
 
 MANIFEST = "prism.json"
+INCOMPLETE = ".incomplete"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -103,6 +104,7 @@ def output_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         InputError: another run is writing to the same target.
+        UsageError: a folder of that name is not ours.
     """
     target = target.resolve()
     partial = target.with_name(target.name + ".partial")
@@ -113,13 +115,18 @@ def output_folder(target: Path) -> Iterator[Path]:
         except OSError:
             raise InputError(f"{target}: another run is writing to it; wait for it to end") from None
         try:
+            if partial.exists() and not (partial / INCOMPLETE).exists():
+                raise UsageError(f"{partial}: is in the way and was not written by this command; remove it yourself if you mean it")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+            (partial / INCOMPLETE).touch()
             yield partial
+            (partial / INCOMPLETE).unlink()
             _sync(partial)
             _replace(partial, target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if (partial / INCOMPLETE).exists():
+                shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
 
 

@@ -1,0 +1,26 @@
+"""Calibration text -> token rows -> layer-by-layer streaming -> per-expert statistics."""
+
+from calibration.profile import DTYPES, Calibration, profile
+from calibration.statistics import OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
+from calibration.store import INDEX, LayerSummary, Statistics, write_statistics
+from calibration.stream import LayerStream
+from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer, token_rows
+
+__all__ = [
+    "CALIBRATION_TEXT",
+    "DTYPES",
+    "EVALUATION_TEXT",
+    "INDEX",
+    "OBSERVED",
+    "TOKEN_FLOOR",
+    "Calibration",
+    "LayerCollector",
+    "LayerStatistics",
+    "LayerStream",
+    "LayerSummary",
+    "Statistics",
+    "load_tokenizer",
+    "profile",
+    "token_rows",
+    "write_statistics",
+]

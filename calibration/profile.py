@@ -1,0 +1,103 @@
+"""The neuron activation profiler: calibration text through the checkpoint, statistics out, one MoE layer after the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
+from calibration.stream import LayerStream
+from calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
+from checkpoints import Checkpoint, moe_block
+from prism_errors import ResourceError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OnProgress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What text runs through the model, and how. An empty `datasets` means the bundled text; see `calibration.text` for the rest."""
+
+    datasets: tuple[str, ...] = ()
+    text_column: str = "text"
+    num_samples: int = 256
+    max_seq_length: int = 512
+    tokens_per_expert: int = 2048
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = 8
+    seed: int = 0
+
+    def resolved_device(self) -> str:
+        """'cpu' or 'cuda'. Raises UsageError when CUDA is asked for and absent."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    def resolved_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        """The compute type; 'auto' is float32 on a CPU and the checkpoint's own type on a GPU."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        own = getattr(checkpoint.config, "dtype", None)
+        return own if self.resolved_device() == "cuda" and isinstance(own, torch.dtype) else torch.float32
+
+    def rows(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The token rows, int64 [S, T]. Raises InputError or UsageError as `token_rows` does."""
+        names = list(self.datasets) or [CALIBRATION_TEXT]
+        tokenizer = load_tokenizer(checkpoint.path)
+        limit = getattr(checkpoint.config, "max_position_embeddings", None) or self.max_seq_length
+        if self.max_seq_length > limit:
+            raise UsageError(f"--max-seq-length {self.max_seq_length}: the model takes at most {limit} tokens")
+        return token_rows(names, tokenizer, self.num_samples, self.max_seq_length, self.seed, self.text_column)
+
+    def recorded(self) -> dict[str, Any]:
+        """What a manifest says about it: everything that can change the statistics."""
+        values = asdict(self)
+        values["datasets"] = list(self.datasets) or ["bundled"]
+        return values
+
+
+def profile(checkpoint: Checkpoint, calibration: Calibration, on_progress: OnProgress | None = None) -> Iterator[LayerStatistics]:
+    """Stream the calibration text and yield the statistics of each MoE layer in order; the layer itself is freed by then.
+
+    Args:
+        checkpoint: the model.
+        calibration: what to run.
+        on_progress: told (layer, rows done, rows in all) after every batch.
+
+    Raises:
+        InputError, UsageError: see `Calibration.rows`.
+        ResourceError: out of memory; the message names the options that lower it.
+    """
+    rows = calibration.rows(checkpoint)
+    try:
+        stream = LayerStream(
+            checkpoint, rows, calibration.resolved_dtype(checkpoint), calibration.resolved_device(), calibration.batch_size
+        )
+        stream.model.set_experts_implementation(OBSERVED)
+        for index in range(len(stream)):
+            statistics = _profile_layer(stream, index, calibration, on_progress)
+            if statistics is not None:
+                yield statistics
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            "out of memory while profiling; lower --num-samples, --batch-size or --tokens-per-expert, or use --dtype bfloat16"
+        ) from error
+
+
+def _profile_layer(stream: LayerStream, index: int, calibration: Calibration, on_progress: OnProgress | None) -> LayerStatistics | None:
+    total = len(stream.hidden)
+    with stream.layer(index) as layer:
+        found = moe_block(layer)
+        collector = None
+        if found is not None:
+            tokens = stream.hidden.shape[0] * stream.hidden.shape[1]
+            collector = LayerCollector(index, found[1].experts, tokens, calibration.tokens_per_expert, calibration.seed)
+            found[1].experts.prism_collector = collector
+        stream.advance(index, lambda done: on_progress(index, done, total) if on_progress else None)
+        if found is None or collector is None:
+            return None
+        del found[1].experts.prism_collector
+        return collector.finish()

@@ -1,0 +1,193 @@
+"""Per-expert activation statistics of one MoE layer, collected while it runs."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+OBSERVED = "prism_observed"
+# Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
+TOKEN_FLOOR = 64
+# MoE inputs kept per layer, whatever their expert, to judge whole-layer routing on.
+INPUT_SAMPLE = 512
+# The paper keeps the largest three quarters of a token's activations when it counts co-activation.
+COACTIVE_SHARE = 0.75
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration learned about one MoE layer: E experts of C neurons, hidden size H. All tensors on the CPU.
+
+    Attributes:
+        layer: index of the decoder layer.
+        tokens_routed: int64 [E].
+        mean_activation: float32 [E, C], mean |activation| over the routed tokens.
+        firing_frequency: float32 [E, C], share of routed tokens whose |activation| exceeds the mean over the expert's neurons.
+        input_mean: float32 [E, H], mean MoE input of the routed tokens.
+        input_moment: float32 [E, H, H], mean of x x^T over the routed tokens.
+        cross_moment: float32 [E, H, C], mean of x |a|^T over the routed tokens.
+        inputs: [T, H], a uniform sample of the layer's MoE inputs in the compute dtype.
+        activations: per expert, a uniform sample [B_e, C] of the routed tokens' activations in the compute dtype.
+        unrouted: experts that saw no token; their statistics come from running their weights on `inputs`.
+    """
+
+    layer: int
+    tokens_routed: torch.Tensor
+    mean_activation: torch.Tensor
+    firing_frequency: torch.Tensor
+    input_mean: torch.Tensor
+    input_moment: torch.Tensor
+    cross_moment: torch.Tensor
+    inputs: torch.Tensor
+    activations: list[torch.Tensor]
+    unrouted: list[int] = field(default_factory=list)
+
+    def coactivation(self, expert: int) -> torch.Tensor:
+        """The paper's Co = B^T B over the sampled tokens, B marking each token's k_a = 3/4 C largest |activations|: int32 [C, C]."""
+        magnitude = self.activations[expert].abs().float()
+        largest = magnitude.topk(round(COACTIVE_SHARE * magnitude.shape[1]), dim=1).indices
+        marks = torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
+        return (marks.T @ marks).to(torch.int32)
+
+    def top_quarter_share(self) -> float:
+        """Median over sampled tokens and experts of the L1 mass in a token's largest quarter of neurons."""
+        shares = []
+        for activations in self.activations:
+            magnitude = activations.abs().float()
+            top = magnitude.topk(max(1, magnitude.shape[1] // 4), dim=1).values.sum(1)
+            shares.append(top / magnitude.sum(1).clamp_min(1e-30))
+        return torch.cat(shares).median().item()
+
+    def below_floor(self) -> list[int]:
+        """Experts with fewer routed tokens than `TOKEN_FLOOR`."""
+        return torch.nonzero(self.tokens_routed < TOKEN_FLOOR).flatten().tolist()
+
+
+class LayerCollector:
+    """Accumulates `LayerStatistics` while batches run through one MoE layer.
+
+    Every token has a random priority fixed by the seed; a sample is the tokens of lowest priority. So the samples are uniform and do
+    not depend on the batch size.
+
+    Args:
+        layer: index of the decoder layer.
+        experts: its experts module, materialised.
+        total_tokens: how many tokens will pass in all.
+        tokens_per_expert: B, size of each expert's sample.
+        seed: of the sampling.
+    """
+
+    def __init__(self, layer: int, experts: nn.Module, total_tokens: int, tokens_per_expert: int, seed: int):
+        self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
+        weight = experts.down_proj
+        count, hidden, neurons = weight.shape
+        priority = torch.from_numpy(np.random.default_rng([seed, layer]).random(total_tokens))
+        self._priority = priority.to(weight.device)
+        self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)
+        self._sampled_inputs[priority.argsort()[:INPUT_SAMPLE].to(weight.device)] = True
+        self._inputs: list[torch.Tensor] = []
+        self._seen = 0
+        zeros = {"dtype": torch.float32, "device": weight.device}
+        self._count = [0] * count
+        self._activation_sum = torch.zeros(count, neurons, **zeros)
+        self._firing = torch.zeros(count, neurons, **zeros)
+        self._input_sum = torch.zeros(count, hidden, **zeros)
+        self._input_moment = torch.zeros(count, hidden, hidden, **zeros)
+        self._cross_moment = torch.zeros(count, hidden, neurons, **zeros)
+        self._sample: list[torch.Tensor] = [weight.new_empty(0, neurons) for _ in range(count)]
+        self._sample_tokens = [torch.empty(0, dtype=torch.int64, device=weight.device) for _ in range(count)]
+
+    def add(self, expert: int, tokens: torch.Tensor, inputs: torch.Tensor, activations: torch.Tensor) -> None:
+        """Record one expert's share of a batch: token positions in the batch [n], MoE inputs [n, H], activations [n, C]."""
+        magnitude = activations.abs().float()
+        wide = inputs.float()
+        self._count[expert] += len(tokens)
+        self._activation_sum[expert] += magnitude.sum(0)
+        self._firing[expert] += (magnitude > magnitude.mean(1, keepdim=True)).sum(0)
+        self._input_sum[expert] += wide.sum(0)
+        self._input_moment[expert].addmm_(wide.T, wide)
+        self._cross_moment[expert].addmm_(wide.T, magnitude)
+        self._offer(expert, tokens + self._seen, activations)
+
+    def _offer(self, expert: int, tokens: torch.Tensor, activations: torch.Tensor) -> None:
+        """Keep the tokens of lowest priority among those held and those offered."""
+        held = self._sample_tokens[expert]
+        if len(held) == self.tokens_per_expert:
+            admitted = self._priority[tokens] < self._priority[held].max()
+            tokens, activations = tokens[admitted], activations[admitted]
+            if len(tokens) == 0:
+                return
+        tokens = torch.cat([held, tokens])
+        activations = torch.cat([self._sample[expert], activations])
+        if len(tokens) > self.tokens_per_expert:
+            chosen = self._priority[tokens].topk(self.tokens_per_expert, largest=False).indices
+            tokens, activations = tokens[chosen], activations[chosen]
+        self._sample_tokens[expert], self._sample[expert] = tokens, activations
+
+    def end_batch(self, inputs: torch.Tensor) -> None:
+        """Close a batch of MoE inputs [tokens, H], all of whose experts have been added."""
+        window = self._sampled_inputs[self._seen : self._seen + len(inputs)]
+        self._inputs.append(inputs[window])
+        self._seen += len(inputs)
+
+    def finish(self) -> LayerStatistics:
+        """The statistics. Experts that saw no token are run on the input sample, so that they have a partition too."""
+        inputs = torch.cat(self._inputs)
+        unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
+        routed = torch.tensor(self._count)
+        for expert in unrouted:
+            self.add(expert, torch.arange(len(inputs), device=inputs.device) - self._seen, inputs, expert_activations(self.experts, expert, inputs))
+        count = torch.tensor(self._count, dtype=torch.float32, device=inputs.device)
+        for expert, tokens in enumerate(self._sample_tokens):
+            self._sample[expert] = self._sample[expert][tokens.argsort()].cpu()
+        return LayerStatistics(
+            layer=self.layer,
+            tokens_routed=routed,
+            mean_activation=(self._activation_sum / count[:, None]).cpu(),
+            firing_frequency=(self._firing / count[:, None]).cpu(),
+            input_mean=(self._input_sum / count[:, None]).cpu(),
+            input_moment=self._input_moment.div_(count[:, None, None]).cpu(),
+            cross_moment=self._cross_moment.div_(count[:, None, None]).cpu(),
+            inputs=inputs.cpu(),
+            activations=self._sample,
+            unrouted=unrouted,
+        )
+
+
+def expert_activations(experts: nn.Module, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
+    return experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert].to(inputs.dtype)))
+
+
+def observed_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' eager experts, telling `self.prism_collector` (if set) the activations as they come by.
+
+    Computes in the type of `hidden_states`; weights of another type are converted one expert at a time.
+    """
+    collector: LayerCollector | None = getattr(self, "prism_collector", None)
+    output = torch.zeros_like(hidden_states)
+    width = top_k_index.shape[1]
+    by_expert, slots = top_k_index.flatten().sort(stable=True)
+    bounds = torch.searchsorted(by_expert, torch.arange(self.num_experts + 1, device=by_expert.device)).tolist()
+    for expert in range(self.num_experts):
+        chosen = slots[bounds[expert] : bounds[expert + 1]]
+        if len(chosen) == 0:
+            continue
+        tokens = chosen // width
+        inputs = hidden_states[tokens]
+        activations = expert_activations(self, expert, inputs)
+        if collector is not None:
+            collector.add(expert, tokens, inputs, activations)
+        weighted = F.linear(activations, self.down_proj[expert].to(inputs.dtype)) * top_k_weights.flatten()[chosen, None]
+        output.index_add_(0, tokens, weighted.to(output.dtype))
+    if collector is not None:
+        collector.end_batch(hidden_states)
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVED, observed_experts_forward)

@@ -1,0 +1,112 @@
+"""Run token rows through a checkpoint one decoder layer at a time: layers outside, batches inside."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints import Checkpoint, LayeredModel
+from prism_errors import InputError
+
+OnBatch = Callable[[int], None]
+
+
+class _LayersReached(Exception):
+    """Raised by the last decoder layer's stand-in: everything before the layers has run."""
+
+
+class LayerStream:
+    """The hidden states of some token rows on their way through a model of which one layer is in memory.
+
+    Everything outside the decoder layers (embedding, masks, rotary tables) is computed by the model's own forward, whose layers are
+    stood in for while it runs; so what a layer receives is what transformers gives it.
+
+    Args:
+        checkpoint: the model.
+        rows: int64 [S, T] token ids, no padding.
+        dtype: compute type.
+        device: 'cpu' or 'cuda'.
+        batch_size: rows per forward.
+
+    Attributes:
+        hidden: [S, T, H] in `dtype` on the CPU: the bounded hidden-state store, updated in place layer by layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8):
+        self.layered = LayeredModel(checkpoint, dtype, device)
+        self.model = self.layered.model
+        self.device, self.batch_size = device, batch_size
+        limit = getattr(checkpoint.config, "max_position_embeddings", None)
+        if limit and rows.shape[1] > limit:
+            raise InputError(f"--max-seq-length {rows.shape[1]}: the model takes at most {limit} tokens")
+        self.hidden = torch.empty(*rows.shape, checkpoint.config.hidden_size, dtype=dtype)
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._embed(rows)
+
+    def __len__(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layered.layers)
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.hidden), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.hidden)))
+
+    @torch.inference_mode()
+    def _embed(self, rows: torch.Tensor) -> None:
+        """Fill the store with the first layer's input and note, once per batch size, what else every layer is given."""
+        name = next(name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings())
+        received: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def stand_in(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            received.append((hidden, arguments))
+            if len(received) == len(self.layered.layers):
+                raise _LayersReached
+            return hidden
+
+        for module in self.model.modules():
+            if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
+                module.to(self.device)
+        for layer in self.layered.layers:
+            layer.forward = stand_in
+        try:
+            with self.layered.loaded(name):
+                for batch in self._batches():
+                    received.clear()
+                    try:
+                        self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
+                    except _LayersReached:
+                        pass
+                    self.hidden[batch] = received[0][0].cpu()
+                    self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+        finally:
+            for layer in self.layered.layers:
+                del layer.forward
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Materialise one decoder layer for the duration of a `with` block."""
+        with self.layered.loaded(self.layered.layer_name(index)):
+            yield self.layered.layers[index]
+
+    @torch.inference_mode()
+    def advance(self, index: int, on_batch: OnBatch | None = None) -> None:
+        """Send every row through layer `index`, which must be materialised; `on_batch` is told the rows done."""
+        layer = self.layered.layers[index]
+        for batch in self._batches():
+            arguments = self._arguments[batch.stop - batch.start][index]
+            self.hidden[batch] = layer(self.hidden[batch].to(self.device), **arguments).cpu()
+            if on_batch:
+                on_batch(batch.stop)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Materialise the final norm and the output embedding; gives hidden states [..., H] -> logits [..., V]."""
+        outer = [name for name, module in self.model.named_children() if module is not self.model.base_model]
+        prefix = self.model.base_model_prefix
+        parts = outer + [f"{prefix}.{name}" for name, module in self.model.base_model.named_children() if module is not self.layered.layers]
+        owned = [part for part in parts if self.layered.tensors_under(part)]
+        with self.layered.loaded(*owned):
+            self.model.tie_weights()
+            yield lambda hidden: self.model.lm_head(self.model.base_model.norm(hidden))

@@ -1,0 +1,178 @@
+"""The main path: statistics of each layer in, a refactored checkpoint out."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+import routers.modeling_prism
+from calibration import LayerStatistics
+from checkpoints import MANIFEST, Checkpoint, LayeredModel, ShardWriter, build_meta_model, moe_block, names_on_disk, output_folder, side_files, write_json
+from prism_errors import InputError
+from refactoring.card import model_card
+from refactoring.layer import refactor_layer
+from refactoring.plan import Plan, block_name
+from refactoring.recipe import Recipe
+from routers import ROUTER_FILE
+
+OnExpert = Callable[[int, int, int], None]
+FORMAT = 1
+PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "deap", "numba", "scikit-learn")
+CARD = "README.md"
+SOURCE_CARD = "README.source.md"
+
+
+def refactor(
+    checkpoint: Checkpoint,
+    target: Path,
+    statistics: Iterable[LayerStatistics],
+    calibration: dict[str, Any],
+    recipe: Recipe,
+    plan: Plan,
+    workers: int = 1,
+    strict: bool = False,
+    on_expert: OnExpert | None = None,
+) -> dict[str, Any]:
+    """Write the refactored checkpoint. The folder `target` appears only when it is complete.
+
+    Memory is one layer: its statistics, its weights as stored, and its refactored weights.
+
+    Args:
+        checkpoint: the source.
+        target: output folder.
+        statistics: of every MoE layer, in order (`calibration.profile` or a `calibration.Statistics`).
+        calibration: what made them, for the manifest.
+        recipe: what to do. Equal recipes and statistics give equal bytes.
+        plan: of this run.
+        workers: processes that partition experts.
+        strict: refuse experts that saw no token instead of reporting them.
+        on_expert: told (layer, experts done, experts in all).
+
+    Returns:
+        The manifest, as written to prism.json.
+    """
+    with output_folder(target) as folder:
+        config = _write_config(checkpoint, folder, recipe, plan)
+        source = LayeredModel(checkpoint, None)
+        target_model = build_meta_model(config, torch.float32)
+        writer = ShardWriter(folder, recipe.max_shard_bytes)
+        _copy_outer_tensors(source, writer)
+        router: dict[str, torch.Tensor] = {}
+        reports = []
+        arriving = iter(statistics)
+        for index in range(len(source.layers)):
+            if index in plan.moe_layers:
+                layer_statistics = next(arriving, None)
+                if layer_statistics is None or layer_statistics.layer != index:
+                    raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
+                if strict and layer_statistics.unrouted:
+                    raise InputError(
+                        f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); use more or other text (--dataset, --num-samples)"
+                    )
+                reports.append(_refactor_layer(source, target_model, layer_statistics, recipe, workers, on_expert, writer, router))
+                del layer_statistics
+            else:
+                _copy(source, source.tensors_under(source.layer_name(index)), writer)
+            writer.close_shard()
+        writer.finish()
+        manifest = _manifest(checkpoint, calibration, recipe, plan, reports)
+        save_file(router, folder / ROUTER_FILE, metadata={"format": "pt"})
+        _write_side_files(checkpoint, folder, manifest)
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Plan) -> Any:
+    """The source's config.json with the new sizes; `prism` tells the two-level router what the original was."""
+    architecture = checkpoint.architecture
+    values = checkpoint.config_json | plan.after
+    values["prism"] = {
+        "sub_experts": recipe.sub_experts,
+        "router": recipe.router,
+        "top_k": architecture.top_k,
+        "source": plan.before,
+    }
+    if recipe.router != "replicate":
+        values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
+    write_json(folder / "config.json", values)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _copy(source: LayeredModel, names: list[str], writer: ShardWriter) -> None:
+    with source.checkpoint.slices(sorted(names)) as slices:
+        for name, part in slices.items():
+            writer.add(name, part[...])
+
+
+def _copy_outer_tensors(source: LayeredModel, writer: ShardWriter) -> None:
+    """Everything outside the decoder layers, and whatever transformers does not know, byte for byte."""
+    inside = {name for index in range(len(source.layers)) for name in source.tensors_under(source.layer_name(index))}
+    _copy(source, [name for name in source.checkpoint.weight_map if name not in inside], writer)
+    writer.close_shard()
+
+
+def _refactor_layer(
+    source: LayeredModel,
+    target_model: Any,
+    statistics: LayerStatistics,
+    recipe: Recipe,
+    workers: int,
+    on_expert: OnExpert | None,
+    writer: ShardWriter,
+    router: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Refactor one layer and queue its tensors; adds to `router`, returns the layer's report."""
+    index = statistics.layer
+    name = block_name(source, index)
+    found = moe_block(target_model.base_model.layers[index])
+    assert found is not None
+    _, target_block = found
+    total = len(statistics.activations)
+    parts = (f"{name}.gate", f"{name}.experts")
+    with source.loaded(*parts):
+        result = refactor_layer(
+            source.model.get_submodule(name),
+            target_block,
+            statistics,
+            recipe,
+            workers,
+            (lambda done: on_expert(index, done, total)) if on_expert else None,
+        )
+        # Clones: leaving the block sends the source's own tensors back to the meta device.
+        router |= {f"{name}.gate.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+    target_block.to("meta")
+    converted = {tensor for part in parts for tensor in source.tensors_under(part)}
+    _copy(source, [tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted], writer)
+    on_disk = names_on_disk(target_model, {f"{name}.{leaf}": value for leaf, value in result.state.items()})
+    for tensor_name, tensor in on_disk.items():
+        writer.add(tensor_name, tensor)
+    return result.report
+
+
+def _manifest(checkpoint: Checkpoint, calibration: dict[str, Any], recipe: Recipe, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "source": {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type}
+        | plan.before,
+        "result": plan.after,
+        "recipe": recipe.recorded(),
+        "calibration": calibration,
+        "versions": {package: version(package) for package in PACKAGES},
+        "layers": reports,
+    }
+
+
+def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> None:
+    """Every side file of the source (its model card under another name), the modeling file and our model card."""
+    for relative in side_files(checkpoint.path):
+        destination = folder / (SOURCE_CARD if relative == Path(CARD) else relative)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.path / relative, destination)
+    if manifest["recipe"]["router"] != "replicate":
+        shutil.copyfile(routers.modeling_prism.__file__, folder / "modeling_prism.py")
+    (folder / CARD).write_text(model_card(manifest))

@@ -1,0 +1,146 @@
+"""What a run will read, hold and write: checked before it starts, and all that `--dry-run` does."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from calibration import Calibration
+from checkpoints import Checkpoint, LayeredModel, moe_block, names_on_disk
+from prism_errors import InputError, ResourceError
+from refactoring.recipe import Recipe
+
+_FIXED_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers `--dry-run` prints. Sizes in bytes.
+
+    Attributes:
+        sizes: the config keys that change, before and after.
+        moe_layers: indices of the layers with experts.
+        tensors_in, tensors_out: number of tensors.
+        bytes_out: size of the weights written; the same as read, but for the gate rows.
+        disk_needed, disk_free: at the output folder.
+        memory_needed: estimate of the peak: 2.5 layers in the compute dtype, hidden states, expert samples, router moments, 1 GiB.
+        memory_free: available now.
+        compute: multiply-adds of the calibration forward, for the estimate of time.
+    """
+
+    before: dict[str, int]
+    after: dict[str, int]
+    moe_layers: list[int]
+    tensors_in: int
+    tensors_out: int
+    bytes_out: int
+    disk_needed: int
+    disk_free: int
+    memory_needed: int
+    memory_free: int
+    compute: int
+
+    def check(self, target: Path) -> None:
+        """Raises ResourceError when the disk cannot hold the output."""
+        if self.disk_needed > self.disk_free:
+            raise ResourceError(
+                f"{target}: needs {gib(self.disk_needed)} of disk, {gib(self.disk_free)} is free; choose a folder on another disk"
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON."""
+        return dict(self.__dict__)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path) -> Plan:
+    """Work out a run without doing any of it.
+
+    Raises:
+        UsageError: the number of sub-experts does not fit the model.
+        InputError: the checkpoint's tensors are not named as transformers names them for this family, or it has no MoE layer.
+    """
+    architecture, config = checkpoint.architecture, checkpoint.config
+    after = architecture.refactored_sizes(config, recipe.sub_experts)
+    layered = LayeredModel(checkpoint, None)
+    layers = moe_layers(layered)
+    if not layers:
+        raise InputError(f"{checkpoint.path}: none of its layers has experts")
+    extra = 0
+    for index in layers:
+        _check_names(layered, index)
+        block = block_name(layered, index)
+        extra += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in layered.tensors_under(f"{block}.gate"))
+    before = architecture.sizes(config)
+    expert_tensors = 3 * before[architecture.num_experts] * len(layers)
+    bytes_out = sum(checkpoint.sizes.values()) + extra
+    router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
+    return Plan(
+        before=before,
+        after=after,
+        moe_layers=layers,
+        tensors_in=len(checkpoint.sizes),
+        tensors_out=len(checkpoint.sizes) + (recipe.sub_experts - 1) * expert_tensors,
+        bytes_out=bytes_out,
+        disk_needed=bytes_out + 2 * router_bytes,
+        disk_free=shutil.disk_usage(target.resolve().parent).free,
+        memory_needed=_memory(layered, layers, calibration),
+        memory_free=psutil.virtual_memory().available,
+        compute=_compute(layered, layers, calibration),
+    )
+
+
+def moe_layers(layered: LayeredModel) -> list[int]:
+    """Indices of the decoder layers that have experts."""
+    return [index for index, layer in enumerate(layered.layers) if moe_block(layer)]
+
+
+def block_name(layered: LayeredModel, index: int) -> str:
+    """State-dict name of the MoE block of layer `index`."""
+    found = moe_block(layered.layers[index])
+    assert found is not None
+    return f"{layered.layer_name(index)}.{found[0]}"
+
+
+def _check_names(layered: LayeredModel, index: int) -> None:
+    """The MoE tensors must be named on disk as transformers would name them, or the output could not be read back."""
+    name = block_name(layered, index)
+    block = layered.model.get_submodule(name)
+    state = {f"{name}.{part}": value for part, value in block.state_dict().items() if part.startswith(("gate.", "experts."))}
+    expected = set(names_on_disk(layered.model, state))
+    found = set(layered.tensors_under(f"{name}.gate") + layered.tensors_under(f"{name}.experts"))
+    if expected != found:
+        example = sorted(expected ^ found)[0]
+        state_of = "missing" if example in expected else "not named as transformers names it"
+        raise InputError(f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained")
+
+
+def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
+    width = torch.finfo(calibration.resolved_dtype(layered.checkpoint)).bits // 8
+    largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
+    experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
+    count, hidden, neurons = experts.down_proj.shape
+    tokens = calibration.num_samples * calibration.max_seq_length
+    store = tokens * hidden * width
+    sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
+    moments = 4 * count * hidden * (hidden + neurons)
+    return int(2.5 * largest * width) + store + sample + moments + _FIXED_BYTES
+
+
+def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
+    config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
+    block = layered.model.get_submodule(block_name(layered, layers[0]))
+    count, hidden, neurons = block.experts.down_proj.shape
+    active = getattr(config, architecture.top_k) * (3 * hidden * neurons + hidden * (hidden + neurons))
+    dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
+    return calibration.num_samples * calibration.max_seq_length * (dense + len(layers) * active)
+
+
+def gib(size: int) -> str:
+    """A size for people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
