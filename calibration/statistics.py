@@ -139,7 +139,12 @@ class LayerCollector:
         unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
         routed = torch.tensor(self._count)
         for expert in unrouted:
-            self.add(expert, torch.arange(len(inputs), device=inputs.device) - self._seen, inputs, expert_activations(self.experts, expert, inputs))
+            self.add(
+                expert,
+                torch.arange(len(inputs), device=inputs.device) - self._seen,
+                inputs,
+                expert_activations(self.experts, expert, inputs),
+            )
         count = torch.tensor(self._count, dtype=torch.float32, device=inputs.device)
         for expert, tokens in enumerate(self._sample_tokens):
             self._sample[expert] = self._sample[expert][tokens.argsort()].cpu()

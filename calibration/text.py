@@ -87,9 +87,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise InputError(f"{model_dir}: no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
 
 
-def token_rows(
-    datasets: list[str], tokenizer: Any, samples: int, length: int, seed: int, column: str = "text"
-) -> torch.Tensor:
+def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, seed: int, column: str = "text") -> torch.Tensor:
     """Pack documents, separated by the end-of-text token, into rows and draw a seeded sample of them.
 
     Packing leaves no padding, so every position is a real token. Where the text is too short for one row, the one row is shorter.

@@ -100,9 +100,7 @@ class LayeredModel:
         names = self.tensors_under(part)
         if self.dtype is None:
             self._adopt_dtypes(part)
-        config = LoadStateDictConfig(
-            dtype=self.dtype or torch.float32, weight_mapping=self._mapping, device_map={"": self.device}
-        )
+        config = LoadStateDictConfig(dtype=self.dtype or torch.float32, weight_mapping=self._mapping, device_map={"": self.device})
         quiet = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:

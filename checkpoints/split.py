@@ -5,9 +5,7 @@ import torch
 from prism_errors import InputError
 
 
-def split_experts(
-    gate_up: torch.Tensor, down: torch.Tensor, order: torch.Tensor, sub_experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_experts(gate_up: torch.Tensor, down: torch.Tensor, order: torch.Tensor, sub_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Reorder each expert's neurons and cut it into equal sub-experts; `down` is scaled by N, which is exact in binary floating point.
 
     Sub-expert n of expert e becomes expert e * N + n. With every router row repeated N times the routing weights come out divided by

@@ -55,7 +55,9 @@ class ShardWriter:
             file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
-        write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(
+            self.folder / INDEX_FILE, {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
 
 def write_json(path: Path, value: object) -> None:

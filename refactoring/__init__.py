@@ -3,5 +3,20 @@
 from refactoring.pipeline import refactor
 from refactoring.plan import Plan, gib, make_plan
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
+from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_logits, compare_tensors, open_refactored
 
-__all__ = ["ROUTERS", "SALIENCIES", "Plan", "Recipe", "gib", "make_plan", "refactor"]
+__all__ = [
+    "KL_TOLERANCE",
+    "LOGIT_TOLERANCE",
+    "ROUTERS",
+    "SALIENCIES",
+    "Comparison",
+    "Plan",
+    "Recipe",
+    "compare_logits",
+    "compare_tensors",
+    "gib",
+    "make_plan",
+    "open_refactored",
+    "refactor",
+]

@@ -12,7 +12,18 @@ from transformers import AutoConfig
 
 import routers.modeling_prism
 from calibration import LayerStatistics
-from checkpoints import MANIFEST, Checkpoint, LayeredModel, ShardWriter, build_meta_model, moe_block, names_on_disk, output_folder, side_files, write_json
+from checkpoints import (
+    MANIFEST,
+    Checkpoint,
+    LayeredModel,
+    ShardWriter,
+    build_meta_model,
+    moe_block,
+    names_on_disk,
+    output_folder,
+    side_files,
+    write_json,
+)
 from prism_errors import InputError
 from refactoring.card import model_card
 from refactoring.layer import refactor_layer
@@ -154,10 +165,16 @@ def _refactor_layer(
     return result.report
 
 
-def _manifest(checkpoint: Checkpoint, calibration: dict[str, Any], recipe: Recipe, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    checkpoint: Checkpoint, calibration: dict[str, Any], recipe: Recipe, plan: Plan, reports: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "source": {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type}
+        "source": {
+            "name": checkpoint.path.resolve().name,
+            "fingerprint": checkpoint.fingerprint(),
+            "model_type": checkpoint.config.model_type,
+        }
         | plan.before,
         "result": plan.after,
         "recipe": recipe.recorded(),

@@ -114,7 +114,9 @@ def _check_names(layered: LayeredModel, index: int) -> None:
     if expected != found:
         example = sorted(expected ^ found)[0]
         state_of = "missing" if example in expected else "not named as transformers names it"
-        raise InputError(f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained")
+        raise InputError(
+            f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained"
+        )
 
 
 def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:

@@ -33,7 +33,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, value, known in (("--solver", self.solver, tuple(SOLVERS)), ("--router", self.router, ROUTERS), ("--saliency", self.saliency, SALIENCIES)):
+        for option, value, known in (
+            ("--solver", self.solver, tuple(SOLVERS)),
+            ("--router", self.router, ROUTERS),
+            ("--saliency", self.saliency, SALIENCIES),
+        ):
             if value not in known:
                 raise UsageError(f"{option} {value}: choose one of {', '.join(known)}")
         if self.keep is not None and not 1 <= self.keep < self.sub_experts:

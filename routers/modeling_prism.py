@@ -167,5 +167,9 @@ class PrismForCausalLM(PreTrainedModel):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(folder, *args, config=config, **kwargs)
         if config.prism["router"] == "replicate":
             return model
-        hub = {key: kwargs[key] for key in ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token") if key in kwargs}
+        hub = {
+            key: kwargs[key]
+            for key in ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            if key in kwargs
+        }
         return attach(model, os.path.dirname(cached_file(folder, ROUTER_FILE, **hub)))

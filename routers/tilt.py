@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from calibration import LayerStatistics
 from calibration.statistics import observed_experts_forward
 
 # Tilts tried, as shares of the predicted relative contribution.

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-output
+
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed ## create .venv and install into it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (the first time takes a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prism-refactor needs Python 3.11 or newer; run make with PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## refactor the example checkpoint, verify it, run it at several k
+	@echo "1/3 refactoring examples/olmoe-tiny into $(DEMO)"
+	@$(BIN)/prism-refactor examples/olmoe-tiny $(DEMO) --overwrite
+	@echo "2/3 verifying that $(DEMO) is the same model at full k"
+	@$(BIN)/prism-verify examples/olmoe-tiny $(DEMO) --quiet
+	@echo "3/3 running it at fewer active sub-experts"
+	@$(BIN)/python examples/any_k.py examples/olmoe-tiny $(DEMO)
+
+test: setup ## run the tests
+	@$(BIN)/pytest
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## let ruff fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove what make created
+	rm -rf $(VENV) $(DEMO)

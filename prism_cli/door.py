@@ -1,0 +1,154 @@
+"""What every command shares: how it reports, how it fails, how it stops."""
+
+import errno
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn
+
+import click
+import datasets
+import transformers
+from joblib.externals.loky import get_reusable_executor
+from tqdm import tqdm
+
+from prism_errors import PrismError, ResourceError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Reporter:
+    """Progress on stderr: a tqdm bar on a terminal, plain lines in a pipe, JSON lines with --log-json, nothing with --quiet.
+
+    Results go to stdout through `click.echo`; this is only about work in progress.
+    """
+
+    def __init__(self, quiet: bool, log_json: bool):
+        self._json = log_json
+        self._bar = not quiet and not log_json and sys.stderr.isatty()
+        self._lines = not quiet and not self._bar
+        self._tqdm: tqdm | None = None
+        self._start = time.monotonic()
+
+    def step(self, what: str, layer: int, layers: int, done: int = 1, total: int = 1, part: float = 0.0, parts: float = 1.0) -> None:
+        """Note that `done` of `total` units of `what` are finished in a layer, which spans `part` to `part + parts` of the layer's work."""
+        if self._bar:
+            if self._tqdm is None:
+                self._tqdm = tqdm(total=layers, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False)
+            self._tqdm.set_description(f"layer {layer + 1}/{layers} {what}" + (f" {done}/{total}" if total > 1 else ""), refresh=False)
+            self._tqdm.n = layer + part + parts * done / total
+            self._tqdm.refresh()
+        elif self._lines and done == total:
+            self.line(
+                f"layer {layer + 1}/{layers}: {what}" + (f" {total}" if total > 1 else ""),
+                event=what,
+                layer=layer,
+                layers=layers,
+                total=total,
+            )
+
+    def line(self, text: str, **fields: Any) -> None:
+        """One line of progress; with --log-json the fields instead of the text."""
+        seconds = time.monotonic() - self._start
+        if self._json and self._lines:
+            click.echo(json.dumps({"seconds": round(seconds, 2), "message": text, **fields}), err=True)
+        elif self._lines:
+            click.echo(f"{seconds:7.1f}s  {text}", err=True)
+        elif self._bar:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._tqdm is not None:
+            self._tqdm.close()
+            self._tqdm = None
+
+
+def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
+    """Turn `function(reporter, **options)` with click options into a console entry point with honest exit codes.
+
+    Errors are one line on stderr: exit code 2 usage, 3 input, 4 gate, 5 resources, 130 interrupted, 143 terminated, 1 a bug of ours.
+    """
+
+    @wraps(function)
+    def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
+        transformers.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+        reporter = Reporter(quiet, log_json)
+        try:
+            function(reporter, **options)
+        finally:
+            reporter.close()
+
+    wrapped: Any = with_reporter
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--log-json", is_flag=True, help="Progress as JSON lines on stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    ):
+        wrapped = option(wrapped)
+    built = click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})(wrapped)
+    built = click.version_option(package_name="prism-refactor")(built)
+
+    def main() -> NoReturn:
+        sys.exit(_run(built))
+
+    main.command = built  # type: ignore[attr-defined]
+    main.__doc__ = function.__doc__
+    return main
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _run(built: click.Command) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv
+    try:
+        return built.main(standalone_mode=False) or 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _stop_workers()
+        click.echo("interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    except SystemExit:
+        _stop_workers()
+        raise
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        return error.exit_code
+    except Exception as error:
+        _stop_workers()
+        if debug:
+            raise
+        known = _as_prism_error(error)
+        if known is not None:
+            click.echo(f"error: {known}", err=True)
+            return known.exit_code
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        click.echo(f"error: unexpected {summary}; please report it with the output of --debug", err=True)
+        return 1
+
+
+def _as_prism_error(error: Exception) -> PrismError | None:
+    if isinstance(error, PrismError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("out of memory; use a machine with more, or lower --num-samples, --batch-size or --workers")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{error.filename or 'output folder'}: the disk is full; free some space or choose another folder")
+    if isinstance(error, PermissionError):
+        return ResourceError(f"{error.filename}: permission denied; choose a folder you may write to")
+    return None
+
+
+def _stop_workers() -> None:
+    """No worker process outlives the command."""
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)

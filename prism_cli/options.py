@@ -1,0 +1,64 @@
+"""Options that more than one command takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from calibration import DTYPES, Calibration
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+TEXT_OPTIONS = (
+    click.option(
+        "--dataset",
+        "datasets",
+        multiple=True,
+        metavar="NAME[SUBSET](SPLIT):SAMPLES",
+        help="Text: a .jsonl, .json, .txt or .parquet file or folder, or a Hub dataset. Repeat for a mix.  [default: bundled text]",
+    ),
+    click.option("--text-column", default=Calibration.text_column, help="Column of --dataset that holds the text."),
+    click.option("--max-seq-length", type=click.IntRange(2), default=Calibration.max_seq_length, help="Tokens per sample."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Calibration.device, help="Where layers run."),
+    click.option("--batch-size", type=click.IntRange(1), default=Calibration.batch_size, help="Samples per forward pass."),
+    click.option("--seed", type=click.IntRange(0), default=Calibration.seed, help="Equal seeds give equal bytes."),
+)
+CALIBRATION_OPTIONS = (
+    *TEXT_OPTIONS[:2],
+    click.option("--num-samples", type=click.IntRange(1), default=Calibration.num_samples, help="Samples of calibration text."),
+    TEXT_OPTIONS[2],
+    click.option(
+        "--tokens-per-expert",
+        type=click.IntRange(16, 65535),
+        default=Calibration.tokens_per_expert,
+        help="Activations kept per expert for the partitioner.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *DTYPES]),
+        default=Calibration.dtype,
+        help="Compute type; auto is float32 on a CPU, the checkpoint's type on a GPU.",
+    ),
+    *TEXT_OPTIONS[3:],
+)
+CALIBRATION_NAMES = ("datasets", "text_column", "num_samples", "max_seq_length", "tokens_per_expert", "dtype", "device", "batch_size")
+
+
+def add(options: tuple[Callable[[Function], Function], ...]) -> Callable[[Function], Function]:
+    """Apply click options in the order in which `--help` should list them."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A plain text table, numbers to the right."""
+    cells = [header, *[[str(value) for value in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join("  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -1,0 +1,45 @@
+"""`prism-profile`: activation statistics of a checkpoint."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerSummary, profile, write_statistics
+from checkpoints import Checkpoint, check_target
+from prism_cli.door import Reporter, command
+from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, table
+
+
+@command
+@click.argument("model_dir", type=FOLDER)
+@click.argument("stats_dir", type=FOLDER)
+@add(CALIBRATION_OPTIONS)
+@click.option("--overwrite", is_flag=True, help="Replace an existing STATS_DIR that this command wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Run text through the checkpoint in MODEL_DIR, one layer in memory at a time, and write what its experts' neurons did to STATS_DIR.
+
+    Use the result with prism-refactor --stats STATS_DIR.
+    """
+    check_target(stats_dir, model_dir, overwrite, INDEX)
+    checkpoint = Checkpoint(model_dir)
+    calibration = Calibration(**options)
+    layers = checkpoint.config.num_hidden_layers
+    collected = profile(checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total))
+    summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(), collected)
+    reporter.close()
+    click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2) if as_json else profile_table(summaries))
+
+
+def profile_table(summaries: list[LayerSummary]) -> str:
+    """One row per MoE layer."""
+    header = ["layer", "experts", "tokens routed", "least routed", "L1 mass in top quarter", f"experts below {TOKEN_FLOOR} tokens"]
+    rows = []
+    for summary in summaries:
+        below = ", ".join(map(str, summary.below_floor)) or "-"
+        share = f"{summary.top_quarter_share:.1%}"
+        rows.append([summary.layer, summary.experts, summary.tokens_routed, summary.least_routed, share, below])
+    return table(header, rows)

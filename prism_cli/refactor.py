@@ -1,0 +1,198 @@
+"""`prism-refactor`: a Mixture-of-Experts checkpoint in, an elastic one out."""
+
+import os
+import re
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from click.core import ParameterSource
+
+import solvers
+from calibration import Calibration, Statistics, profile
+from checkpoints import MANIFEST, Checkpoint, check_target
+from prism_cli.door import Reporter, command
+from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
+from prism_errors import InputError, UsageError
+from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, gib, make_plan, refactor
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 5GB or 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, as an int."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(value).upper())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is not a size; write 5GB or 512MiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+RECIPE_OPTIONS = (
+    click.option("--sub-experts", type=int, default=Recipe.sub_experts, help="Parts per expert, a power of two."),
+    click.option("--solver", type=click.Choice(list(solvers.SOLVERS)), default=Recipe.solver, help="How neurons are partitioned."),
+    click.option(
+        "--router",
+        type=click.Choice(ROUTERS),
+        default=Recipe.router,
+        help="Sub-expert router: ridge regression, none, or the paper's gate neurons.",
+    ),
+    click.option("--keep", type=int, help="Sub-experts a token keeps in the partition objective.  [default: a quarter]"),
+    click.option(
+        "--saliency",
+        type=click.Choice(SALIENCIES),
+        default=Recipe.saliency,
+        help="|activation| x norm of its down_proj column, or |activation|.",
+    ),
+    click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", help="Largest safetensors shard."),
+)
+
+
+@command
+@click.argument("model_dir", type=FOLDER)
+@click.argument("out_dir", type=FOLDER)
+@add(RECIPE_OPTIONS)
+@click.option("--stats", type=FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
+@add(CALIBRATION_OPTIONS)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=lambda: len(os.sched_getaffinity(0)),
+    help="Processes.  [default: one per core]",
+    show_default=False,
+)
+@click.option("--strict", is_flag=True, help="Fail when an expert saw no token.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR that this command wrote.")
+@click.pass_context
+def main(
+    context: click.Context,
+    reporter: Reporter,
+    model_dir: Path,
+    out_dir: Path,
+    stats: Path | None,
+    workers: int,
+    strict: bool,
+    dry_run: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Split the experts of the checkpoint in MODEL_DIR into sub-experts and write a checkpoint that runs at any number of them to OUT_DIR."""
+    recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
+    calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
+    check_target(out_dir, model_dir, overwrite, MANIFEST)
+    checkpoint = Checkpoint(model_dir)
+    if hasattr(checkpoint.config, "prism"):
+        raise InputError(f"{model_dir}: is refactored already; start from the original checkpoint")
+    statistics = None
+    if stats is not None:
+        _refuse_with_stats(context)
+        statistics = Statistics(stats, checkpoint)
+    plan = make_plan(checkpoint, recipe, calibration, out_dir)
+    if dry_run:
+        click.echo(_plan_table(plan, recipe, calibration, workers, statistics is not None))
+        return
+    plan.check(out_dir)
+    layers = checkpoint.config.num_hidden_layers
+    profiled = 0.0 if statistics is not None else 0.5
+    manifest = refactor(
+        checkpoint,
+        out_dir,
+        statistics
+        if statistics is not None
+        else profile(
+            checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total, 0, profiled)
+        ),
+        statistics.calibration if statistics is not None else calibration.recorded(),
+        recipe,
+        plan,
+        workers,
+        strict,
+        lambda layer, done, total: reporter.step("experts partitioned", layer, layers, done, total, profiled, 1 - profiled),
+    )
+    reporter.close()
+    _warn_unrouted(manifest, reporter)
+    click.echo(_summary(manifest, out_dir))
+
+
+def _refuse_with_stats(context: click.Context) -> None:
+    for name in CALIBRATION_NAMES:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise UsageError(f"{option} has no effect with --stats; drop one of them")
+
+
+def _warn_unrouted(manifest: dict[str, Any], reporter: Reporter) -> None:
+    for layer in manifest["layers"]:
+        if layer["unrouted"]:
+            names = ", ".join(map(str, layer["unrouted"]))
+            reporter.line(
+                f"warning: layer {layer['layer']}: experts {names} saw no token; partitioned by running their weights on the layer's other inputs",
+                event="unrouted",
+                layer=layer["layer"],
+                experts=layer["unrouted"],
+            )
+
+
+def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
+    rows = []
+    for layer in manifest["layers"]:
+        experts = layer["experts"]
+        before, after = (sum(expert[key] for expert in experts) / len(experts) for key in ("loss_before", "loss_after"))
+        rows.append(
+            [layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}", layer["tilt"]]
+        )
+    header = ["layer", "experts", "least tokens", "dropped before", "dropped after", "stock tilt"]
+    changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
+    return f"{table(header, rows)}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    return {key: manifest["source"][key] for key in manifest["result"]}
+
+
+def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int, has_statistics: bool) -> str:
+    rows = [[key, before, plan.after[key]] for key, before in plan.before.items()]
+    rows.append(["tensors", plan.tensors_in, plan.tensors_out])
+    forward = 0.0 if has_statistics else _forward_seconds(plan)
+    partition = _partition_seconds(plan, recipe, calibration, workers)
+    lines = [
+        table(["", "source", "result"], rows),
+        f"layers with experts: {len(plan.moe_layers)}",
+        f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
+        f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
+        f"time: about {forward + partition:.0f} s ({forward:.0f} s profiling, {partition:.0f} s partitioning with {workers} workers)",
+    ]
+    return "\n".join(lines)
+
+
+def _forward_seconds(plan: Plan) -> float:
+    """From the speed of a matrix product here; layers reach about half of it."""
+    size = 1024
+    matrix = torch.rand(size, size)
+    matrix @ matrix
+    start = time.perf_counter()
+    for _ in range(4):
+        matrix @ matrix
+    seconds = (time.perf_counter() - start) / 4
+    return 2 * plan.compute * seconds / size**3
+
+
+def _partition_seconds(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int) -> float:
+    """From one random problem with an eighth of the tokens."""
+    num_experts, _, width = plan.before.values()
+    tokens = max(16, calibration.tokens_per_expert // 8)
+    saliency = np.random.default_rng(0).random((tokens, width), dtype=np.float32) ** 4
+    solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    start = time.perf_counter()
+    solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    seconds = (time.perf_counter() - start) * calibration.tokens_per_expert / tokens
+    return seconds * num_experts * len(plan.moe_layers) / workers

@@ -1,0 +1,74 @@
+"""`prism-verify`: is the refactored checkpoint the same model at full k?"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration import EVALUATION_TEXT, Calibration
+from checkpoints import Checkpoint
+from prism_cli.door import Reporter, command
+from prism_cli.options import FOLDER, TEXT_OPTIONS, add, table
+from prism_errors import GateError
+from refactoring import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_logits, compare_tensors, open_refactored
+
+NUM_SAMPLES = 8
+
+
+@command
+@click.argument("model_dir", type=FOLDER)
+@click.argument("out_dir", type=FOLDER)
+@add(TEXT_OPTIONS)
+@click.option("--num-samples", type=click.IntRange(1), default=NUM_SAMPLES, help="Samples of text.")
+@click.option("--tolerance", type=click.FloatRange(0), default=LOGIT_TOLERANCE, help="Largest |logit difference| of an exact mode.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def main(reporter: Reporter, model_dir: Path, out_dir: Path, tolerance: float, as_json: bool, **options: Any) -> None:
+    """Compare the checkpoint in OUT_DIR with the one in MODEL_DIR that it was made from.
+
+    First every tensor, then the logits of both at full k in float32 on text, one layer of one model in memory. Exit code 4 when they
+    differ by more than floating-point reordering.
+    """
+    source = Checkpoint(model_dir)
+    result, manifest = open_refactored(out_dir)
+    calibration = Calibration(**options)
+    if not calibration.datasets:
+        calibration = replace(calibration, datasets=(EVALUATION_TEXT,))
+    if manifest["source"]["fingerprint"] != source.fingerprint():
+        raise GateError(f"{out_dir}: was made from another checkpoint than {model_dir}")
+
+    def on_layer(mode: str, layer: int, layers: int) -> None:
+        reporter.step(f"{mode} checked", layer, layers)
+
+    problems = compare_tensors(source, result, on_layer)
+    if problems:
+        raise GateError(f"{out_dir}: {len(problems)} tensors are wrong; the first: {problems[0]}")
+    rows = calibration.rows(source)
+    comparisons = compare_logits(source, result, rows, calibration.resolved_device(), calibration.batch_size, tolerance, on_layer)
+    reporter.close()
+    if as_json:
+        click.echo(json.dumps({"tensors": len(result.weight_map), "logits": [asdict(comparison) for comparison in comparisons]}, indent=2))
+    else:
+        click.echo(_table(len(result.weight_map), comparisons))
+    failed = [comparison.mode for comparison in comparisons if not comparison.passed]
+    if failed:
+        raise GateError(
+            f"{out_dir}: {' and '.join(failed)} logits differ from {model_dir} by more than {tolerance:g} or {KL_TOLERANCE:g} nats"
+        )
+
+
+def _table(tensors: int, comparisons: list[Comparison]) -> str:
+    rows = [
+        [
+            item.mode,
+            item.tokens,
+            f"{item.max_difference:.2e}",
+            f"{item.mean_kl:.2e}",
+            f"{item.same_top1:.2%}",
+            "ok" if item.passed else "FAILED",
+        ]
+        for item in comparisons
+    ]
+    header = ["full k", "tokens", "max |logit difference|", "mean KL (nats)", "same top token", ""]
+    return f"{tensors} tensors: none missing, none extra, all as split from the source\n{table(header, rows)}"
