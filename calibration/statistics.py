@@ -1,11 +1,11 @@
 """Per-expert activation statistics of one MoE layer, collected while it runs."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 OBSERVED = "prism_observed"
@@ -80,7 +80,7 @@ class LayerCollector:
         seed: of the sampling.
     """
 
-    def __init__(self, layer: int, experts: nn.Module, total_tokens: int, tokens_per_expert: int, seed: int):
+    def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
         count, hidden, neurons = weight.shape
@@ -162,13 +162,13 @@ class LayerCollector:
         )
 
 
-def expert_activations(experts: nn.Module, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
     return experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert].to(inputs.dtype)))
 
 
 def observed_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' eager experts, telling `self.prism_collector` (if set) the activations as they come by.
 

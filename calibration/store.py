@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from calibration.statistics import LayerStatistics
-from checkpoints import Checkpoint, output_folder, write_json
+from checkpoints import Checkpoint, output_folder, save_tensors, write_json
 from prism_errors import InputError
 
 INDEX = "index.json"
@@ -68,12 +68,12 @@ def write_statistics(
 def _write_layer(folder: Path, statistics: LayerStatistics) -> None:
     tensors = {name: getattr(statistics, name).contiguous() for name in _SHARED}
     tensors |= {f"activations.{expert}": sample.contiguous() for expert, sample in enumerate(statistics.activations)}
-    save_file(tensors, folder / f"layer-{statistics.layer:05d}.safetensors")
+    save_tensors(tensors, folder / f"layer-{statistics.layer:05d}.safetensors")
     # A count is at most tokens_per_expert, which the command line keeps below 2^16.
     coactivation = {
         f"coactivation.{expert}": statistics.coactivation(expert).to(torch.uint16) for expert in range(len(statistics.activations))
     }
-    save_file(coactivation, folder / f"layer-{statistics.layer:05d}.coactivation.safetensors")
+    save_tensors(coactivation, folder / f"layer-{statistics.layer:05d}.coactivation.safetensors")
 
 
 class Statistics:

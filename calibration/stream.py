@@ -1,7 +1,7 @@
 """Run token rows through a checkpoint one decoder layer at a time: layers outside, batches inside."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -74,10 +74,8 @@ class LayerStream:
             with self.layered.loaded(name):
                 for batch in self._batches():
                     received.clear()
-                    try:
+                    with suppress(_LayersReached):
                         self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
-                    except _LayersReached:
-                        pass
                     self.hidden[batch] = received[0][0].cpu()
                     self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
         finally:

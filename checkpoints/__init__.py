@@ -4,7 +4,7 @@ from checkpoints.architectures import ARCHITECTURES, Architecture, moe_block
 from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
 from checkpoints.reader import Checkpoint
 from checkpoints.split import split_experts
-from checkpoints.writer import MANIFEST, ShardWriter, check_target, output_folder, side_files, write_json
+from checkpoints.writer import MANIFEST, ShardWriter, check_target, output_folder, save_tensors, side_files, write_json
 
 __all__ = [
     "ARCHITECTURES",
@@ -18,6 +18,7 @@ __all__ = [
     "moe_block",
     "names_on_disk",
     "output_folder",
+    "save_tensors",
     "side_files",
     "split_experts",
     "write_json",

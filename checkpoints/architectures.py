@@ -66,13 +66,12 @@ def describe(config: Any, where: str) -> Architecture:
     """
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        raise InputError(
-            f"{where}: model_type '{config.model_type}' is not a supported Mixture-of-Experts; supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise InputError(f"{where}: model_type '{config.model_type}' is not a supported Mixture-of-Experts; supported: {supported}")
     return architecture
 
 
-def moe_block(layer: nn.Module) -> tuple[str, nn.Module] | None:
+def moe_block(layer: nn.Module) -> tuple[str, Any] | None:
     """The (name, module) of a decoder layer's MoE block, recognised by its `gate` and `experts` children; None in a dense layer."""
     for name, module in layer.named_modules():
         if isinstance(getattr(module, "experts", None), nn.Module) and isinstance(getattr(module, "gate", None), nn.Module):

@@ -59,7 +59,7 @@ class LayeredModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
         self.layers: nn.ModuleList = self.model.base_model.layers
-        self._mapping = get_model_conversion_mapping(self.model)
+        self._mapping: Any = get_model_conversion_mapping(self.model)
         self._sources = self._match_tensors()
 
     def layer_name(self, index: int) -> str:

@@ -89,7 +89,7 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> None:
         with self._shard(file) as shard:
-            for name in shard.keys():
+            for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 if self.weight_map.get(name) == file:
                     part = shard.get_slice(name)
                     self.dtypes[name] = DTYPES.get(part.get_dtype())

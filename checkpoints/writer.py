@@ -43,7 +43,7 @@ class ShardWriter:
         """Save what is queued."""
         if self._pending:
             self._shards.append(list(self._pending))
-            save_file(self._pending, self.folder / f"shard-{len(self._shards):05d}.safetensors", metadata={"format": "pt"})
+            save_tensors(self._pending, self.folder / f"shard-{len(self._shards):05d}.safetensors")
             self.bytes_written += self._pending_bytes
             self._pending, self._pending_bytes = {}, 0
 
@@ -58,6 +58,14 @@ class ShardWriter:
         write_json(
             self.folder / INDEX_FILE, {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
         )
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,0 +1,1 @@
+"""The doors: one click command per file."""

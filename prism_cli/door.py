@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import click
 import datasets
 import transformers
-from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from prism_errors import PrismError, ResourceError
@@ -96,7 +95,8 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     built = click.version_option(package_name="prism-refactor")(built)
 
     def main() -> NoReturn:
-        sys.exit(_run(built))
+        signal.signal(signal.SIGTERM, _terminate)
+        sys.exit(run(built, sys.argv[1:]))
 
     main.command = built  # type: ignore[attr-defined]
     main.__doc__ = function.__doc__
@@ -107,26 +107,20 @@ def _terminate(*_: Any) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
-def _run(built: click.Command) -> int:
-    signal.signal(signal.SIGTERM, _terminate)
-    debug = "--debug" in sys.argv
+def run(built: click.Command, arguments: list[str]) -> int:
+    """Run a command on some arguments; prints an error as one line and returns the exit code."""
     try:
-        return built.main(standalone_mode=False) or 0
+        return built.main(arguments, standalone_mode=False) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _stop_workers()
         click.echo("interrupted; nothing was written", err=True)
         return INTERRUPTED
-    except SystemExit:
-        _stop_workers()
-        raise
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         return error.exit_code
     except Exception as error:
-        _stop_workers()
-        if debug:
+        if "--debug" in arguments:
             raise
         known = _as_prism_error(error)
         if known is not None:
@@ -147,8 +141,3 @@ def _as_prism_error(error: Exception) -> PrismError | None:
     if isinstance(error, PermissionError):
         return ResourceError(f"{error.filename}: permission denied; choose a folder you may write to")
     return None
-
-
-def _stop_workers() -> None:
-    """No worker process outlives the command."""
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)

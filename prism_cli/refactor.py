@@ -85,7 +85,7 @@ def main(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Split the experts of the checkpoint in MODEL_DIR into sub-experts and write a checkpoint that runs at any number of them to OUT_DIR."""
+    """Split the experts of the checkpoint in MODEL_DIR into sub-experts; OUT_DIR is a checkpoint that runs at any number of them."""
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
@@ -135,7 +135,7 @@ def _warn_unrouted(manifest: dict[str, Any], reporter: Reporter) -> None:
         if layer["unrouted"]:
             names = ", ".join(map(str, layer["unrouted"]))
             reporter.line(
-                f"warning: layer {layer['layer']}: experts {names} saw no token; partitioned by running their weights on the layer's other inputs",
+                f"warning: layer {layer['layer']}: experts {names} saw no token; split by their weights' response to the layer's inputs",
                 event="unrouted",
                 layer=layer["layer"],
                 experts=layer["unrouted"],

@@ -50,8 +50,8 @@ tags: [mixture-of-experts, elastic, prism-refactor]
 # {source["name"]}, refactored into sub-experts
 
 Every expert of `{source["name"]}` is split into {recipe["sub_experts"]} sub-experts whose neurons fire together (MoE-Prism, arXiv
-2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most} instead of whole experts from 1 to {source[top_k]}.
-No weight was trained. At {most} it computes what the original computes.
+2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
+{source[top_k]} whole experts. No weight was trained. At {most} it computes what the original computes.
 
 {_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe["router"] != "replicate" else ""}
 ## How it was made

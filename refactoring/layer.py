@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -35,7 +36,7 @@ class RefactoredLayer:
 
 
 def refactor_layer(
-    source: nn.Module, target: nn.Module, statistics: LayerStatistics, recipe: Recipe, workers: int, on_expert: OnExpert | None = None
+    source: Any, target: Any, statistics: LayerStatistics, recipe: Recipe, workers: int, on_expert: OnExpert | None = None
 ) -> RefactoredLayer:
     """Split the experts of one MoE block.
 
@@ -103,17 +104,22 @@ def _partition(
             yield delayed(_solve)(_saliency(statistics, column_norm, recipe, expert), recipe, seed)
 
     partitions, before = [], []
-    for partition, loss in Parallel(n_jobs=workers, return_as="generator")(tasks()):
-        partitions.append(partition)
-        before.append(loss)
-        if on_expert:
-            on_expert(len(partitions))
+    try:
+        for partition, loss in Parallel(n_jobs=workers, return_as="generator")(tasks()):
+            partitions.append(partition)
+            before.append(loss)
+            if on_expert:
+                on_expert(len(partitions))
+    except BaseException:
+        # Interrupted or failed: no worker process outlives the run.
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        raise
     return partitions, before
 
 
 def _stock_rows(
-    source: nn.Module,
-    target: nn.Module,
+    source: Any,
+    target: Any,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     statistics: LayerStatistics,

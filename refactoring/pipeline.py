@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import routers.modeling_prism
@@ -21,6 +20,7 @@ from checkpoints import (
     moe_block,
     names_on_disk,
     output_folder,
+    save_tensors,
     side_files,
     write_json,
 )
@@ -83,7 +83,8 @@ def refactor(
                     raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
                 if strict and layer_statistics.unrouted:
                     raise InputError(
-                        f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); use more or other text (--dataset, --num-samples)"
+                        f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
+                        "use more or other text (--num-samples, --dataset)"
                     )
                 reports.append(_refactor_layer(source, target_model, layer_statistics, recipe, workers, on_expert, writer, router))
                 del layer_statistics
@@ -92,7 +93,7 @@ def refactor(
             writer.close_shard()
         writer.finish()
         manifest = _manifest(checkpoint, calibration, recipe, plan, reports)
-        save_file(router, folder / ROUTER_FILE, metadata={"format": "pt"})
+        save_tensors(router, folder / ROUTER_FILE)
         _write_side_files(checkpoint, folder, manifest)
         write_json(folder / MANIFEST, manifest)
     return manifest

@@ -167,7 +167,7 @@ def _compare(
     device: str,
     tolerance: float,
 ) -> Comparison:
-    largest, divergence, same, tokens = 0.0, 0.0, 0, 0
+    largest, divergence, same, tokens = 0.0, 0.0, 0.0, 0
     for row in range(len(before)):
         reference, logits = head(before[row].to(device)), head(after[row].to(device))
         largest = max(largest, (reference - logits).abs().max().item())

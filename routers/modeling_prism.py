@@ -118,7 +118,7 @@ def router_tensors(path):
     """The router file as {gate's module name: {tensor name: tensor}}."""
     blocks = {}
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             gate, _, leaf = name.partition(".gate.")
             blocks.setdefault(gate, {})[leaf] = file.get_tensor(name)
     return blocks
@@ -164,6 +164,7 @@ class PrismForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, config, **kwargs):
+        """As any `from_pretrained`; a checkpoint written with `--router replicate` has no sub-router and comes back stock."""
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(folder, *args, config=config, **kwargs)
         if config.prism["router"] == "replicate":
             return model

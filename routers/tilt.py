@@ -1,5 +1,7 @@
 """The stock router: original rows repeated, tilted a little so that ties inside an expert break the useful way."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -29,7 +31,7 @@ def tilted_rows(gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Te
 
 @torch.inference_mode()
 def choose_tilt(
-    block: nn.Module, gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Tensor, inputs: torch.Tensor
+    block: Any, gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Tensor, inputs: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Choose the tilt that loses least of the experts' output at a quarter, half and three quarters of the sub-experts.
 

@@ -18,6 +18,8 @@ PATIENCE = 4
 CROSSOVER_PROBABILITY = 0.8
 MUTATION_PROBABILITY = 0.2
 MUTATED_SHARE = 0.1
+SWAP_TRIALS = 2000
+COLD = 1e-12
 
 creator.create("PrismFitness", base.Fitness, weights=(1.0,))
 creator.create("PrismIndividual", np.ndarray, fitness=creator.PrismFitness)
@@ -56,8 +58,8 @@ def _mate(first, second, num_groups: int, rng: np.random.Generator):
 
 
 def _mutate(individual, num_groups: int, rng: np.random.Generator):
-    """Take a tenth of the neurons out of their groups and deal them out again."""
-    individual[rng.random(len(individual)) < MUTATED_SHARE] = -1
+    """Take a tenth of the neurons, at least two, out of their groups and deal them out again."""
+    individual[rng.permutation(len(individual))[: max(2, round(MUTATED_SHARE * len(individual)))]] = -1
     _fill(individual, num_groups, rng)
     return (individual,)
 
@@ -85,6 +87,8 @@ def _toolbox(problem: Problem, rng: np.random.Generator) -> base.Toolbox:
 def genetic(problem: Problem, seed: int) -> np.ndarray:
     """Evolve partitions that are each a local optimum of the alternating ascent; stops after `PATIENCE` generations without gain.
 
+    The best of them ends with `SWAP_TRIALS` tries of swap descent.
+
     A (mu + lambda) scheme built from DEAP's own parts. Evaluation is Lamarckian: it ascends the individual in place and returns
     the kept saliency as fitness. Restores the caller's `random` state.
 
@@ -106,7 +110,11 @@ def genetic(problem: Problem, seed: int) -> np.ndarray:
             stalled = 0 if hall_of_fame[0].fitness > before else stalled + 1
             if stalled == PATIENCE:
                 break
-    return np.array(hall_of_fame[0])
+    best = np.array(hall_of_fame[0])
+    # Annealing at no temperature is swap descent: it polishes what neither operator reaches, mostly in small problems.
+    by_neuron = np.ascontiguousarray(problem.saliency.T)
+    kernels.anneal(by_neuron, best, problem.num_groups, problem.kept, SWAP_TRIALS, COLD, 1.0, seed % 2**32)
+    return best
 
 
 def _evaluate(individuals, toolbox: base.Toolbox, hall_of_fame: tools.HallOfFame) -> None:

@@ -1,7 +1,10 @@
 """The other partitioners, each `(problem, seed) -> int32 [C] labels`."""
 
+import warnings
+
 import numpy as np
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 
 from solvers import kernels
 from solvers.problem import Problem
@@ -62,7 +65,10 @@ def annealing(problem: Problem, seed: int) -> np.ndarray:
 def kmeans(problem: Problem, seed: int) -> np.ndarray:
     """scikit-learn KMeans on the neurons' activation profiles (unit length), re-balanced by optimal assignment to the centres."""
     profiles = problem.saliency.T / np.maximum(np.linalg.norm(problem.saliency, axis=0), 1e-12)[:, None]
-    model = KMeans(problem.num_groups, n_init=2, random_state=seed % 2**32).fit(profiles)
+    with warnings.catch_warnings():
+        # Fewer distinct profiles than groups is no concern here: the groups are re-balanced anyway.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(problem.num_groups, n_init=2, random_state=seed % 2**32).fit(profiles)
     labels = problem.random(np.random.default_rng(seed))
     kernels.improve_assignment(-(model.transform(profiles).T.astype(np.float64) ** 2), labels)
     return labels

@@ -1,0 +1,140 @@
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+import solvers
+from prism_errors import UsageError
+from solvers import kernels
+
+PROPERTIES = settings(max_examples=25, deadline=None)
+METHODS = [name for name in solvers.SOLVERS if name != "annealing"]
+
+
+def naive_loss(saliency, labels, num_groups, kept):
+    sums = np.stack([saliency[:, labels == group].astype(np.float64).sum(1) for group in range(num_groups)], axis=1)
+    dropped = np.sort(sums, axis=1)[:, : num_groups - kept].sum()
+    return dropped / saliency.astype(np.float64).sum()
+
+
+@st.composite
+def problems(draw):
+    num_groups = draw(st.sampled_from([2, 3, 4, 8]))
+    neurons = num_groups * draw(st.integers(1, 6))
+    kept = draw(st.integers(1, num_groups - 1))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    saliency = np.abs(rng.standard_t(2, (draw(st.integers(1, 40)), neurons))).astype(np.float32) + 1e-3
+    return saliency, num_groups, kept
+
+
+def clustered(tokens, neurons, clusters, seed=0):
+    """Activations with a planted structure: each token fires one cluster of neurons, hidden by a random permutation."""
+    rng = np.random.default_rng(seed)
+    fires = rng.integers(clusters, size=tokens)[:, None] == rng.permutation(np.arange(neurons) % clusters)[None]
+    return (fires * rng.random((tokens, neurons)) + 0.01 * rng.random((tokens, neurons))).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@PROPERTIES
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_partition_is_balanced_and_its_loss_is_the_naive_one(method, problem, seed):
+    saliency, num_groups, kept = problem
+    partition = solvers.solve(saliency, num_groups, kept, method, seed)
+    assert (np.bincount(partition.labels, minlength=num_groups) == saliency.shape[1] // num_groups).all()
+    assert partition.loss == pytest.approx(naive_loss(saliency, partition.labels, num_groups, kept), abs=1e-6)
+    again = solvers.solve(saliency, num_groups, kept, method, seed)
+    assert again.labels.tobytes() == partition.labels.tobytes()
+
+
+@PROPERTIES
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_ascent_never_loses(problem, seed):
+    instance = solvers.Problem(*problem)
+    labels = instance.random(np.random.default_rng(seed))
+    before = instance.loss(labels)
+    kernels.ascend(instance.saliency, labels, instance.num_groups, instance.kept)
+    assert instance.loss(labels) <= before + 1e-9
+
+
+@PROPERTIES
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_loss_does_not_depend_on_the_order_of_tokens_and_neurons(problem, seed):
+    saliency, num_groups, kept = problem
+    rng = np.random.default_rng(seed)
+    labels = solvers.solve(saliency, num_groups, kept, "random", seed).labels
+    tokens, neurons = rng.permutation(saliency.shape[0]), rng.permutation(saliency.shape[1])
+    shuffled = solvers.Problem(saliency[tokens][:, neurons], num_groups, kept)
+    assert shuffled.loss(labels[neurons]) == pytest.approx(solvers.Problem(saliency, num_groups, kept).loss(labels), abs=1e-9)
+
+
+@PROPERTIES
+@given(st.integers(2, 6), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_exchange_graph_finds_the_optimal_assignment(num_groups, size, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(num_groups, num_groups * size))
+    labels = rng.permutation(np.repeat(np.arange(num_groups, dtype=np.int32), size))
+    kernels.improve_assignment(values, labels)
+    rows, columns = linear_sum_assignment(np.repeat(values, size, axis=0), maximize=True)
+    best = np.repeat(values, size, axis=0)[rows, columns].sum()
+    assert values[labels, np.arange(len(labels))].sum() == pytest.approx(best)
+    assert (np.bincount(labels, minlength=num_groups) == size).all()
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_genetic_finds_the_optimum_of_small_problems(kept):
+    num_groups, neurons = kept + 1, 6
+    for seed in range(5):
+        saliency = np.abs(np.random.default_rng(seed).standard_t(2, (30, neurons))).astype(np.float32)
+        balanced = (
+            np.array(labels, dtype=np.int32)
+            for labels in itertools.product(range(num_groups), repeat=neurons)
+            if (np.bincount(labels, minlength=num_groups) == neurons // num_groups).all()
+        )
+        optimum = min(naive_loss(saliency, labels, num_groups, kept) for labels in balanced)
+        assert solvers.solve(saliency, num_groups, kept, "genetic", seed).loss == pytest.approx(optimum, abs=1e-6)
+
+
+def test_planted_clusters_are_found_and_the_methods_are_ranked():
+    saliency = clustered(400, 64, 4)
+    loss = {method: solvers.solve(saliency, 4, 1, method, 0).loss for method in solvers.SOLVERS}
+    assert loss["genetic"] <= min(loss.values()) + 1e-9
+    assert loss["genetic"] < 0.1 < loss["random"]
+    assert loss["ascent"] < 0.1
+    assert loss["annealing"] < 0.1
+    assert loss["kmeans"] < 0.1
+
+
+def test_solvers_leave_the_callers_random_state_alone():
+    random.seed(3)
+    np.random.seed(3)
+    state, legacy = random.getstate(), np.random.get_state()[1].copy()
+    solvers.solve(clustered(50, 16, 4), 4, 2, "genetic", 7)
+    assert random.getstate() == state
+    assert (np.random.get_state()[1] == legacy).all()
+
+
+@pytest.mark.parametrize(
+    ("saliency", "num_groups", "kept", "method", "message"),
+    [
+        (np.ones((3, 8)), 3, 1, "random", "8 neurons cannot be split into 3"),
+        (np.ones((3, 8)), 4, 4, "random", "kept must be between 1 and 3"),
+        (np.ones((3, 8)), 4, 0, "random", "kept must be"),
+        (np.ones((0, 8)), 4, 1, "random", "non-empty"),
+        (-np.ones((3, 8)), 4, 1, "random", "non-negative"),
+        (np.full((3, 8), np.nan), 4, 1, "random", "finite"),
+        (np.ones((3, 8)), 4, 1, "nonsense", "unknown solver 'nonsense'"),
+    ],
+)
+def test_bad_problems_are_refused(saliency, num_groups, kept, method, message):
+    with pytest.raises(UsageError, match=message):
+        solvers.solve(saliency, num_groups, kept, method)
+
+
+def test_dead_experts_have_a_partition():
+    partition = solvers.solve(np.zeros((10, 8), np.float32), 4, 1)
+    assert partition.loss == 0
+    assert (np.bincount(partition.labels) == 2).all()
