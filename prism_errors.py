@@ -7,6 +7,12 @@ class PrismError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class UsageError(PrismError):
     """An option has a value that cannot work."""
 

@@ -13,17 +13,21 @@ from checkpoints import Checkpoint, moe_block
 from prism_errors import ResourceError, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_LENGTH = 512
 OnProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What text runs through the model, and how. An empty `datasets` means the bundled text; see `calibration.text` for the rest."""
+    """What text runs through the model, and how.
+
+    An empty `datasets` means the bundled text; no `max_seq_length` means 512 or what the model takes, if that is less.
+    """
 
     datasets: tuple[str, ...] = ()
     text_column: str = "text"
     num_samples: int = 256
-    max_seq_length: int = 512
+    max_seq_length: int | None = None
     tokens_per_expert: int = 2048
     dtype: str = "auto"
     device: str = "auto"
@@ -47,16 +51,20 @@ class Calibration:
         """The token rows, int64 [S, T]. Raises InputError or UsageError as `token_rows` does."""
         names = list(self.datasets) or [CALIBRATION_TEXT]
         tokenizer = load_tokenizer(checkpoint.path)
-        limit = getattr(checkpoint.config, "max_position_embeddings", None) or self.max_seq_length
-        if self.max_seq_length > limit:
-            raise UsageError(f"--max-seq-length {self.max_seq_length}: the model takes at most {limit} tokens")
-        return token_rows(names, tokenizer, self.num_samples, self.max_seq_length, self.seed, self.text_column)
+        return token_rows(names, tokenizer, self.num_samples, self.sequence_length(checkpoint), self.seed, self.text_column)
 
-    def recorded(self) -> dict[str, Any]:
-        """What a manifest says about it: everything that can change the statistics."""
-        values = asdict(self)
-        values["datasets"] = list(self.datasets) or ["bundled"]
-        return values
+    def sequence_length(self, checkpoint: Checkpoint) -> int:
+        """Tokens per row. Raises UsageError when the model takes fewer than asked for."""
+        limit = getattr(checkpoint.config, "max_position_embeddings", None)
+        if self.max_seq_length is None:
+            return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+        if limit and self.max_seq_length > limit:
+            raise UsageError(f"--max-seq-length {self.max_seq_length}: the model takes at most {limit} tokens")
+        return self.max_seq_length
+
+    def recorded(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a manifest says about it."""
+        return asdict(self) | {"datasets": list(self.datasets) or ["bundled"], "max_seq_length": self.sequence_length(checkpoint)}
 
 
 def profile(checkpoint: Checkpoint, calibration: Calibration, on_progress: OnProgress | None = None) -> Iterator[LayerStatistics]:

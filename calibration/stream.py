@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from checkpoints import Checkpoint, LayeredModel
-from prism_errors import InputError
 
 OnBatch = Callable[[int], None]
 
@@ -38,9 +37,6 @@ class LayerStream:
         self.layered = LayeredModel(checkpoint, dtype, device)
         self.model = self.layered.model
         self.device, self.batch_size = device, batch_size
-        limit = getattr(checkpoint.config, "max_position_embeddings", None)
-        if limit and rows.shape[1] > limit:
-            raise InputError(f"--max-seq-length {rows.shape[1]}: the model takes at most {limit} tokens")
         self.hidden = torch.empty(*rows.shape, checkpoint.config.hidden_size, dtype=dtype)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._embed(rows)
@@ -107,4 +103,7 @@ class LayerStream:
         owned = [part for part in parts if self.layered.tensors_under(part)]
         with self.layered.loaded(*owned):
             self.model.tie_weights()
-            yield lambda hidden: self.model.lm_head(self.model.base_model.norm(hidden))
+            try:
+                yield lambda hidden: self.model.lm_head(self.model.base_model.norm(hidden))
+            finally:
+                self.model.get_output_embeddings().to("meta")

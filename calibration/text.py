@@ -11,7 +11,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from prism_errors import InputError, UsageError
+from prism_errors import InputError, UsageError, first_line
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
@@ -61,7 +61,7 @@ class Source:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"--dataset {self.name}: cannot be read: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"--dataset {self.name}: cannot be read: {first_line(error)}") from error
 
     def _load(self) -> Any:
         path = Path(self.name)
@@ -84,7 +84,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
     except Exception as error:
-        raise InputError(f"{model_dir}: no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{model_dir}: no usable tokenizer: {first_line(error)}") from error
 
 
 def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, seed: int, column: str = "text") -> torch.Tensor:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from checkpoints.architectures import Architecture, describe
-from prism_errors import InputError
+from prism_errors import InputError, first_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,7 +45,7 @@ class Checkpoint:
         try:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
-            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
         self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
         if "quantization_config" in self.config_json:
             raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
@@ -128,7 +128,3 @@ def _bytes(dtype: str, shape: list[int]) -> int:
     """Size of a tensor from its safetensors type name, which holds the width in bits: F8_E4M3, BF16, I64; BOOL takes a byte."""
     bits = re.search(r"\d+", dtype)
     return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

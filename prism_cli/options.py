@@ -20,7 +20,7 @@ TEXT_OPTIONS = (
         help="Text: a .jsonl, .json, .txt or .parquet file or folder, or a Hub dataset. Repeat for a mix.  [default: bundled text]",
     ),
     click.option("--text-column", default=Calibration.text_column, help="Column of --dataset that holds the text."),
-    click.option("--max-seq-length", type=click.IntRange(2), default=Calibration.max_seq_length, help="Tokens per sample."),
+    click.option("--max-seq-length", type=click.IntRange(2), help="Tokens per sample.  [default: 512, or what the model takes]"),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Calibration.device, help="Where layers run."),
     click.option("--batch-size", type=click.IntRange(1), default=Calibration.batch_size, help="Samples per forward pass."),
     click.option("--seed", type=click.IntRange(0), default=Calibration.seed, help="Equal seeds give equal bytes."),

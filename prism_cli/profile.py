@@ -29,7 +29,7 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     calibration = Calibration(**options)
     layers = checkpoint.config.num_hidden_layers
     collected = profile(checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total))
-    summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(), collected)
+    summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(checkpoint), collected)
     reporter.close()
     click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2) if as_json else profile_table(summaries))
 

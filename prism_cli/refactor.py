@@ -111,7 +111,7 @@ def main(
         else profile(
             checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total, 0, profiled)
         ),
-        statistics.calibration if statistics is not None else calibration.recorded(),
+        statistics.calibration if statistics is not None else calibration.recorded(checkpoint),
         recipe,
         plan,
         workers,

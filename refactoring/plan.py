@@ -124,7 +124,7 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
     count, hidden, neurons = experts.down_proj.shape
-    tokens = calibration.num_samples * calibration.max_seq_length
+    tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
     store = tokens * hidden * width
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     moments = 4 * count * hidden * (hidden + neurons)
@@ -137,7 +137,7 @@ def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration)
     count, hidden, neurons = block.experts.down_proj.shape
     active = getattr(config, architecture.top_k) * (3 * hidden * neurons + hidden * (hidden + neurons))
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
-    return calibration.num_samples * calibration.max_seq_length * (dense + len(layers) * active)
+    return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
 
 
 def gib(size: int) -> str:

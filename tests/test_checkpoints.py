@@ -1,0 +1,196 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import EXAMPLE, FAMILIES, FAST, build, files, load
+from safetensors.torch import load_file, save_file
+
+from checkpoints import Checkpoint, LayeredModel, ShardWriter, check_target, output_folder, side_files, split_experts
+from prism_errors import InputError, UsageError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_layer_by_layer_gives_the_weights_that_transformers_loads(models, family):
+    expected = load(models[family]).state_dict()
+    layered = LayeredModel(Checkpoint(models[family]), torch.float32)
+    for index in range(len(layered.layers)):
+        name = layered.layer_name(index)
+        with layered.loaded(name):
+            state = layered.model.get_submodule(name).state_dict()
+            assert state
+            for leaf, value in state.items():
+                assert torch.equal(value, expected[f"{name}.{leaf}"])
+    assert all(parameter.is_meta for parameter in layered.model.parameters())
+
+
+def test_types_on_disk_are_kept_when_asked(tmp_path, models):
+    folder = shutil.copytree(models["olmoe"], tmp_path / "mixed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: value.float() if ".gate.weight" in name else value.bfloat16() for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layered = LayeredModel(Checkpoint(folder), None)
+    with layered.loaded("model.layers.0"):
+        block = layered.layers[0].mlp
+        assert block.gate.weight.dtype == torch.float32
+        assert block.experts.down_proj.dtype == torch.bfloat16
+        assert torch.equal(block.experts.down_proj[1], tensors["model.layers.0.mlp.experts.1.down_proj.weight"])
+
+
+def test_split_experts_add_up_to_the_expert():
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(2, 24, 5, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    order = torch.stack([torch.randperm(12, generator=generator) for _ in range(2)])
+    new_gate_up, new_down = split_experts(gate_up, down, order, 4)
+    inputs = torch.randn(7, 5, generator=generator)
+
+    def run(gate_up, down):
+        gate, up = (inputs @ gate_up.T).chunk(2, -1)
+        return (torch.nn.functional.silu(gate) * up) @ down.T
+
+    for expert in range(2):
+        parts = sum(run(new_gate_up[4 * expert + part], new_down[4 * expert + part]) for part in range(4))
+        torch.testing.assert_close(parts / 4, run(gate_up[expert], down[expert]))
+
+
+def test_fp16_overflow_is_refused():
+    gate_up, down = torch.ones(1, 8, 2, dtype=torch.float16), torch.full((1, 2, 4), 4e4, dtype=torch.float16)
+    with pytest.raises(InputError, match="overflows"):
+        split_experts(gate_up, down, torch.arange(4)[None], 2)
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def name_missing_shard(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGE = [
+    (lambda folder: shutil.rmtree(folder), "no such folder"),
+    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no model.safetensors.index.json"),
+    (truncate, "model.safetensors: truncated or not a safetensors file"),
+    (name_missing_shard, "model-00002-of-00002.safetensors: shard is missing"),
+    (lambda folder: change_config(folder, model_type="llama"), "model_type 'llama' is not a supported Mixture-of-Experts; supported: mixtral, olmoe"),
+    (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
+    (lambda folder: change_config(folder, intermediate_size=20), "does not have the shape that config.json says"),
+    (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_broken_checkpoints_are_refused_in_one_line(tmp_path, models, command, damage, message):
+    folder = shutil.copytree(models["olmoe"], tmp_path / "model")
+    damage(folder)
+    before = files(tmp_path)
+    result = command("prism-refactor", folder, tmp_path / "out", "--quiet", *FAST)
+    assert result.code == 3
+    assert message in result.err
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert command("prism-profile", folder, tmp_path / "out", "--quiet").code == 3
+    assert files(tmp_path) == before
+
+
+def test_shards_respect_the_limit_and_the_layers(tmp_path):
+    writer = ShardWriter(tmp_path, 100)
+    for name, size in (("a", 10), ("b", 10), ("c", 10), ("d", 40)):
+        writer.add(name, torch.ones(size))
+    writer.close_shard()
+    writer.add("e", torch.ones(1))
+    writer.finish()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = [[name for name, file in index["weight_map"].items() if file == f"model-{n:05d}-of-00004.safetensors"] for n in range(1, 5)]
+    assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert index["metadata"]["total_size"] == 4 * 71
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_output_folder_appears_only_when_complete(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), output_folder(target) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with output_folder(target) as folder:
+        (folder / "whole").write_text("x")
+        assert not target.exists()
+        with pytest.raises(InputError, match="another run is writing"), output_folder(target):
+            pass
+    assert files(tmp_path) == {"out/whole": b"x"}
+
+
+def test_leftovers_of_a_killed_run_are_replaced_but_not_a_strangers_folder(tmp_path):
+    leftover = tmp_path / "out.partial"
+    leftover.mkdir()
+    (leftover / ".incomplete").touch()
+    (leftover / "old").touch()
+    with output_folder(tmp_path / "out") as folder:
+        assert not (folder / "old").exists()
+    (tmp_path / "out2.partial").mkdir()
+    with pytest.raises(UsageError, match="in the way"), output_folder(tmp_path / "out2"):
+        pass
+    assert (tmp_path / "out2.partial").exists()
+
+
+def test_targets_that_would_lose_something_are_refused(tmp_path):
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, file in ((ours, "prism.json"), (theirs, "thesis.txt")):
+        folder.mkdir()
+        (folder / file).touch()
+    for target, overwrite, message in (
+        (source, True, "must be outside"),
+        (source / "inner", True, "must be outside"),
+        (tmp_path, True, "must be outside"),
+        (ours, False, "add --overwrite"),
+        (theirs, True, "was not written by this command"),
+        (tmp_path / "no" / "where", False, "create it first"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_target(target, source, overwrite, "prism.json")
+    check_target(ours, source, True, "prism.json")
+    check_target(tmp_path / "new", source, False, "prism.json")
+
+
+def test_side_files_are_everything_but_weights_and_config(tmp_path):
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "chat_template.jinja", ".secret"):
+        (tmp_path / name).touch()
+    for name in ("code/modeling_x.py", ".git/HEAD"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert [str(path) for path in side_files(tmp_path)] == ["chat_template.jinja", "code/modeling_x.py"]
+
+
+def test_fingerprint_tells_checkpoints_apart(tmp_path, models):
+    other = build("olmoe", tmp_path / "other", initializer_range=0.21)
+    assert Checkpoint(other).fingerprint() != Checkpoint(models["olmoe"]).fingerprint()
+    same = shutil.copytree(models["olmoe"], tmp_path / "same")
+    assert Checkpoint(same).fingerprint() == Checkpoint(models["olmoe"]).fingerprint()
+
+
+def test_the_example_is_a_checkpoint():
+    assert Checkpoint(EXAMPLE).architecture.sizes(Checkpoint(EXAMPLE).config) == {
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 256,
+    }
