@@ -133,6 +133,7 @@ class LayerCollector:
         self._inputs.append(inputs[window])
         self._seen += len(inputs)
 
+    @torch.no_grad()
     def finish(self) -> LayerStatistics:
         """The statistics. Experts that saw no token are run on the input sample, so that they have a partition too."""
         inputs = torch.cat(self._inputs)

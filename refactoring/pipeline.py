@@ -102,7 +102,11 @@ def refactor(
 def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Plan) -> Any:
     """The source's config.json with the new sizes; `prism` tells the two-level router what the original was."""
     architecture = checkpoint.architecture
-    values = checkpoint.config_json | plan.after
+    values = dict(checkpoint.config_json)
+    for key, value in plan.after.items():
+        # A size may be stored under another name that transformers accepts for it.
+        names = {name for pair in checkpoint.config.attribute_map.items() if key in pair for name in pair} & values.keys()
+        values |= dict.fromkeys(names or {key}, value)
     values["prism"] = {
         "sub_experts": recipe.sub_experts,
         "router": recipe.router,

@@ -10,7 +10,7 @@ import torch
 
 from calibration import Calibration
 from checkpoints import Checkpoint, LayeredModel, moe_block, names_on_disk
-from prism_errors import InputError, ResourceError
+from prism_errors import InputError, ResourceError, UsageError
 from refactoring.recipe import Recipe
 
 _FIXED_BYTES = 2**30
@@ -74,6 +74,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         block = block_name(layered, index)
         extra += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in layered.tensors_under(f"{block}.gate"))
     before = architecture.sizes(config)
+    _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe)
     expert_tensors = 3 * before[architecture.num_experts] * len(layers)
     bytes_out = sum(checkpoint.sizes.values()) + extra
     router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
@@ -116,6 +117,16 @@ def _check_names(layered: LayeredModel, index: int) -> None:
         state_of = "missing" if example in expected else "not named as transformers names it"
         raise InputError(
             f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained"
+        )
+
+
+def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, width: int, recipe: Recipe) -> None:
+    """torch.grouped_mm, which transformers runs experts with, takes rows of whole 16-byte units only."""
+    dtype = checkpoint.dtypes[layered.tensors_under(f"{block}.experts")[0]]
+    if dtype is not None and width * dtype.itemsize % 16:
+        raise UsageError(
+            f"--sub-experts {recipe.sub_experts}: sub-experts of {width} neurons in {dtype} are too narrow for transformers' grouped "
+            f"kernel, which needs a multiple of {16 // dtype.itemsize}; use fewer"
         )
 
 

@@ -76,17 +76,16 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
     problems += [f"unexpected tensor {name}" for name in sorted(set(result.weight_map) - names)]
     if problems:
         return problems
+    with result.slices(expected) as slices:
+        for name, shape in expected.items():
+            found = tuple(slices[name].get_shape())
+            if found != shape:
+                problems.append(f"tensor {name} has shape {found}, not {shape}")
     for name in sorted(kept):
         with source.slices([name]) as before, result.slices([name]) as after:
             if before[name].get_dtype() != after[name].get_dtype() or not torch.equal(before[name][...], after[name][...]):
                 problems.append(f"tensor {name} is not the source's")
-    with result.slices(expected) as slices:
-        problems += [
-            f"tensor {name} has shape {slices[name].get_shape()}"
-            for name, shape in expected.items()
-            if tuple(slices[name].get_shape()) != shape
-        ]
-    return problems + _compare_experts(old, new, on_layer)
+    return problems or _compare_experts(old, new, on_layer)
 
 
 def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | None) -> list[str]:

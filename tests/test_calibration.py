@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -138,7 +139,9 @@ def write_documents(folder, kind, texts):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt", "parquet"])
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_local_text_of_every_kind(tmp_path, kind, as_folder):
+def test_local_text_of_every_kind(tmp_path, monkeypatch, kind, as_folder):
+    # datasets waits five seconds for its threads after each shuffled parquet read.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     tokenizer = load_tokenizer(EXAMPLE)
     text = "The quick brown fox jumps over the lazy dog. " * 20
     path = write_documents(tmp_path, kind, [text])

@@ -87,10 +87,13 @@ DAMAGE = [
     (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no model.safetensors.index.json"),
     (truncate, "model.safetensors: truncated or not a safetensors file"),
     (name_missing_shard, "model-00002-of-00002.safetensors: shard is missing"),
-    (lambda folder: change_config(folder, model_type="llama"), "model_type 'llama' is not a supported Mixture-of-Experts; supported: mixtral, olmoe"),
+    (
+        lambda folder: change_config(folder, model_type="llama"),
+        "model_type 'llama' is not a supported Mixture-of-Experts; supported: mixtral, olmoe",
+    ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
-    (lambda folder: change_config(folder, intermediate_size=20), "does not have the shape that config.json says"),
+    (lambda folder: change_config(folder, intermediate_size=32), "does not have the shape that config.json says"),
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
 ]

@@ -1,0 +1,394 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import routers
+from calibration import EVALUATION_TEXT, load_tokenizer, token_rows
+
+
+def refactored(command, source, target, *options):
+    result = command("prism-refactor", source, target, *FAST, *options)
+    assert result.code == 0, result.err
+    return target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", ["replicate", "linear", "proxy"])
+def test_full_k_is_the_original(tmp_path, models, command, token_ids, family, router):
+    out = refactored(command, models[family], tmp_path / "out", "--router", router)
+    expected = logits(load(models[family]), token_ids)
+    stock = load(out)
+    assert type(stock) is type(load(models[family]))
+    if router != "linear":
+        torch.testing.assert_close(logits(stock, token_ids), expected, atol=1e-3, rtol=0)
+    if router != "replicate":
+        torch.testing.assert_close(logits(routers.attach(stock, out), token_ids), expected, atol=1e-3, rtol=0)
+    assert command("prism-verify", models[family], out, "--num-samples", "2", "--max-seq-length", "64").code == 0
+
+
+@pytest.mark.parametrize("sub_experts", [2, 8])
+def test_other_numbers_of_sub_experts(tmp_path, models, command, token_ids, sub_experts):
+    out = refactored(command, models["mixtral"], tmp_path / "out", "--sub-experts", sub_experts)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_local_experts"], config["intermediate_size"]) == (4 * sub_experts, 32 // sub_experts)
+    assert config["num_experts_per_tok"] == 2 * sub_experts
+    model = routers.attach(load(out), out)
+    torch.testing.assert_close(logits(model, token_ids), logits(load(models["mixtral"]), token_ids), atol=1e-3, rtol=0)
+
+
+def test_stock_tilt_of_the_example_stays_within_the_promise(elastic):
+    rows = token_rows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 8, 256, 0)
+    original, stock = (logits(load(folder), rows).log_softmax(-1) for folder in (EXAMPLE, elastic))
+    divergence = torch.nn.functional.kl_div(stock, original, log_target=True, reduction="sum") / rows.numel()
+    assert divergence <= 1e-3
+    tilts = [layer["tilt"] for layer in json.loads((elastic / "prism.json").read_text())["layers"]]
+    assert max(tilts) > 0
+
+
+@torch.inference_mode()
+def layer_errors(folder, k, rows):
+    """Squared relative error of each MoE block's output at k against full k, on the inputs of the full model, and the full outputs."""
+    model = load(folder) if folder == EXAMPLE else routers.attach(load(folder), folder)
+    blocks = [layer.mlp for layer in model.model.layers]
+    inputs = []
+    handles = [block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in blocks]
+    model(input_ids=rows)
+    for handle in handles:
+        handle.remove()
+    full = [block(x) for block, x in zip(blocks, inputs, strict=True)]
+    for block in blocks:
+        block.gate.top_k = k
+    return [routers.relative_error(block(x), exact) for block, x, exact in zip(blocks, inputs, full, strict=True)]
+
+
+def test_half_the_sub_experts_lose_at_most_half_of_what_half_the_experts_lose(elastic):
+    rows = token_rows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 8, 256, 0)
+    for ours, theirs in zip(layer_errors(elastic, 8, rows), layer_errors(EXAMPLE, 2, rows), strict=True):
+        assert ours <= theirs / 2
+
+
+def test_plain_transformers_runs_it_at_any_k_and_generates(elastic):
+    tokenizer = AutoTokenizer.from_pretrained(elastic)
+    inputs = tokenizer("The Python standard library", return_tensors="pt")
+    for trust in (False, True):
+        for k in range(1, 17):
+            model = AutoModelForCausalLM.from_pretrained(elastic, num_experts_per_tok=k, trust_remote_code=trust)
+            assert type(model).__name__ == "OlmoeForCausalLM"
+            output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            assert output.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_remote_code_and_attach_are_the_same_router(elastic, token_ids):
+    attached = routers.attach(load(elastic), elastic)
+    remote = load(elastic, trust_remote_code=True)
+    stock = load(elastic)
+    for k in (16, 8, 3):
+        for model in (attached, remote, stock):
+            routers.set_active(model, k)
+            assert model.config.num_experts_per_tok == k
+        assert torch.equal(logits(attached, token_ids), logits(remote, token_ids))
+        assert not torch.equal(logits(attached, token_ids), logits(stock, token_ids))
+    for k in (0, 17):
+        with pytest.raises(ValueError, match="choose 1 to 16"):
+            routers.set_active(attached, k)
+
+
+def test_saving_a_two_level_model_saves_the_stock_checkpoint(tmp_path, elastic, token_ids):
+    routers.attach(load(elastic), elastic).save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved"), token_ids), logits(load(elastic), token_ids))
+
+
+@torch.inference_mode()
+def test_two_level_picks_by_weight_times_predicted_contribution(elastic):
+    model = routers.attach(load(elastic), elastic)
+    block = model.model.layers[1].mlp
+    tensors = routers.router_tensors(elastic / routers.ROUTER_FILE)["model.layers.1.mlp"]
+    inputs = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    block.gate.top_k = 5
+    _, weights, indices = block.gate(inputs)
+    probabilities = (inputs @ tensors["original.weight"].float().T).softmax(-1)
+    top, experts = probabilities.topk(4)
+    for token in range(50):
+        score = {}
+        for probability, expert in zip(top[token].tolist(), experts[token].tolist(), strict=True):
+            predicted = tensors["weight"][expert] @ inputs[token] + tensors["bias"][expert]
+            for part, value in enumerate(predicted.tolist()):
+                score[4 * expert + part] = (probability * max(value, 1e-6), probability / 4)
+        best = sorted(score, key=lambda index: -score[index][0])[:5]
+        assert set(indices[token].tolist()) == set(best)
+        for index, weight in zip(indices[token].tolist(), weights[token].tolist(), strict=True):
+            assert weight == pytest.approx(score[index][1], rel=1e-5)
+
+
+def test_replicate_has_no_sub_router(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out", "--router", "replicate")
+    assert not (out / "modeling_prism.py").exists()
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    with pytest.raises(ValueError, match="no sub-expert router"):
+        routers.attach(load(out), out)
+
+
+def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, command):
+    source = shutil.copytree(models["olmoe"], tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("the source's card")
+    (source / "code").mkdir()
+    (source / "code" / "extra.py").write_text("raise SystemExit('run')")
+    out = refactored(command, source, tmp_path / "out", "--max-shard-size", "30KB")
+    written = files(out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "code/extra.py"):
+        assert written[name] == (source / name).read_bytes()
+    assert written["README.source.md"] == b"the source's card"
+    assert b"num_experts_per_tok=4" in written["README.md"]
+    shards = [name for name in written if name.startswith("model-")]
+    index = json.loads(written["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) == set(shards)
+    sizes = {name: sum(tensor.nbytes for tensor in load_file(out / name).values()) for name in shards}
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    assert all(size <= 30_000 or len(load_file(out / name)) == 1 for name, size in sizes.items())
+    assert (out / shards[0]).stat().st_mode & 0o444 == 0o444
+    manifest = json.loads(written["prism.json"])
+    assert manifest["recipe"]["solver"] == "ascent"
+    assert manifest["calibration"]["datasets"] == ["bundled"]
+    assert manifest["versions"]["transformers"]
+    for layer in manifest["layers"]:
+        assert all(expert["loss_after"] < expert["loss_before"] for expert in layer["experts"] if expert["tokens"] > 10)
+    blocks = routers.router_tensors(out / routers.ROUTER_FILE)
+    assert set(blocks) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in blocks["model.layers.0.mlp"].items()}
+    assert shapes == {
+        "original.weight": (6, 32),
+        "neuron_sub_expert": (6, 16),
+        "gate_neurons": (6, 4, 4),
+        "weight": (6, 4, 32),
+        "bias": (6, 4),
+    }
+
+
+def test_source_bytes_pass_through_unchanged(tmp_path, command):
+    source = build("qwen2_moe", tmp_path / "source", moe_intermediate_size=32)
+    tensors = {name: value.bfloat16() for name, value in load_file(source / "model.safetensors").items()}
+    tensors["model.mtp.0.unknown.weight"] = torch.arange(5, dtype=torch.int8)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    out = refactored(command, source, tmp_path / "out")
+    written = {name: tensor for path in out.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
+    for name, tensor in tensors.items():
+        if ".mlp.experts." in name or ".mlp.gate." in name:
+            continue
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor)
+    assert written["model.layers.0.mlp.experts.15.down_proj.weight"].dtype == torch.bfloat16
+
+
+def test_same_seed_same_bytes_on_any_number_of_workers_and_from_saved_statistics(tmp_path, models, command):
+    def run(name, *options):
+        chosen = [option for option in FAST if option not in ("--workers", "1", "--solver", "ascent")]
+        result = command("prism-refactor", models["qwen3_moe"], tmp_path / name, *chosen, *options)
+        assert result.code == 0, result.err
+        return files(tmp_path / name)
+
+    one = run("one", "--workers", "1")
+    assert run("two", "--workers", "2") == one
+    assert run("seeded", "--workers", "1", "--seed", "1") != one
+    options = FAST[:6]
+    assert command("prism-profile", models["qwen3_moe"], tmp_path / "stats", *options).code == 0
+    result = command("prism-refactor", models["qwen3_moe"], tmp_path / "three", "--stats", tmp_path / "stats", "--workers", "1")
+    assert result.code == 0, result.err
+    assert files(tmp_path / "three") == one
+
+
+@pytest.mark.parametrize("solver", ["genetic", "annealing", "greedy", "kmeans", "random"])
+def test_every_solver_gives_an_exact_checkpoint_of_its_own(tmp_path, models, command, solver):
+    out = refactored(command, models["olmoe"], tmp_path / "out", "--solver", solver)
+    other = refactored(command, models["olmoe"], tmp_path / "other")
+    labels = [routers.router_tensors(folder / routers.ROUTER_FILE)["model.layers.0.mlp"]["neuron_sub_expert"] for folder in (out, other)]
+    assert not torch.equal(*labels) or solver == "genetic"
+    assert command("prism-verify", models["olmoe"], out, "--num-samples", "1", "--max-seq-length", "32").code == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--keep", "3"), ("--saliency", "activation"), ("--num-samples", "2"), ("--max-seq-length", "32"), ("--tokens-per-expert", "16")],
+)
+def test_options_have_an_effect(tmp_path, models, command, option):
+    first = refactored(command, models["olmoe"], tmp_path / "a")
+    second = refactored(command, models["olmoe"], tmp_path / "b", *option)
+    name = "model.layers.0.mlp"
+    labels = [routers.router_tensors(folder / routers.ROUTER_FILE)[name]["neuron_sub_expert"] for folder in (first, second)]
+    assert not torch.equal(*labels)
+
+
+def test_dtype_and_batch_size_reach_the_computation(tmp_path, models, command):
+    for name, option in (("a", ()), ("b", ("--dtype", "bfloat16"))):
+        assert command("prism-profile", models["olmoe"], tmp_path / name, *FAST[:6], *option, "--batch-size", "2").code == 0
+    tensors = [load_file(tmp_path / name / "layer-00000.safetensors") for name in ("a", "b")]
+    assert [part["inputs"].dtype for part in tensors] == [torch.float32, torch.bfloat16]
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, models, command):
+    result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--dry-run")
+    assert result.code == 0
+    assert list(tmp_path.iterdir()) == []
+    for line in ("num_experts       6      24", "tensors", "disk:", "memory:", "time:"):
+        assert line in result.out
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    tensors = sum(len(load_file(path)) for path in out.glob("model-*.safetensors"))
+    planned = next(line for line in result.out.splitlines() if line.strip().startswith("tensors"))
+    assert int(planned.split()[-1]) == tensors
+
+
+def test_experts_without_tokens_are_reported_or_refused(tmp_path, command, models):
+    source = shutil.copytree(models["olmoe"], tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    # Of two opposite rows one is positive: with two such pairs no zero row is ever among the top two.
+    name = "model.layers.1.mlp.gate.weight"
+    tensors[name][2:4] = -tensors[name][:2]
+    tensors[name][4:] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    out = refactored(command, source, tmp_path / "out", "--num-samples", "2")
+    reports = json.loads((out / "prism.json").read_text())["layers"]
+    assert reports[1]["unrouted"] == [4, 5]
+    unrouted = [(layer["layer"], layer["unrouted"]) for layer in reports if layer["unrouted"]]
+    result = command("prism-refactor", source, tmp_path / "out2", *FAST, "--num-samples", "2", "--strict")
+    assert result.code == 3
+    assert f"layer {unrouted[0][0]}: experts {unrouted[0][1]} saw no token (--strict)" in result.err
+    assert not (tmp_path / "out2").exists()
+    result = command("prism-refactor", source, tmp_path / "out2", *FAST, "--num-samples", "2")
+    assert f"warning: layer {unrouted[0][0]}: experts" in result.err
+    assert command("prism-verify", source, out, "--num-samples", "1", "--max-seq-length", "32").code == 0
+
+
+def damage_tensor(out, name, change):
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    path = out / index["weight_map"][name]
+    tensors = load_file(path)
+    change(tensors, name)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def flip(tensors, name):
+    tensors[name].view(-1)[0] += 1
+
+
+def shrink(tensors, name):
+    tensors[name] = tensors[name][:, 1:].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.layers.0.mlp.experts.3.up_proj.weight", flip, "layer 0: its sub-experts are not the source's"),
+        ("model.layers.1.self_attn.q_proj.weight", flip, "model.layers.1.self_attn.q_proj.weight is not the source's"),
+        ("model.layers.1.mlp.experts.9.down_proj.weight", shrink, "model.layers.1.mlp.experts.9.down_proj.weight has shape"),
+    ],
+)
+def test_verify_notices_a_wrong_tensor(tmp_path, models, command, name, change, message):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    damage_tensor(out, name, change)
+    result = command("prism-verify", models["olmoe"], out)
+    assert result.code == 4
+    assert message in result.err
+
+
+def test_verify_notices_missing_and_extra_tensors_and_another_source(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = command("prism-verify", models["olmoe"], out)
+    assert result.code == 4
+    assert "missing tensor model.norm.weight" in result.err
+    other = build("olmoe", tmp_path / "other", initializer_range=0.1)
+    result = command("prism-verify", other, out)
+    assert result.code == 4
+    assert "was made from another checkpoint" in result.err
+    result = command("prism-verify", other, other)
+    assert result.code == 3
+    assert "not a refactored checkpoint" in result.err
+
+
+def test_verify_notices_wrong_gates_by_their_logits(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out", "--router", "replicate")
+
+    def scramble(tensors, name):
+        tensors[name] = tensors[name].flip(0).contiguous()
+
+    damage_tensor(out, "model.layers.1.mlp.gate.weight", scramble)
+    result = command("prism-verify", models["olmoe"], out, "--json")
+    assert result.code == 4
+    assert "stock logits differ" in result.err
+    comparison = json.loads(result.out)["logits"][0]
+    assert comparison["passed"] is False
+    assert comparison["max_difference"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--sub-experts", "3"], 2, "--sub-experts 3: must be a power of two"),
+        (["--sub-experts", "1"], 2, "--sub-experts 1: must be a power of two"),
+        (["--sub-experts", "32"], 2, "does not divide the expert width 16 (intermediate_size in config.json)"),
+        (["--sub-experts", "8"], 2, "sub-experts of 2 neurons in torch.float32 are too narrow"),
+        (["--keep", "4"], 2, "--keep 4: must be at least 1 and less than --sub-experts 4"),
+        (["--max-shard-size", "many"], 2, "'many' is not a size; write 5GB or 512MiB"),
+        (["--solver", "magic"], 2, "--solver"),
+        (["--device", "cuda"], 2, "--device cuda: no CUDA device"),
+        (["--stats", "nowhere"], 3, "--stats nowhere: no readable index.json; make the folder with prism-profile"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(tmp_path, models, command, options, code, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    result = command("prism-refactor", models["olmoe"], tmp_path / "out", *options)
+    assert result.code == code
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_of_another_checkpoint_are_refused(tmp_path, models, command):
+    assert command("prism-profile", models["olmoe-renormalised"], tmp_path / "stats", *FAST[:6]).code == 0
+    result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--stats", tmp_path / "stats")
+    assert result.code == 3
+    assert "was made from another checkpoint" in result.err
+    result = command("prism-refactor", models["olmoe-renormalised"], tmp_path / "out", "--stats", tmp_path / "stats", "--num-samples", "3")
+    assert result.code == 2
+    assert "--num-samples has no effect with --stats" in result.err
+    layer = tmp_path / "stats" / "layer-00001.safetensors"
+    layer.write_bytes(layer.read_bytes()[:1000])
+    result = command("prism-refactor", models["olmoe-renormalised"], tmp_path / "out", "--stats", tmp_path / "stats", "--workers", "1")
+    assert result.code == 3
+    assert "layer-00001.safetensors: missing or truncated" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_refactoring_twice_is_refused(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    result = command("prism-refactor", out, tmp_path / "again")
+    assert result.code == 3
+    assert "is refactored already" in result.err
+
+
+def test_overwrite_replaces_only_when_the_new_one_is_complete(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    before = files(out)
+    assert command("prism-refactor", models["olmoe"], out, *FAST).code == 2
+    result = command("prism-refactor", models["olmoe"], out, *FAST, "--overwrite", "--dataset", "missing.jsonl")
+    assert result.code == 3
+    assert files(out) == before
+    refactored(command, models["olmoe"], out, "--overwrite", "--seed", "1")
+    assert files(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_too_little_disk_is_found_before_any_work(tmp_path, models, command, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    result = command("prism-refactor", models["olmoe"], tmp_path / "out")
+    assert result.code == 5
+    assert "of disk, 0.0 KiB is free" in result.err
+    assert result.err.count("\n") == 1
