@@ -89,6 +89,8 @@ def profile(checkpoint: Checkpoint, calibration: Calibration, on_progress: OnPro
             statistics = _profile_layer(stream, index, calibration, on_progress)
             if statistics is not None:
                 yield statistics
+            # Not kept while the next layer runs.
+            del statistics
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             "out of memory while profiling; lower --num-samples, --batch-size or --tokens-per-expert, or use --dtype bfloat16"

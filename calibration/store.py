@@ -55,6 +55,8 @@ def write_statistics(
         for statistics in layers:
             _write_layer(folder, statistics)
             summaries.append(LayerSummary.of(statistics))
+            # Not kept while the next layer is made.
+            del statistics
         index = {
             "format": FORMAT,
             "source": {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint()},
@@ -100,11 +102,14 @@ class Statistics:
 
     def __iter__(self) -> Iterator[LayerStatistics]:
         for layer in self.layers:
-            path = self.folder / f"layer-{layer:05d}.safetensors"
-            try:
-                tensors = load_file(path)
-                shared = {name: tensors[name] for name in _SHARED}
-                activations = [tensors[f"activations.{expert}"] for expert in range(len(shared["tokens_routed"]))]
-            except (OSError, KeyError, SafetensorError) as error:
-                raise InputError(f"{path}: missing or truncated ({error}); run prism-profile again") from None
-            yield LayerStatistics(layer=layer, activations=activations, unrouted=self._unrouted[layer], **shared)
+            yield self._read(layer)
+
+    def _read(self, layer: int) -> LayerStatistics:
+        path = self.folder / f"layer-{layer:05d}.safetensors"
+        try:
+            tensors = load_file(path)
+            shared = {name: tensors[name] for name in _SHARED}
+            activations = [tensors[f"activations.{expert}"] for expert in range(len(shared["tokens_routed"]))]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise InputError(f"{path}: missing or truncated ({error}); run prism-profile again") from None
+        return LayerStatistics(layer=layer, activations=activations, unrouted=self._unrouted[layer], **shared)

@@ -81,7 +81,7 @@ def drop_tensor(folder):
 
 
 DAMAGE = [
-    (lambda folder: shutil.rmtree(folder), "no such folder"),
+    (shutil.rmtree, "no such folder"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no model.safetensors.index.json"),
@@ -129,9 +129,14 @@ def test_shards_respect_the_limit_and_the_layers(tmp_path):
 
 def test_output_folder_appears_only_when_complete(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(RuntimeError), output_folder(target) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
+
+    def fail():
+        with output_folder(target) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with output_folder(target) as folder:
         (folder / "whole").write_text("x")

@@ -65,8 +65,8 @@ def test_progress_is_plain_lines_json_lines_or_nothing(tmp_path, command):
 
 
 def test_a_terminal_gets_a_bar_with_layer_expert_and_eta(tmp_path):
-    script = f"stty cols 120; {BIN}/prism-refactor {EXAMPLE} {tmp_path}/out {' '.join(FAST)}"
-    shown = subprocess.run(["script", "-qec", script, "/dev/null"], capture_output=True, text=True, check=True, timeout=120).stdout
+    script = f"stty rows 40 cols 120; {BIN}/prism-refactor {EXAMPLE} {tmp_path}/out {' '.join(FAST)}"
+    shown = subprocess.run(["script", "-qec", script, "/dev/null"], capture_output=True, check=True, timeout=120).stdout.decode()
     assert "layer 2/4 experts partitioned 16/16" in shown
     assert "<" in shown
     assert "\r" in shown
