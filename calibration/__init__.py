@@ -2,7 +2,7 @@
 
 from calibration.profile import DTYPES, Calibration, profile
 from calibration.statistics import OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
-from calibration.store import INDEX, LayerSummary, Statistics, write_statistics
+from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, write_statistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer, token_rows
 
@@ -19,6 +19,7 @@ __all__ = [
     "LayerStream",
     "LayerSummary",
     "Statistics",
+    "estimated_bytes",
     "load_tokenizer",
     "profile",
     "token_rows",

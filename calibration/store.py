@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from calibration.profile import Calibration
 from calibration.statistics import LayerStatistics
 from checkpoints import Checkpoint, output_folder, save_tensors, write_json
 from prism_errors import InputError
@@ -76,6 +77,18 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> None:
         f"coactivation.{expert}": statistics.coactivation(expert).to(torch.uint16) for expert in range(len(statistics.activations))
     }
     save_tensors(coactivation, folder / f"layer-{statistics.layer:05d}.coactivation.safetensors")
+
+
+def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
+    """Size of the statistics folder, at most: router moments, activation samples and co-activation of every layer."""
+    architecture, config = checkpoint.architecture, checkpoint.config
+    experts, _, neurons = architecture.sizes(config).values()
+    hidden = config.hidden_size
+    width = calibration.resolved_dtype(checkpoint).itemsize
+    tokens = calibration.num_samples * calibration.sequence_length(checkpoint)
+    sample = min(calibration.tokens_per_expert, tokens)
+    per_expert = 4 * hidden * (hidden + neurons) + width * sample * neurons + 2 * neurons**2
+    return config.num_hidden_layers * experts * per_expert
 
 
 class Statistics:

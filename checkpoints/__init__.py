@@ -4,7 +4,18 @@ from checkpoints.architectures import ARCHITECTURES, Architecture, moe_block
 from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
 from checkpoints.reader import Checkpoint
 from checkpoints.split import split_experts
-from checkpoints.writer import MANIFEST, ShardWriter, check_target, output_folder, save_tensors, side_files, write_json
+from checkpoints.writer import (
+    MANIFEST,
+    ShardWriter,
+    check_disk,
+    check_target,
+    free_disk,
+    gib,
+    output_folder,
+    save_tensors,
+    side_files,
+    write_json,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -14,7 +25,10 @@ __all__ = [
     "LayeredModel",
     "ShardWriter",
     "build_meta_model",
+    "check_disk",
     "check_target",
+    "free_disk",
+    "gib",
     "moe_block",
     "names_on_disk",
     "output_folder",

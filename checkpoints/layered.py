@@ -1,5 +1,6 @@
 """A transformers model that lives on the meta device and is filled from a checkpoint one part at a time."""
 
+import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ class LayeredModel:
         finally:
             for part in parts:
                 self.model.get_submodule(part).to("meta")
+            _return_freed_memory()
 
     def _load(self, part: str) -> None:
         names = self.tensors_under(part)
@@ -127,6 +129,13 @@ class LayeredModel:
                     owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
                 else:
                     owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+
+
+def _return_freed_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps that of small tensors, and the peak would creep up with the layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

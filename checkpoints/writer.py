@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.reader import INDEX_FILE
-from prism_errors import InputError, UsageError
+from prism_errors import InputError, ResourceError, UsageError
 
 MANIFEST = "prism.json"
 INCOMPLETE = ".incomplete"
@@ -104,6 +104,26 @@ def check_target(target: Path, source: Path, overwrite: bool, marker: str) -> No
             raise UsageError(f"{target}: was not written by this command (no {marker}); remove it yourself if you mean it")
     if not target.resolve().parent.is_dir():
         raise UsageError(f"{target}: the folder {target.resolve().parent} does not exist; create it first")
+
+
+def gib(size: int) -> str:
+    """A number of bytes for people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Raises ResourceError when the disk of `target` has less than `needed` bytes free."""
+    free = free_disk(target)
+    if needed > free:
+        raise ResourceError(f"{target}: needs {gib(needed)} of disk, {gib(free)} is free; choose a folder on another disk")
+
+
+def free_disk(target: Path) -> int:
+    """Bytes free where `target` will be."""
+    return shutil.disk_usage(target.resolve().parent).free
 
 
 @contextmanager

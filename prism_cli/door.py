@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from prism_errors import PrismError, ResourceError
 
 INTERRUPTED = 130
 TERMINATED = 143
+BROKEN_PIPE = 141
 
 
 class Reporter:
@@ -116,6 +118,10 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was written", err=True)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         return error.exit_code
@@ -136,8 +142,9 @@ def _as_prism_error(error: Exception) -> PrismError | None:
         return error
     if isinstance(error, MemoryError):
         return ResourceError("out of memory; use a machine with more, or lower --num-samples, --batch-size or --workers")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"{error.filename or 'output folder'}: the disk is full; free some space or choose another folder")
+    # safetensors reports a full disk in an exception of its own, as text.
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return ResourceError("the disk is full; nothing was written; free some space or choose a folder on another disk")
     if isinstance(error, PermissionError):
         return ResourceError(f"{error.filename}: permission denied; choose a folder you may write to")
     return None

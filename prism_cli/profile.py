@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerSummary, profile, write_statistics
-from checkpoints import Checkpoint, check_target
+from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerSummary, estimated_bytes, profile, write_statistics
+from checkpoints import Checkpoint, check_disk, check_target
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, table
 
@@ -27,6 +27,7 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     check_target(stats_dir, model_dir, overwrite, INDEX)
     checkpoint = Checkpoint(model_dir)
     calibration = Calibration(**options)
+    check_disk(stats_dir, estimated_bytes(checkpoint, calibration))
     layers = checkpoint.config.num_hidden_layers
     collected = profile(checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total))
     summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(checkpoint), collected)

@@ -14,11 +14,11 @@ from click.core import ParameterSource
 
 import solvers
 from calibration import Calibration, Statistics, profile
-from checkpoints import MANIFEST, Checkpoint, check_target
+from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
-from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, gib, make_plan, refactor
+from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, refactor
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -100,7 +100,7 @@ def main(
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, workers, statistics is not None))
         return
-    plan.check(out_dir)
+    check_disk(out_dir, plan.disk_needed)
     layers = checkpoint.config.num_hidden_layers
     profiled = 0.0 if statistics is not None else 0.5
     manifest = refactor(

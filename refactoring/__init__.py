@@ -1,7 +1,7 @@
 """The offline engine: plan a run, refactor a checkpoint, verify the result."""
 
 from refactoring.pipeline import refactor
-from refactoring.plan import Plan, gib, make_plan
+from refactoring.plan import Plan, make_plan
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_logits, compare_tensors, open_refactored
 
@@ -15,7 +15,6 @@ __all__ = [
     "Recipe",
     "compare_logits",
     "compare_tensors",
-    "gib",
     "make_plan",
     "open_refactored",
     "refactor",

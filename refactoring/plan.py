@@ -1,16 +1,14 @@
 """What a run will read, hold and write: checked before it starts, and all that `--dry-run` does."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from calibration import Calibration
-from checkpoints import Checkpoint, LayeredModel, moe_block, names_on_disk
-from prism_errors import InputError, ResourceError, UsageError
+from checkpoints import Checkpoint, LayeredModel, free_disk, moe_block, names_on_disk
+from prism_errors import InputError, UsageError
 from refactoring.recipe import Recipe
 
 _FIXED_BYTES = 2**30
@@ -42,17 +40,6 @@ class Plan:
     memory_needed: int
     memory_free: int
     compute: int
-
-    def check(self, target: Path) -> None:
-        """Raises ResourceError when the disk cannot hold the output."""
-        if self.disk_needed > self.disk_free:
-            raise ResourceError(
-                f"{target}: needs {gib(self.disk_needed)} of disk, {gib(self.disk_free)} is free; choose a folder on another disk"
-            )
-
-    def recorded(self) -> dict[str, Any]:
-        """As JSON."""
-        return dict(self.__dict__)
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path) -> Plan:
@@ -86,7 +73,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_out=len(checkpoint.sizes) + (recipe.sub_experts - 1) * expert_tensors,
         bytes_out=bytes_out,
         disk_needed=bytes_out + 2 * router_bytes,
-        disk_free=shutil.disk_usage(target.resolve().parent).free,
+        disk_free=free_disk(target),
         memory_needed=_memory(layered, layers, calibration),
         memory_free=psutil.virtual_memory().available,
         compute=_compute(layered, layers, calibration),
@@ -149,11 +136,3 @@ def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration)
     active = getattr(config, architecture.top_k) * (3 * hidden * neurons + hidden * (hidden + neurons))
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
     return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
-
-
-def gib(size: int) -> str:
-    """A size for people."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 1024:.1f} KiB"

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -388,7 +389,21 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(tmp_path, models, 
 
 def test_too_little_disk_is_found_before_any_work(tmp_path, models, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    result = command("prism-refactor", models["olmoe"], tmp_path / "out")
-    assert result.code == 5
-    assert "of disk, 0.0 KiB is free" in result.err
-    assert result.err.count("\n") == 1
+    for name in ("prism-refactor", "prism-profile"):
+        result = command(name, models["olmoe"], tmp_path / "out")
+        assert result.code == 5
+        assert "of disk, 0.0 KiB is free" in result.err
+        assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path, models, command, monkeypatch):
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("checkpoints.writer.save_file", full)
+    for name in ("prism-refactor", "prism-profile"):
+        result = command(name, models["olmoe"], tmp_path / "out", *FAST[:6], "--quiet")
+        assert result.code == 5
+        assert result.err.startswith("error: the disk is full")
+    assert list(tmp_path.iterdir()) == []
