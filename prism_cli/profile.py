@@ -37,7 +37,7 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
 
 def profile_table(summaries: list[LayerSummary]) -> str:
     """One row per MoE layer."""
-    header = ["layer", "experts", "tokens routed", "least routed", "L1 mass in top quarter", f"experts below {TOKEN_FLOOR} tokens"]
+    header = ["layer", "experts", "tokens routed", "fewest to an expert", "L1 mass in top quarter", f"experts below {TOKEN_FLOOR} tokens"]
     rows = []
     for summary in summaries:
         below = ", ".join(map(str, summary.below_floor)) or "-"

@@ -150,9 +150,13 @@ def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
         rows.append(
             [layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}", layer["tilt"]]
         )
-    header = ["layer", "experts", "least tokens", "dropped before", "dropped after", "stock tilt"]
+    header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned", "stock tilt"]
     changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
-    return f"{table(header, rows)}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
+    recipe = manifest["recipe"]
+    caption = (
+        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts"
+    )
+    return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
 
 
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
