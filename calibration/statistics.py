@@ -45,11 +45,15 @@ class LayerStatistics:
     activations: list[torch.Tensor]
     unrouted: list[int] = field(default_factory=list)
 
-    def coactivation(self, expert: int) -> torch.Tensor:
-        """The paper's Co = B^T B over the sampled tokens, B marking each token's k_a = 3/4 C largest |activations|: int32 [C, C]."""
+    def marks(self, expert: int) -> torch.Tensor:
+        """The paper's binarised activations B: 1 for each sampled token's k_a = 3/4 C largest |activations|, float32 [B, C]."""
         magnitude = self.activations[expert].abs().float()
         largest = magnitude.topk(round(COACTIVE_SHARE * magnitude.shape[1]), dim=1).indices
-        marks = torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
+        return torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
+
+    def coactivation(self, expert: int) -> torch.Tensor:
+        """The paper's Co = B^T B: on how many sampled tokens two neurons are both marked, int32 [C, C]."""
+        marks = self.marks(expert)
         return (marks.T @ marks).to(torch.int32)
 
     def top_quarter_share(self) -> float:

@@ -2,14 +2,11 @@
 
 import os
 import re
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 from click.core import ParameterSource
 
 import solvers
@@ -18,7 +15,7 @@ from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
-from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, refactor
+from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, partition_seconds, profile_seconds, refactor
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -102,22 +99,18 @@ def main(
         return
     check_disk(out_dir, plan.disk_needed)
     layers = checkpoint.config.num_hidden_layers
-    profiled = 0.0 if statistics is not None else 0.5
-    manifest = refactor(
-        checkpoint,
-        out_dir,
-        statistics
-        if statistics is not None
-        else profile(
-            checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total, 0, profiled)
-        ),
-        statistics.calibration if statistics is not None else calibration.recorded(checkpoint),
-        recipe,
-        plan,
-        workers,
-        strict,
-        lambda layer, done, total: reporter.step("experts partitioned", layer, layers, done, total, profiled, 1 - profiled),
-    )
+    # Of a layer's progress, the first half is profiling where there is any.
+    half = 0.5 if statistics is None else 0.0
+
+    def on_rows(layer: int, done: int, total: int) -> None:
+        reporter.step("rows profiled", layer, layers, done, total, 0, half)
+
+    def on_expert(layer: int, done: int, total: int) -> None:
+        reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
+
+    arriving = profile(checkpoint, calibration, on_rows) if statistics is None else statistics
+    recorded = calibration.recorded(checkpoint) if statistics is None else statistics.calibration
+    manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, on_expert)
     reporter.close()
     _warn_unrouted(manifest, reporter)
     click.echo(_summary(manifest, out_dir))
@@ -166,8 +159,8 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
 def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int, has_statistics: bool) -> str:
     rows = [[key, before, plan.after[key]] for key, before in plan.before.items()]
     rows.append(["tensors", plan.tensors_in, plan.tensors_out])
-    forward = 0.0 if has_statistics else _forward_seconds(plan)
-    partition = _partition_seconds(plan, recipe, calibration, workers)
+    forward = 0.0 if has_statistics else profile_seconds(plan)
+    partition = partition_seconds(plan, recipe, calibration.tokens_per_expert, workers)
     lines = [
         table(["", "source", "result"], rows),
         f"layers with experts: {len(plan.moe_layers)}",
@@ -176,27 +169,3 @@ def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: i
         f"time: about {forward + partition:.0f} s ({forward:.0f} s profiling, {partition:.0f} s partitioning with {workers} workers)",
     ]
     return "\n".join(lines)
-
-
-def _forward_seconds(plan: Plan) -> float:
-    """From the speed of a matrix product here; layers reach about half of it."""
-    size = 1024
-    matrix = torch.rand(size, size)
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(4):
-        matrix @ matrix
-    seconds = (time.perf_counter() - start) / 4
-    return 2 * plan.compute * seconds / size**3
-
-
-def _partition_seconds(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int) -> float:
-    """From one random problem with an eighth of the tokens."""
-    num_experts, _, width = plan.before.values()
-    tokens = max(16, calibration.tokens_per_expert // 8)
-    saliency = np.random.default_rng(0).random((tokens, width), dtype=np.float32) ** 4
-    solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)
-    start = time.perf_counter()
-    solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0)
-    seconds = (time.perf_counter() - start) * calibration.tokens_per_expert / tokens
-    return seconds * num_experts * len(plan.moe_layers) / workers

@@ -1,7 +1,7 @@
 """The offline engine: plan a run, refactor a checkpoint, verify the result."""
 
 from refactoring.pipeline import refactor
-from refactoring.plan import Plan, make_plan
+from refactoring.plan import Plan, make_plan, partition_seconds, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_logits, compare_tensors, open_refactored
 
@@ -17,5 +17,7 @@ __all__ = [
     "compare_tensors",
     "make_plan",
     "open_refactored",
+    "partition_seconds",
+    "profile_seconds",
     "refactor",
 ]

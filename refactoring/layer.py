@@ -60,7 +60,7 @@ def refactor_layer(
     router |= {"neuron_sub_expert": labels.int()}
     if recipe.router != "replicate":
         router["gate_neurons"] = torch.stack(
-            [gate_neurons(statistics.coactivation(expert), labels[expert], recipe.sub_experts) for expert in range(len(labels))]
+            [gate_neurons(statistics.marks(expert), labels[expert], recipe.sub_experts) for expert in range(len(labels))]
         )
     if recipe.router == "linear":
         router |= {"weight": weight, "bias": bias}

@@ -1,11 +1,14 @@
 """What a run will read, hold and write: checked before it starts, and all that `--dry-run` does."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
+import solvers
 from calibration import Calibration
 from checkpoints import Checkpoint, LayeredModel, free_disk, moe_block, names_on_disk
 from prism_errors import InputError, UsageError
@@ -19,14 +22,14 @@ class Plan:
     """The numbers `--dry-run` prints. Sizes in bytes.
 
     Attributes:
-        sizes: the config keys that change, before and after.
+        before, after: the config keys that change, with their values.
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         disk_needed, disk_free: at the output folder.
         memory_needed: estimate of the peak: 2.5 layers in the compute dtype, hidden states, expert samples, router moments, 1 GiB.
         memory_free: available now.
-        compute: multiply-adds of the calibration forward, for the estimate of time.
+        compute: multiply-adds of profiling, for the estimate of time.
     """
 
     before: dict[str, int]
@@ -136,3 +139,27 @@ def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration)
     active = getattr(config, architecture.top_k) * (3 * hidden * neurons + hidden * (hidden + neurons))
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
     return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
+
+
+def profile_seconds(plan: Plan) -> float:
+    """Estimated time of profiling on this CPU, from the speed of a matrix product; layers reach about half of it."""
+    size = 1024
+    matrix = torch.rand(size, size)
+    matrix @ matrix
+    start = time.perf_counter()
+    for _ in range(4):
+        matrix @ matrix
+    seconds = (time.perf_counter() - start) / 4
+    return 2 * plan.compute * seconds / size**3
+
+
+def partition_seconds(plan: Plan, recipe: Recipe, tokens: int, workers: int) -> float:
+    """Estimated time of partitioning with `tokens` per expert, from one random problem with an eighth of them."""
+    num_experts, _, width = plan.before.values()
+    few = max(16, tokens // 8)
+    saliency = np.random.default_rng(0).random((few, width), dtype=np.float32) ** 4
+    solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    start = time.perf_counter()
+    solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    seconds = (time.perf_counter() - start) * tokens / few
+    return seconds * num_experts * len(plan.moe_layers) / workers

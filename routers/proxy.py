@@ -5,11 +5,14 @@ import torch
 GATE_NEURONS = 4
 
 
-def gate_neurons(coactivation: torch.Tensor, labels: torch.Tensor, sub_experts: int) -> torch.Tensor:
+def gate_neurons(marks: torch.Tensor, labels: torch.Tensor, sub_experts: int) -> torch.Tensor:
     """In each sub-expert, the r = 4 neurons with the largest summed co-activation within it (MoE-Prism, Gating Mechanism Reconstructor).
 
+    A neuron's co-activation with its sub-expert's neurons sums to marks[:, c] . (marks of the sub-expert per token), so the [C, C]
+    matrix is not needed.
+
     Args:
-        coactivation: int32 [C, C] of one expert.
+        marks: float32 [B, C], the binarised activations of one expert.
         labels: int64 [C], sub-expert of each neuron.
         sub_experts: N.
 
@@ -19,6 +22,7 @@ def gate_neurons(coactivation: torch.Tensor, labels: torch.Tensor, sub_experts: 
     chosen = []
     for sub_expert in range(sub_experts):
         members = torch.nonzero(labels == sub_expert).flatten()
-        totals = coactivation[members][:, members].sum(1)
+        own = marks[:, members]
+        totals = own.T @ own.sum(1)
         chosen.append(totals.argsort(descending=True, stable=True)[:GATE_NEURONS])
     return torch.stack(chosen)

@@ -407,3 +407,15 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path, models, command
         assert result.code == 5
         assert result.err.startswith("error: the disk is full")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gate_neurons_are_the_papers():
+    generator = torch.Generator().manual_seed(0)
+    marks = (torch.rand(50, 24, generator=generator) > 0.4).float()
+    labels = torch.randperm(24, generator=generator) % 3
+    coactivation = marks.T @ marks
+    for part, chosen in enumerate(routers.gate_neurons(marks, labels, 3)):
+        members = torch.nonzero(labels == part).flatten()
+        totals = [sum(coactivation[c, other].item() for other in members) for c in members]
+        best = sorted(range(len(members)), key=lambda position: -totals[position])[:4]
+        assert chosen.tolist() == best
