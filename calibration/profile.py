@@ -10,7 +10,7 @@ from calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
 from checkpoints import Checkpoint, moe_block
-from prism_errors import ResourceError, UsageError
+from prism_errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_LENGTH = 512
@@ -62,39 +62,40 @@ class Calibration:
             raise UsageError(f"--max-seq-length {self.max_seq_length}: the model takes at most {limit} tokens")
         return self.max_seq_length
 
-    def recorded(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What a manifest says about it."""
-        return asdict(self) | {"datasets": list(self.datasets) or ["bundled"], "max_seq_length": self.sequence_length(checkpoint)}
+    def recorded(self, rows: torch.Tensor) -> dict[str, Any]:
+        """What a manifest says about a run over `rows`: the rows there were, which may be fewer or shorter than asked for."""
+        counted = {"num_samples": rows.shape[0], "max_seq_length": rows.shape[1]}
+        return asdict(self) | {"datasets": list(self.datasets) or ["bundled"]} | counted
+
+    def shortage(self, rows: torch.Tensor) -> str | None:
+        """A warning when there was less text than asked for."""
+        if len(rows) >= self.num_samples:
+            return None
+        return f"the text gives {rows.shape[0]} samples of {rows.shape[1]} tokens; {self.num_samples} were asked for"
 
 
-def profile(checkpoint: Checkpoint, calibration: Calibration, on_progress: OnProgress | None = None) -> Iterator[LayerStatistics]:
+def profile(
+    checkpoint: Checkpoint, calibration: Calibration, rows: torch.Tensor, on_progress: OnProgress | None = None
+) -> Iterator[LayerStatistics]:
     """Stream the calibration text and yield the statistics of each MoE layer in order; the layer itself is freed by then.
 
     Args:
         checkpoint: the model.
-        calibration: what to run.
+        calibration: how to run.
+        rows: int64 [S, T] token ids, from `Calibration.rows`.
         on_progress: told (layer, rows done, rows in all) after every batch.
 
     Raises:
-        InputError, UsageError: see `Calibration.rows`.
-        ResourceError: out of memory; the message names the options that lower it.
+        InputError: activations are not finite.
     """
-    rows = calibration.rows(checkpoint)
-    try:
-        stream = LayerStream(
-            checkpoint, rows, calibration.resolved_dtype(checkpoint), calibration.resolved_device(), calibration.batch_size
-        )
-        stream.model.set_experts_implementation(OBSERVED)
-        for index in range(len(stream)):
-            statistics = _profile_layer(stream, index, calibration, on_progress)
-            if statistics is not None:
-                yield statistics
-            # Not kept while the next layer runs.
-            del statistics
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(
-            "out of memory while profiling; lower --num-samples, --batch-size or --tokens-per-expert, or use --dtype bfloat16"
-        ) from error
+    stream = LayerStream(checkpoint, rows, calibration.resolved_dtype(checkpoint), calibration.resolved_device(), calibration.batch_size)
+    stream.model.set_experts_implementation(OBSERVED)
+    for index in range(len(stream)):
+        statistics = _profile_layer(stream, index, calibration, on_progress)
+        if statistics is not None:
+            yield statistics
+        # Not kept while the next layer runs.
+        del statistics
 
 
 def _profile_layer(stream: LayerStream, index: int, calibration: Calibration, on_progress: OnProgress | None) -> LayerStatistics | None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from prism_errors import InputError
+
 OBSERVED = "prism_observed"
 # Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
 TOKEN_FLOOR = 64
@@ -50,6 +52,10 @@ class LayerStatistics:
         magnitude = self.activations[expert].abs().float()
         largest = magnitude.topk(round(COACTIVE_SHARE * magnitude.shape[1]), dim=1).indices
         return torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
+
+    def drop_moments(self) -> None:
+        """Free the router-fit moments, the largest part, once the router is fitted."""
+        self.input_moment = self.cross_moment = torch.empty(0)
 
     def coactivation(self, expert: int) -> torch.Tensor:
         """The paper's Co = B^T B: on how many sampled tokens two neurons are both marked, int32 [C, C]."""
@@ -139,16 +145,21 @@ class LayerCollector:
 
     @torch.no_grad()
     def finish(self) -> LayerStatistics:
-        """The statistics. Experts that saw no token are run on the input sample, so that they have a partition too."""
+        """The statistics. Experts that saw no token are run on the input sample, so that they have a partition too.
+
+        Raises:
+            InputError: activations overflowed or the weights are not finite.
+        """
         inputs = torch.cat(self._inputs)
         unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
         routed = torch.tensor(self._count)
+        sampled = torch.nonzero(self._sampled_inputs).flatten() - self._seen
         for expert in unrouted:
-            self.add(
-                expert,
-                torch.arange(len(inputs), device=inputs.device) - self._seen,
-                inputs,
-                expert_activations(self.experts, expert, inputs),
+            self.add(expert, sampled, inputs, expert_activations(self.experts, expert, inputs))
+        if not torch.isfinite(self._activation_sum).all():
+            raise InputError(
+                f"layer {self.layer}: activations are not finite in {inputs.dtype}; "
+                "use --dtype bfloat16 or float32, or check the checkpoint's weights"
             )
         count = torch.tensor(self._count, dtype=torch.float32, device=inputs.device)
         for expert, tokens in enumerate(self._sample_tokens):

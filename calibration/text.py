@@ -11,7 +11,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from prism_errors import InputError, UsageError, first_line
+from prism_errors import InputError, PrismError, UsageError, first_line
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
@@ -58,7 +58,7 @@ class Source:
                 if not isinstance(record[column], str):
                     raise InputError(f"--dataset {self.name}: column '{column}' holds {type(record[column]).__name__}, not text")
                 yield record[column]
-        except InputError:
+        except PrismError:
             raise
         except Exception as error:
             raise InputError(f"--dataset {self.name}: cannot be read: {first_line(error)}") from error
@@ -69,6 +69,8 @@ class Source:
             if path.suffix in FORMATS or path.is_absolute() or self.name.startswith("."):
                 raise InputError(f"--dataset {self.name}: no such file or folder")
             return load_dataset(self.name, self.subset, split=self.split, streaming=True)
+        if self.subset or self.split != "train":
+            raise UsageError(f"--dataset {self.name}: a local file has no subset or split; write only its path and :samples")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         kinds = {FORMATS[file.suffix] for file in files if file.suffix in FORMATS}
         if len(kinds) != 1:

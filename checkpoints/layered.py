@@ -1,5 +1,6 @@
 """A transformers model that lives on the meta device and is filled from a checkpoint one part at a time."""
 
+import copy
 import ctypes
 import os
 from collections import defaultdict
@@ -24,8 +25,7 @@ from transformers.utils import logging as transformers_logging
 from checkpoints.reader import Checkpoint
 from prism_errors import InputError
 
-# Load a converter's tensors when it runs, not all of a layer's ahead: halves the peak of materialising a layer.
-os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+_LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
@@ -34,7 +34,8 @@ def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
     Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        # A copy: the model writes its dtype and experts implementation into its config.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
     for module in model.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         if names and set(names) <= module._non_persistent_buffers_set:
@@ -103,14 +104,8 @@ class LayeredModel:
         if self.dtype is None:
             self._adopt_dtypes(part)
         config = LoadStateDictConfig(dtype=self.dtype or torch.float32, weight_mapping=self._mapping, device_map={"": self.device})
-        quiet = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            with self.checkpoint.slices(names) as slices:
-                info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
-        finally:
-            if quiet:
-                transformers_logging.enable_progress_bar()
+        with _lean_loading(), self.checkpoint.slices(names) as slices:
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         wrong = sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
         wrong += [f"{part}.{name}" for name, value in self.model.get_submodule(part).state_dict().items() if value.is_meta]
         if wrong:
@@ -122,13 +117,35 @@ class LayeredModel:
             if target.startswith(part + "."):
                 owner_name, _, leaf = target.rpartition(".")
                 owner = self.model.get_submodule(owner_name)
-                dtype = self.checkpoint.dtypes[names[0]]
-                if dtype is None:
-                    raise InputError(f"{self.checkpoint.path}: {names[0]} is stored in a type that cannot be split; use bf16, fp16 or fp32")
+                dtypes = {self.checkpoint.dtypes[name] for name in names}
+                dtype = dtypes.pop()
+                if dtype is None or dtypes:
+                    raise InputError(
+                        f"{self.checkpoint.path}: {names[0]} is stored in a type that cannot be split, or its siblings in another; "
+                        "use one of bf16, fp16 or fp32"
+                    )
                 if leaf in owner._parameters:
                     owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
                 else:
                     owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+
+
+@contextmanager
+def _lean_loading() -> Iterator[None]:
+    """transformers' loading without its bar, and without reading a layer's tensors ahead, which would double the peak."""
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    ahead = os.environ.get(_LOAD_IN_STEP)
+    transformers_logging.disable_progress_bar()
+    os.environ[_LOAD_IN_STEP] = "1"
+    try:
+        yield
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+        if ahead is None:
+            del os.environ[_LOAD_IN_STEP]
+        else:
+            os.environ[_LOAD_IN_STEP] = ahead
 
 
 def _return_freed_memory() -> None:

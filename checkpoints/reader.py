@@ -47,7 +47,7 @@ class Checkpoint:
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
         self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
-        if "quantization_config" in self.config_json:
+        if self.config_json.get("quantization_config"):
             raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
@@ -60,21 +60,31 @@ class Checkpoint:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
-            raise InputError(f"{self.path}: no such folder; MODEL_DIR is a local folder with config.json and safetensors shards")
+            raise InputError(f"{self.path}: no such folder; give a local folder with config.json and safetensors shards")
         try:
-            return json.loads((self.path / name).read_text())
+            value = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
         except ValueError as error:
             raise InputError(f"{self.path / name}: not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path / name}: holds no JSON object")
+        return value
 
     def _weight_map(self) -> dict[str, str]:
-        if (self.path / INDEX_FILE).exists():
-            return dict(self._read_json(INDEX_FILE)["weight_map"])
-        if not (self.path / SINGLE_FILE).exists():
+        # In transformers' order: a single file wins over an index.
+        if (self.path / SINGLE_FILE).exists():
+            with self._shard(SINGLE_FILE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE_FILE)
+        if not (self.path / INDEX_FILE).exists():
             raise InputError(f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read")
-        with self._shard(SINGLE_FILE) as shard:
-            return dict.fromkeys(shard.keys(), SINGLE_FILE)
+        weight_map = self._read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{self.path / INDEX_FILE}: has no weight_map; download it again")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise InputError(f"{self.path / INDEX_FILE}: {file!r} is not the name of a file in the same folder")
+        return weight_map
 
     @contextmanager
     def _shard(self, file: str) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,7 +152,6 @@ def output_folder(target: Path) -> Iterator[Path]:
             partial.mkdir()
             (partial / INCOMPLETE).touch()
             yield partial
-            (partial / INCOMPLETE).unlink()
             _sync(partial)
             _replace(partial, target)
         finally:
@@ -170,11 +170,16 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    if not target.exists():
+    """Put the finished folder in the place of what is there; whatever interrupts this, one of the two is at `target`."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        if target.exists():
+            target.rename(old / target.name)
+        (partial / INCOMPLETE).unlink()
         partial.rename(target)
-        return
-    old = target.with_name(target.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old)
+    except BaseException:
+        if not target.exists() and (old / target.name).exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old)

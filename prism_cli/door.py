@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn
 
 import click
 import datasets
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -35,22 +37,18 @@ class Reporter:
         self._tqdm: tqdm | None = None
         self._start = time.monotonic()
 
-    def step(self, what: str, layer: int, layers: int, done: int = 1, total: int = 1, part: float = 0.0, parts: float = 1.0) -> None:
-        """Note that `done` of `total` units of `what` are finished in a layer, which spans `part` to `part + parts` of the layer's work."""
+    def step(self, what: str, layer: int, layers: int, done: int = 0, total: int = 0, part: float = 0.0, parts: float = 1.0) -> None:
+        """Note that `done` of `total` units (0: the whole) of `what` are finished in a layer; `parts` of its work, after `part`."""
+        share = done / total if total else 1.0
+        name = f"layer {layer} ({layer + 1}/{layers})"
         if self._bar:
             if self._tqdm is None:
                 self._tqdm = tqdm(total=layers, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False)
-            self._tqdm.set_description(f"layer {layer + 1}/{layers} {what}" + (f" {done}/{total}" if total > 1 else ""), refresh=False)
-            self._tqdm.n = layer + part + parts * done / total
+            self._tqdm.set_description(f"{name} {what}" + (f" {done}/{total}" if total else ""), refresh=False)
+            self._tqdm.n = layer + part + parts * share
             self._tqdm.refresh()
-        elif self._lines and done == total:
-            self.line(
-                f"layer {layer + 1}/{layers}: {what}" + (f" {total}" if total > 1 else ""),
-                event=what,
-                layer=layer,
-                layers=layers,
-                total=total,
-            )
+        elif self._lines and share == 1:
+            self.line(f"{name}: {what}" + (f" {total}" if total else ""), event=what, layer=layer, layers=layers, total=total)
 
     def line(self, text: str, **fields: Any) -> None:
         """One line of progress; with --log-json the fields instead of the text."""
@@ -61,6 +59,13 @@ class Reporter:
             click.echo(f"{seconds:7.1f}s  {text}", err=True)
         elif self._bar:
             tqdm.write(text, file=sys.stderr)
+
+    def warning(self, text: str, **fields: Any) -> None:
+        """A line that even --quiet shows."""
+        if self._json:
+            click.echo(json.dumps({"warning": text, **fields}), err=True)
+        else:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -127,7 +132,7 @@ def run(built: click.Command, arguments: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         known = _as_prism_error(error)
         if known is not None:
             click.echo(f"error: {known}", err=True)
@@ -140,8 +145,9 @@ def run(built: click.Command, arguments: list[str]) -> int:
 def _as_prism_error(error: Exception) -> PrismError | None:
     if isinstance(error, PrismError):
         return error
-    if isinstance(error, MemoryError):
-        return ResourceError("out of memory; use a machine with more, or lower --num-samples, --batch-size or --workers")
+    # torch reports an exhausted CPU as a RuntimeError that names its allocator.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return ResourceError("out of memory; lower --num-samples, --batch-size or --workers, or use --dtype bfloat16 where there is one")
     # safetensors reports a full disk in an exception of its own, as text.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         return ResourceError("the disk is full; nothing was written; free some space or choose a folder on another disk")

@@ -29,18 +29,35 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     calibration = Calibration(**options)
     check_disk(stats_dir, estimated_bytes(checkpoint, calibration))
     layers = checkpoint.config.num_hidden_layers
-    collected = profile(checkpoint, calibration, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total))
-    summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(checkpoint), collected)
+    rows = calibration.rows(checkpoint)
+    collected = profile(
+        checkpoint, calibration, rows, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total)
+    )
+    summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), collected)
     reporter.close()
+    for summary in summaries:
+        if summary.unrouted:
+            reporter.warning(f"layer {summary.layer}: no token reached expert {', '.join(map(str, summary.unrouted))}")
+    shortage = calibration.shortage(rows)
+    if shortage:
+        reporter.warning(shortage)
     click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2) if as_json else profile_table(summaries))
 
 
 def profile_table(summaries: list[LayerSummary]) -> str:
     """One row per MoE layer."""
-    header = ["layer", "experts", "tokens routed", "fewest to an expert", "L1 mass in top quarter", f"experts below {TOKEN_FLOOR} tokens"]
+    header = [
+        "layer",
+        "experts",
+        "tokens routed",
+        "fewest to an expert",
+        "L1 mass in top quarter",
+        f"expert numbers below {TOKEN_FLOOR} tokens",
+    ]
     rows = []
     for summary in summaries:
         below = ", ".join(map(str, summary.below_floor)) or "-"
         share = f"{summary.top_quarter_share:.1%}"
         rows.append([summary.layer, summary.experts, summary.tokens_routed, summary.least_routed, share, below])
-    return table(header, rows)
+    caption = "L1 mass in top quarter: median share of a token's |activation| in the quarter of an expert's neurons where it is largest"
+    return f"{table(header, rows)}\n{caption}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 import solvers
-from calibration import Calibration, Statistics, profile
+from calibration import Calibration, LayerStatistics, Statistics, profile
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
@@ -40,16 +41,22 @@ RECIPE_OPTIONS = (
         "--router",
         type=click.Choice(ROUTERS),
         default=Recipe.router,
-        help="Sub-expert router: ridge regression, none, or the paper's gate neurons.",
+        help="Sub-expert router: ridge regression, none (stock only), or the gate neurons of the MoE-Prism paper.",
     ),
-    click.option("--keep", type=int, help="Sub-experts a token keeps in the partition objective.  [default: a quarter]"),
+    click.option("--keep", type=int, help="Sub-experts a token keeps in the partition objective.  [default: a quarter of --sub-experts]"),
     click.option(
         "--saliency",
         type=click.Choice(SALIENCIES),
         default=Recipe.saliency,
         help="|activation| x norm of its down_proj column, or |activation|.",
     ),
-    click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", help="Largest safetensors shard."),
+    click.option(
+        "--max-shard-size",
+        "max_shard_bytes",
+        type=Size(),
+        default=f"{Recipe.max_shard_bytes // 10**9}GB",
+        help="Largest safetensors shard.",
+    ),
 )
 
 
@@ -93,6 +100,7 @@ def main(
     if stats is not None:
         _refuse_with_stats(context)
         statistics = Statistics(stats, checkpoint)
+        calibration = Calibration(**statistics.calibration)
     plan = make_plan(checkpoint, recipe, calibration, out_dir)
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, workers, statistics is not None))
@@ -108,10 +116,20 @@ def main(
     def on_expert(layer: int, done: int, total: int) -> None:
         reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
 
-    arriving = profile(checkpoint, calibration, on_rows) if statistics is None else statistics
-    recorded = calibration.recorded(checkpoint) if statistics is None else statistics.calibration
+    arriving: Iterable[LayerStatistics]
+    if statistics is None:
+        rows = calibration.rows(checkpoint)
+        arriving, recorded, shortage = (
+            profile(checkpoint, calibration, rows, on_rows),
+            calibration.recorded(rows),
+            calibration.shortage(rows),
+        )
+    else:
+        arriving, recorded, shortage = statistics, statistics.calibration, None
     manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, on_expert)
     reporter.close()
+    if shortage:
+        reporter.warning(shortage)
     _warn_unrouted(manifest, reporter)
     click.echo(_summary(manifest, out_dir))
 
@@ -127,9 +145,8 @@ def _warn_unrouted(manifest: dict[str, Any], reporter: Reporter) -> None:
     for layer in manifest["layers"]:
         if layer["unrouted"]:
             names = ", ".join(map(str, layer["unrouted"]))
-            reporter.line(
-                f"warning: layer {layer['layer']}: experts {names} saw no token; split by their weights' response to the layer's inputs",
-                event="unrouted",
+            reporter.warning(
+                f"layer {layer['layer']}: no token reached expert {names}; split by their weights' response to the layer's inputs",
                 layer=layer["layer"],
                 experts=layer["unrouted"],
             )
@@ -147,7 +164,8 @@ def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
     changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
     recipe = manifest["recipe"]
     caption = (
-        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts"
+        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts, "
+        "less is better; stock tilt: 0 is exact, more favours the useful sub-experts at small k"
     )
     return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
 
@@ -166,6 +184,6 @@ def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: i
         f"layers with experts: {len(plan.moe_layers)}",
         f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
-        f"time: about {forward + partition:.0f} s ({forward:.0f} s profiling, {partition:.0f} s partitioning with {workers} workers)",
+        f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {workers} workers, besides fitting and writing",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from refactoring.pipeline import refactor
 from refactoring.plan import Plan, make_plan, partition_seconds, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
-from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_logits, compare_tensors, open_refactored
+from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
 
 __all__ = [
     "KL_TOLERANCE",
@@ -13,6 +13,7 @@ __all__ = [
     "Comparison",
     "Plan",
     "Recipe",
+    "compare_files",
     "compare_logits",
     "compare_tensors",
     "make_plan",

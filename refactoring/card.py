@@ -4,7 +4,7 @@ from typing import Any
 
 _STOCK = """## Load it
 
-As a plain `{model_type}`, at any k from 1 to {most} active sub-experts per token:
+Stock, as a plain `{model_type}`, at any k from 1 to {most} active sub-experts per token:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,6 +43,12 @@ def model_card(manifest: dict[str, Any]) -> str:
     before = sum(expert["loss_before"] for expert in experts) / len(experts)
     after = sum(expert["loss_after"] for expert in experts) / len(experts)
     unrouted = sum(len(layer["unrouted"]) for layer in manifest["layers"])
+    exactness = f"At {most} it computes what the original computes."
+    if recipe["router"] == "linear":
+        exactness = (
+            f"At {most} the two-level router computes what the original computes; the plain load differs slightly, because its gate is\n"
+            "tilted towards the useful sub-experts (at most 1e-3 nats per token on average, see prism-verify)."
+        )
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
@@ -51,7 +57,7 @@ tags: [mixture-of-experts, elastic, prism-refactor]
 
 Every expert of `{source["name"]}` is split into {recipe["sub_experts"]} sub-experts whose neurons fire together (MoE-Prism, arXiv
 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
-{source[top_k]} whole experts. No weight was trained. At {most} it computes what the original computes.
+{source[top_k]} whole experts. No weight was trained. {exactness}
 
 {_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe["router"] != "replicate" else ""}
 ## How it was made

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 import solvers
 from calibration import LayerStatistics
 from checkpoints import split_experts
 from refactoring.recipe import Recipe
-from routers import choose_tilt, fit_linear, gate_neurons, tilted_rows
+from routers import choose_tilt, fit_linear, gate_neurons
 
 OnExpert = Callable[[int], None]
 
@@ -36,37 +35,50 @@ class RefactoredLayer:
 
 
 def refactor_layer(
-    source: Any, target: Any, statistics: LayerStatistics, recipe: Recipe, workers: int, on_expert: OnExpert | None = None
+    source: Any,
+    target: Any,
+    statistics: LayerStatistics,
+    recipe: Recipe,
+    workers: int,
+    tilt_bound: float,
+    on_expert: OnExpert | None = None,
 ) -> RefactoredLayer:
     """Split the experts of one MoE block.
 
     Args:
         source: the block with its weights, as stored.
         target: the refactored model's block, on the meta device.
-        statistics: of the layer.
+        statistics: of the layer; its router-fit moments are dropped.
         recipe: what to do.
         workers: processes that partition experts.
+        tilt_bound: full-k error that the tilt of the stock gate may cause, see `routers.choose_tilt`.
         on_expert: told the number of experts partitioned so far.
     """
     gate_up, down = source.experts.gate_up_proj.data, source.experts.down_proj.data
     column_norm = torch.stack([matrix.float().norm(dim=0) for matrix in down])
-    partitions, before = _partition(statistics, column_norm, recipe, workers, on_expert)
+    partitions = _partition(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
     order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
-    weight, bias = fit_linear(statistics, labels, column_norm, recipe.sub_experts)
-    new_gate_up, new_down = split_experts(gate_up, down, order, recipe.sub_experts)
-    rows, tilt = _stock_rows(source, target, new_gate_up, new_down, statistics, weight, bias, recipe)
-    router = {f"original.{name}": value for name, value in source.gate.state_dict().items()}
-    router |= {"neuron_sub_expert": labels.int()}
+    gate = source.gate.weight.data
+    router = {f"original.{name}": value for name, value in source.gate.state_dict().items()} | {"neuron_sub_expert": labels.int()}
     if recipe.router != "replicate":
-        router["gate_neurons"] = torch.stack(
-            [gate_neurons(statistics.marks(expert), labels[expert], recipe.sub_experts) for expert in range(len(labels))]
-        )
+        chosen = [gate_neurons(statistics.marks(expert), labels[expert], recipe.sub_experts) for expert in range(len(labels))]
+        router["gate_neurons"] = torch.stack(chosen)
+    # The paper's proxy and replicate leave the stock gate as it was.
+    rows, tilt = gate.repeat_interleave(recipe.sub_experts, 0), {"tilt": 0.0, "full_k_error": 0.0}
     if recipe.router == "linear":
+        weight, bias = fit_linear(statistics, labels, column_norm, recipe.sub_experts)
         router |= {"weight": weight, "bias": bias}
+        contribution = torch.einsum("enh,eh->en", weight, statistics.input_mean) + bias
+    statistics.drop_moments()
+    new_gate_up, new_down = split_experts(gate_up, down, order, recipe.sub_experts)
+    if recipe.router == "linear":
+        target.experts.gate_up_proj = nn.Parameter(new_gate_up, requires_grad=False)
+        target.experts.down_proj = nn.Parameter(new_down, requires_grad=False)
+        rows, tilt = choose_tilt(target, gate, weight, contribution, statistics.inputs, tilt_bound)
     experts = [
-        {"tokens": tokens, "loss_before": round(old, 6), "loss_after": round(partition.loss, 6)}
-        for tokens, old, partition in zip(statistics.tokens_routed.tolist(), before, partitions, strict=True)
+        {"tokens": tokens, "loss_before": round(partition.stored_loss, 6), "loss_after": round(partition.loss, 6)}
+        for tokens, partition in zip(statistics.tokens_routed.tolist(), partitions, strict=True)
     ]
     return RefactoredLayer(
         state={
@@ -86,52 +98,25 @@ def _saliency(statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Re
     return saliency.numpy()
 
 
-def _solve(saliency: np.ndarray, recipe: Recipe, seed: int) -> tuple[solvers.Partition, float]:
-    """One worker's task: the partition, and the loss of the contiguous split it replaces."""
-    with threadpool_limits(1):
-        problem = solvers.Problem(saliency, recipe.sub_experts, recipe.kept)
-        return solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed), problem.loss(problem.contiguous())
-
-
 def _partition(
     statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, workers: int, on_expert: OnExpert | None
-) -> tuple[list[solvers.Partition], list[float]]:
+) -> list[solvers.Partition]:
     """Partition every expert; each task has its own seed, so the number of workers changes nothing."""
 
     def tasks() -> Iterator[Any]:
         for expert in range(len(statistics.activations)):
             seed = int(np.random.SeedSequence([recipe.seed, statistics.layer, expert]).generate_state(1)[0])
-            yield delayed(_solve)(_saliency(statistics, column_norm, recipe, expert), recipe, seed)
+            saliency = _saliency(statistics, column_norm, recipe, expert)
+            yield delayed(solvers.solve)(saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed)
 
-    partitions, before = [], []
+    partitions: list[solvers.Partition] = []
     try:
-        for partition, loss in Parallel(n_jobs=workers, return_as="generator")(tasks()):
+        for partition in Parallel(n_jobs=workers, return_as="generator")(tasks()):
             partitions.append(partition)
-            before.append(loss)
             if on_expert:
                 on_expert(len(partitions))
     except BaseException:
         # Interrupted or failed: no worker process outlives the run.
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
         raise
-    return partitions, before
-
-
-def _stock_rows(
-    source: Any,
-    target: Any,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    statistics: LayerStatistics,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    recipe: Recipe,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The stock gate: tilted for the linear router, repeated for the others (the paper's proxy and replicate leave it as it was)."""
-    contribution = torch.einsum("enh,eh->en", weight, statistics.input_mean) + bias
-    gate = source.gate.weight.data
-    if recipe.router != "linear":
-        return tilted_rows(gate, weight, contribution, 0.0), {"tilt": 0.0, "full_k_error": 0.0}
-    target.experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-    target.experts.down_proj = nn.Parameter(down, requires_grad=False)
-    return choose_tilt(target, gate, weight, contribution, statistics.inputs)
+    return partitions

@@ -29,13 +29,14 @@ from refactoring.card import model_card
 from refactoring.layer import refactor_layer
 from refactoring.plan import Plan, block_name
 from refactoring.recipe import Recipe
-from routers import ROUTER_FILE
+from routers import FULL_K_BUDGET, ROUTER_FILE
 
 OnExpert = Callable[[int, int, int], None]
 FORMAT = 1
 PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "deap", "numba", "scikit-learn")
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
+MODELING_FILE = "modeling_prism.py"
 
 
 def refactor(
@@ -73,7 +74,9 @@ def refactor(
         target_model = build_meta_model(config, torch.float32)
         writer = ShardWriter(folder, recipe.max_shard_bytes)
         _copy_outer_tensors(source, writer)
+        # Held to the end: 4 N / 6 C of a layer's bytes for each layer, less than one layer in all.
         router: dict[str, torch.Tensor] = {}
+        tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)
         reports = []
         arriving = iter(statistics)
         for index in range(len(source.layers)):
@@ -86,7 +89,9 @@ def refactor(
                         f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
                         "use more or other text (--num-samples, --dataset)"
                     )
-                reports.append(_refactor_layer(source, target_model, layer_statistics, recipe, workers, on_expert, writer, router))
+                reports.append(
+                    _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router)
+                )
                 del layer_statistics
             else:
                 _copy(source, source.tensors_under(source.layer_name(index)), writer)
@@ -138,6 +143,7 @@ def _refactor_layer(
     statistics: LayerStatistics,
     recipe: Recipe,
     workers: int,
+    tilt_bound: float,
     on_expert: OnExpert | None,
     writer: ShardWriter,
     router: dict[str, torch.Tensor],
@@ -151,14 +157,18 @@ def _refactor_layer(
     total = len(statistics.activations)
     parts = (f"{name}.gate", f"{name}.experts")
     with source.loaded(*parts):
-        result = refactor_layer(
-            source.model.get_submodule(name),
-            target_block,
-            statistics,
-            recipe,
-            workers,
-            (lambda done: on_expert(index, done, total)) if on_expert else None,
-        )
+        try:
+            result = refactor_layer(
+                source.model.get_submodule(name),
+                target_block,
+                statistics,
+                recipe,
+                workers,
+                tilt_bound,
+                (lambda done: on_expert(index, done, total)) if on_expert else None,
+            )
+        except InputError as error:
+            raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
         # Clones: leaving the block sends the source's own tensors back to the meta device.
         router |= {f"{name}.gate.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
     target_block.to("meta")
@@ -189,12 +199,17 @@ def _manifest(
     }
 
 
+def copied_name(relative: Path) -> Path:
+    """Where a side file of the source goes: its place, but for its model card, which makes room for ours."""
+    return Path(SOURCE_CARD) if relative == Path(CARD) else relative
+
+
 def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> None:
     """Every side file of the source (its model card under another name), the modeling file and our model card."""
     for relative in side_files(checkpoint.path):
-        destination = folder / (SOURCE_CARD if relative == Path(CARD) else relative)
+        destination = folder / copied_name(relative)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / relative, destination)
     if manifest["recipe"]["router"] != "replicate":
-        shutil.copyfile(routers.modeling_prism.__file__, folder / "modeling_prism.py")
+        shutil.copyfile(routers.modeling_prism.__file__, folder / MODELING_FILE)
     (folder / CARD).write_text(model_card(manifest))

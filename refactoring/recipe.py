@@ -1,4 +1,4 @@
-"""What a refactoring is asked to do: one frozen model from which the command line is generated."""
+"""What a refactoring is asked to do: one frozen model; the command line takes its defaults from it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

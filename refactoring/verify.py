@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from calibration import LayerStream
-from checkpoints import MANIFEST, Checkpoint, LayeredModel, moe_block, names_on_disk, split_experts
-from prism_errors import InputError
+from checkpoints import MANIFEST, Checkpoint, LayeredModel, moe_block, names_on_disk, side_files, split_experts
+from prism_errors import InputError, first_line
+from refactoring.pipeline import MODELING_FILE, copied_name
 from refactoring.plan import block_name, moe_layers
-from routers import ROUTER_FILE, attach_block, router_tensors
+from routers import GATE_NEURONS, ROUTER_FILE, attach_block, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
 LOGIT_TOLERANCE = 1e-3
@@ -31,7 +33,9 @@ class Comparison:
         max_difference: largest |logit difference|.
         mean_kl: mean KL(original || refactored), nats per token.
         same_top1: share of positions with the same most likely token.
-        passed: within the tolerance of this mode.
+        judged_by, limit: the measure that decides for this mode, and its largest allowed value: floating-point reordering for a mode
+            that is exact, the tilt's budget for a tilted stock gate.
+        passed: within the limit.
     """
 
     mode: str
@@ -39,21 +43,44 @@ class Comparison:
     max_difference: float
     mean_kl: float
     same_top1: float
+    judged_by: str
+    limit: float
     passed: bool
 
 
 def open_refactored(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """A refactored checkpoint and its manifest. Raises InputError when the folder is not one."""
+    """A refactored checkpoint and its manifest. Raises InputError when the folder is not one, or a file of it cannot be read."""
     checkpoint = Checkpoint(path)
     if not hasattr(checkpoint.config, "prism") or not (path / MANIFEST).exists():
         raise InputError(f"{path}: not a refactored checkpoint; write one with prism-refactor")
-    return checkpoint, json.loads((path / MANIFEST).read_text())
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        router_tensors(path / ROUTER_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: {MANIFEST} or {ROUTER_FILE} is missing or broken ({first_line(error)}); refactor again") from None
+    return checkpoint, manifest
+
+
+def compare_files(source: Checkpoint, result: Checkpoint) -> list[str]:
+    """Check that every side file of the source is there unchanged and that the two-level router's code is there.
+
+    Returns:
+        What is wrong, one line each.
+    """
+    problems = []
+    for relative in side_files(source.path):
+        copy = result.path / copied_name(relative)
+        if not copy.exists() or copy.read_bytes() != (source.path / relative).read_bytes():
+            problems.append(f"file {copy.name} is not the source's")
+    if result.config.prism["router"] != "replicate" and not (result.path / MODELING_FILE).exists():
+        problems.append(f"file {MODELING_FILE} is missing")
+    return problems
 
 
 def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | None = None) -> list[str]:
     """Check the inventory of the refactored checkpoint, then every tensor bit for bit against what the split of the source gives.
 
-    The stock gate rows are compared by shape only: they are tilted.
+    Tilted stock gate rows have nothing to be compared with: they must be finite, and the logits judge them.
 
     Returns:
         What is wrong, one line each; empty when nothing is.
@@ -90,22 +117,47 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
 
 def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | None) -> list[str]:
     routers = router_tensors(new.checkpoint.path / ROUTER_FILE)
-    sub_experts = new.checkpoint.config.prism["sub_experts"]
     problems = []
     for index in moe_layers(old):
         name = block_name(old, index)
-        order = routers[name]["neuron_sub_expert"].argsort(dim=1, stable=True)
-        with old.loaded(f"{name}.experts"), new.loaded(f"{name}.experts"):
-            before, after = old.model.get_submodule(f"{name}.experts"), new.model.get_submodule(f"{name}.experts")
-            gate_up, down = split_experts(before.gate_up_proj.data, before.down_proj.data, order, sub_experts)
-            if not (torch.equal(gate_up, after.gate_up_proj) and torch.equal(down, after.down_proj)):
-                problems.append(f"layer {index}: its sub-experts are not the source's experts split by {ROUTER_FILE}")
-        with old.loaded(f"{name}.gate"):
-            for leaf, value in old.model.get_submodule(f"{name}.gate").state_dict().items():
-                if not torch.equal(value, routers[name][f"original.{leaf}"]):
-                    problems.append(f"layer {index}: the original gate in {ROUTER_FILE} is not the source's")
+        parts = (f"{name}.gate", f"{name}.experts")
+        with old.loaded(*parts), new.loaded(*parts):
+            before, after = old.model.get_submodule(name), new.model.get_submodule(name)
+            found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config)
+            problems += [f"layer {index}: {problem}" for problem in found]
         if on_layer:
             on_layer("tensors", index, len(old.layers))
+    return problems
+
+
+def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any) -> list[str]:
+    """What is wrong with one refactored MoE block and its entries of the router file."""
+    sub_experts, kind = config.prism["sub_experts"], config.prism["router"]
+    experts, hidden, neurons = before.experts.down_proj.shape
+    shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
+    if kind != "replicate":
+        shapes["gate_neurons"] = (experts, sub_experts, min(GATE_NEURONS, neurons // sub_experts))
+    if kind == "linear":
+        shapes |= {"weight": (experts, sub_experts, hidden), "bias": (experts, sub_experts)}
+    original = {f"original.{leaf}": value for leaf, value in before.gate.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
+        name: tuple(value.shape) for name, value in original.items()
+    }:
+        return [f"{ROUTER_FILE} does not hold the tensors of a '{kind}' router"]
+    problems = []
+    if not all(torch.isfinite(value).all() for value in [*router.values(), after.gate.weight]):
+        problems.append(f"a router tensor of {ROUTER_FILE} or of the stock gate is not finite")
+    if not all(torch.equal(value, router[name]) for name, value in original.items()):
+        problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
+    if kind != "linear" and not torch.equal(after.gate.weight, before.gate.weight.repeat_interleave(sub_experts, 0)):
+        problems.append("the stock gate is not the source's repeated")
+    groups = router["neuron_sub_expert"]
+    if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
+        return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
+    order = groups.argsort(dim=1, stable=True)
+    gate_up, down = split_experts(before.experts.gate_up_proj.data, before.experts.down_proj.data, order, sub_experts)
+    if not (torch.equal(gate_up, after.experts.gate_up_proj) and torch.equal(down, after.experts.down_proj)):
+        problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
     return problems
 
 
@@ -166,13 +218,15 @@ def _compare(
     device: str,
     tolerance: float,
 ) -> Comparison:
-    largest, divergence, same, tokens = 0.0, 0.0, 0.0, 0
-    for row in range(len(before)):
-        reference, logits = head(before[row].to(device)), head(after[row].to(device))
-        largest = max(largest, (reference - logits).abs().max().item())
+    differences, divergence, same = [], 0.0, 0.0
+    tokens = before.shape[0] * before.shape[1]
+    for reference_row, row in zip(before, after, strict=True):
+        reference, logits = head(reference_row.to(device)), head(row.to(device))
+        differences.append((reference - logits).abs().max())
         divergence += torch.nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum").item()
         same += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
-        tokens += len(reference)
-    mean = max(0.0, divergence / tokens)
-    passed = largest <= tolerance if exact else mean <= KL_TOLERANCE
-    return Comparison(mode, tokens, largest, mean, same / tokens, passed)
+    # Not a number passes no test below: torch's maximum keeps it and comparisons with it are false.
+    largest, mean = torch.stack(differences).max().item(), divergence / tokens
+    limit = tolerance if exact else KL_TOLERANCE
+    passed = (largest if exact else mean) <= limit
+    return Comparison(mode, tokens, largest, mean, same / tokens, "max |logit difference|" if exact else "mean KL", limit, passed)

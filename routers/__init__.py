@@ -2,10 +2,12 @@
 
 from routers.linear import fit_linear
 from routers.modeling_prism import ROUTER_FILE, attach, attach_block, router_tensors, set_active
-from routers.proxy import gate_neurons
-from routers.tilt import choose_tilt, relative_error, tilted_rows
+from routers.proxy import GATE_NEURONS, gate_neurons
+from routers.tilt import FULL_K_BUDGET, choose_tilt, relative_error, tilted_rows
 
 __all__ = [
+    "FULL_K_BUDGET",
+    "GATE_NEURONS",
     "ROUTER_FILE",
     "attach",
     "attach_block",

@@ -9,8 +9,9 @@ from calibration.statistics import observed_experts_forward
 
 # Tilts tried, as shares of the predicted relative contribution.
 TILTS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)
-# Largest squared relative error of the experts' output that a tilt may cause with every sub-expert active.
-FULL_K_BOUND = 1e-3
+# Squared relative errors of the experts' output that the tilts may cause with every sub-expert active, summed over the layers. The KL
+# divergence of the model's full-k output is about a quarter to a half of that sum (docs/measurements.md); the promise is 1e-3.
+FULL_K_BUDGET = 2e-3
 
 
 def tilted_rows(gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Tensor, tilt: float) -> torch.Tensor:
@@ -31,16 +32,17 @@ def tilted_rows(gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Te
 
 @torch.inference_mode()
 def choose_tilt(
-    block: Any, gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Tensor, inputs: torch.Tensor
+    block: Any, gate: torch.Tensor, weight: torch.Tensor, contribution: torch.Tensor, inputs: torch.Tensor, bound: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Choose the tilt that loses least of the experts' output at a quarter, half and three quarters of the sub-experts.
 
-    Only tilts that keep the full-k error within `FULL_K_BOUND` are considered; 0 always does.
+    Only tilts that keep the full-k error within `bound` are considered; 0 always does.
 
     Args:
         block: the refactored MoE block with its experts materialised; its gate is changed.
         gate, weight, contribution: see `tilted_rows`.
         inputs: [T, H] MoE inputs.
+        bound: this layer's share of `FULL_K_BUDGET`.
 
     Returns:
         The chosen rows, [E * N, H] in the type of `gate`, and {'tilt': ..., 'full_k_error': ...}.
@@ -58,7 +60,7 @@ def choose_tilt(
     for tilt in TILTS:
         rows = tilted_rows(gate, weight, contribution, tilt)
         full_k_error = relative_error(output(rows, full), exact)
-        if full_k_error > FULL_K_BOUND:
+        if not full_k_error <= bound:
             break
         error = sum(relative_error(output(rows, max(1, full * part // 4)), exact) for part in (1, 2, 3))
         if best is None or error < best[0]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from prism_errors import UsageError
 from solvers import methods
@@ -38,7 +39,8 @@ def solve(saliency: np.ndarray, num_groups: int, kept: int, method: str = "genet
     if method not in SOLVERS:
         raise UsageError(f"unknown solver '{method}'; choose one of {', '.join(SOLVERS)}")
     problem = Problem(saliency, num_groups, kept)
-    return Partition.of(problem, SOLVERS[method](problem, seed))
+    with threadpool_limits(1):
+        return Partition.of(problem, SOLVERS[method](problem, seed))
 
 
 __all__ = ["SOLVERS", "Partition", "Problem", "solve"]

@@ -50,10 +50,10 @@ def _mate(first, second, num_groups: int, rng: np.random.Generator):
     matched = np.empty(num_groups, dtype=np.int32)
     rows, columns = linear_sum_assignment(-overlap)
     matched[columns] = rows
-    for child in (first, second):
-        agreed = np.where(first == matched[second], first, -1)
-        _fill(agreed, num_groups, rng)
-        child[:] = agreed
+    child = np.where(first == matched[second], first, -1)
+    _fill(child, num_groups, rng)
+    # varOr keeps the first of the two.
+    first[:] = child
     return first, second
 
 

@@ -62,10 +62,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Partition:
-    """A balanced partition: `labels` int32 [C] gives each neuron's group (group 0 carries the most saliency), `loss` its dropped share."""
+    """A balanced partition.
+
+    Attributes:
+        labels: int32 [C], each neuron's group; group 0 carries the most saliency.
+        loss: its dropped share.
+        stored_loss: the dropped share of the contiguous split it replaces.
+    """
 
     labels: np.ndarray
     loss: float
+    stored_loss: float
 
     @classmethod
     def of(cls, problem: Problem, labels: np.ndarray) -> "Partition":
@@ -73,7 +80,7 @@ class Partition:
         weight = np.bincount(labels, problem.saliency.sum(0, dtype=np.float64), problem.num_groups)
         rank = np.empty(problem.num_groups, dtype=np.int32)
         rank[np.argsort(-weight, kind="stable")] = np.arange(problem.num_groups, dtype=np.int32)
-        return cls(rank[labels], problem.loss(labels))
+        return cls(rank[labels], problem.loss(labels), problem.loss(problem.contiguous()))
 
     def order(self) -> np.ndarray:
         """Neuron indices sorted by group, stable: int64 [C]; row n of its [N, C / N] reshape is group n."""

@@ -63,7 +63,7 @@ def naive_statistics(folder, rows):
 def test_statistics_are_those_of_the_whole_model(models, family):
     checkpoint = Checkpoint(models[family])
     rows = QUICK.rows(checkpoint)
-    collected = {statistics.layer: statistics for statistics in profile(checkpoint, QUICK)}
+    collected = {statistics.layer: statistics for statistics in profile(checkpoint, QUICK, rows)}
     with torch.no_grad():
         expected = naive_statistics(models[family], rows)
     assert collected.keys() == expected.keys()
@@ -97,7 +97,10 @@ def test_samples_do_not_depend_on_the_batch_size_but_on_the_seed(models):
 
     def samples(**changes):
         values = {"num_samples": 6, "max_seq_length": 48, "tokens_per_expert": 20, **changes}
-        return [sample for statistics in profile(checkpoint, Calibration(**values)) for sample in statistics.activations]
+        calibration = Calibration(**values)
+        return [
+            sample for statistics in profile(checkpoint, calibration, calibration.rows(checkpoint)) for sample in statistics.activations
+        ]
 
     one, other = samples(batch_size=1), samples(batch_size=6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
@@ -214,11 +217,13 @@ def test_profile_command_writes_what_it_says(tmp_path, models, command):
     assert index["layers"] == printed
     assert index["calibration"]["num_samples"] == 8
     stored = list(Statistics(stats, Checkpoint(models["qwen2_moe"])))
-    direct = list(profile(Checkpoint(models["qwen2_moe"]), Calibration(num_samples=8, max_seq_length=64, tokens_per_expert=64)))
+    calibration = Calibration(num_samples=8, max_seq_length=64, tokens_per_expert=64)
+    checkpoint = Checkpoint(models["qwen2_moe"])
+    direct = list(profile(checkpoint, calibration, calibration.rows(checkpoint)))
     for a, b in zip(stored, direct, strict=True):
         assert torch.equal(a.cross_moment, b.cross_moment)
         assert all(torch.equal(x, y) for x, y in zip(a.activations, b.activations, strict=True))
     table = command("prism-profile", models["qwen2_moe"], stats, *options, "--overwrite")
-    assert table.out.splitlines()[0].split("  ")[-1] == "experts below 64 tokens"
-    assert len(table.out.splitlines()) == 3
-    assert "layer 3/3: rows profiled 8" in table.err
+    assert table.out.splitlines()[0].split("  ")[-1] == "expert numbers below 64 tokens"
+    assert len(table.out.splitlines()) == 4
+    assert "layer 2 (3/3): rows profiled 8" in table.err

@@ -69,8 +69,8 @@ def change_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-def name_missing_shard(folder):
-    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+def write_index(folder, **index):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -86,7 +86,13 @@ DAMAGE = [
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no model.safetensors.index.json"),
     (truncate, "model.safetensors: truncated or not a safetensors file"),
-    (name_missing_shard, "model-00002-of-00002.safetensors: shard is missing"),
+    (write_index, "model.safetensors.index.json: has no weight_map"),
+    (lambda folder: write_index(folder, weight_map={"a": "../model.safetensors"}), "is not the name of a file in the same folder"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds no JSON object"),
+    (
+        lambda folder: write_index(folder, weight_map={"lm_head.weight": "model-00002-of-00002.safetensors"}),
+        "model-00002-of-00002.safetensors: shard is missing",
+    ),
     (
         lambda folder: change_config(folder, model_type="llama"),
         "model_type 'llama' is not a supported Mixture-of-Experts; supported: mixtral, olmoe",
@@ -144,6 +150,28 @@ def test_output_folder_appears_only_when_complete(tmp_path):
         with pytest.raises(InputError, match="another run is writing"), output_folder(target):
             pass
     assert files(tmp_path) == {"out/whole": b"x"}
+
+
+def test_an_interrupted_sync_or_rename_leaves_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    def write():
+        with output_folder(target):
+            pass
+
+    for name in ("checkpoints.writer._sync", "pathlib.Path.unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, lambda path, missing_ok=False: None if missing_ok else interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        (tmp_path / ".out.lock").unlink(missing_ok=True)
+        assert files(tmp_path) == {"out/old": b""}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_leftovers_of_a_killed_run_are_replaced_but_not_a_strangers_folder(tmp_path):

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import routers
-from calibration import EVALUATION_TEXT, load_tokenizer, token_rows
+from calibration import EVALUATION_TEXT, Calibration, LayerStatistics, load_tokenizer, token_rows
+from checkpoints import Checkpoint
+from refactoring import Recipe, make_plan, verify
 
 
 def refactored(command, source, target, *options):
@@ -260,7 +262,7 @@ def test_experts_without_tokens_are_reported_or_refused(tmp_path, command, model
     assert f"layer {unrouted[0][0]}: experts {unrouted[0][1]} saw no token (--strict)" in result.err
     assert not (tmp_path / "out2").exists()
     result = command("prism-refactor", source, tmp_path / "out2", *FAST, "--num-samples", "2")
-    assert f"warning: layer {unrouted[0][0]}: experts" in result.err
+    assert f"warning: layer {unrouted[0][0]}: no token reached expert" in result.err
     assert command("prism-verify", source, out, "--num-samples", "1", "--max-seq-length", "32").code == 0
 
 
@@ -322,10 +324,104 @@ def test_verify_notices_wrong_gates_by_their_logits(tmp_path, models, command):
     damage_tensor(out, "model.layers.1.mlp.gate.weight", scramble)
     result = command("prism-verify", models["olmoe"], out, "--json")
     assert result.code == 4
-    assert "stock logits differ" in result.err
-    comparison = json.loads(result.out)["logits"][0]
-    assert comparison["passed"] is False
-    assert comparison["max_difference"] > 1e-3
+    assert "the stock gate is not the source's repeated" in result.err
+
+
+@pytest.mark.parametrize(("value", "message"), [(None, "stock mean KL exceeds 0.001"), (float("nan"), "is not finite")])
+def test_verify_notices_a_wrong_tilted_gate(tmp_path, models, command, value, message):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+
+    def spoil(tensors, name):
+        tensors[name] = tensors[name].flip(0).contiguous() if value is None else torch.full_like(tensors[name], value)
+
+    damage_tensor(out, "model.layers.1.mlp.gate.weight", spoil)
+    result = command("prism-verify", models["olmoe"], out, "--json")
+    assert result.code == 4
+    assert message in result.err
+
+
+def test_verify_compares_logits_that_are_not_numbers_as_different():
+    rows = torch.zeros(1, 2, 3)
+    comparison = verify._compare("two-level", True, lambda hidden: hidden, rows, rows * float("nan"), "cpu", 1e-3)
+    assert comparison.passed is False
+
+
+def test_verify_obeys_the_tolerance(tmp_path, models, command):
+    out = refactored(command, models["olmoe"], tmp_path / "out", "--router", "replicate")
+    options = ["--num-samples", "2", "--max-seq-length", "64"]
+    assert command("prism-verify", models["olmoe"], out, *options).code == 0
+    result = command("prism-verify", models["olmoe"], out, *options, "--tolerance", "0")
+    assert result.code == 4
+    assert "not the same model at full k: stock max |logit difference| exceeds 0" in result.err
+
+
+def drop(out, name):
+    (out / name).unlink()
+
+
+def spoil_router(out, name):
+    tensors = load_file(out / name)
+    tensors["model.layers.0.mlp.gate.weight"][0, 0, 0] = float("nan")
+    save_file(tensors, out / name)
+
+
+def unbalance(out, name):
+    tensors = load_file(out / name)
+    tensors["model.layers.1.mlp.gate.neuron_sub_expert"][0] = 0
+    save_file(tensors, out / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "code", "message"),
+    [
+        (drop, "tokenizer.json", 4, "file tokenizer.json is not the source's"),
+        (drop, "modeling_prism.py", 4, "file modeling_prism.py is missing"),
+        (drop, routers.ROUTER_FILE, 3, "sub_expert_router.safetensors is missing or broken"),
+        (lambda out, name: (out / name).write_bytes(b"x" * 20), routers.ROUTER_FILE, 3, "is missing or broken"),
+        (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "is missing or broken"),
+        (spoil_router, routers.ROUTER_FILE, 4, "layer 0: a router tensor of"),
+        (unbalance, routers.ROUTER_FILE, 4, "layer 1: the partition in sub_expert_router.safetensors is not balanced"),
+    ],
+)
+def test_verify_notices_a_wrong_file(tmp_path, models, command, change, name, code, message):
+    out = refactored(command, models["olmoe"], tmp_path / "out")
+    change(out, name)
+    result = command("prism-verify", models["olmoe"], out)
+    assert result.code == code
+    assert message in result.err
+
+
+def test_planning_leaves_the_checkpoints_config_alone(tmp_path, models):
+    checkpoint = Checkpoint(models["olmoe"])
+    checkpoint.config.dtype = torch.bfloat16
+    make_plan(checkpoint, Recipe(), Calibration(), tmp_path / "out")
+    assert checkpoint.config.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_with_few_tokens_get_a_tame_router(tokens):
+    generator = torch.Generator().manual_seed(0)
+    inputs, activations = torch.randn(tokens, 64, generator=generator), torch.rand(tokens, 8, generator=generator) + 1
+    statistics = LayerStatistics(
+        layer=0,
+        tokens_routed=torch.tensor([tokens]),
+        mean_activation=activations.mean(0)[None],
+        firing_frequency=torch.zeros(1, 8),
+        input_mean=inputs.mean(0)[None],
+        input_moment=(inputs.T @ inputs / tokens)[None],
+        cross_moment=(inputs.T @ activations / tokens)[None],
+        inputs=inputs,
+        activations=[activations],
+    )
+    weight, bias = routers.fit_linear(statistics, torch.arange(8)[None] % 4, torch.ones(1, 8), 4)
+    predicted = torch.randn(100, 64, generator=generator) @ weight[0].T + bias[0]
+    assert (predicted > 1).all()
+    assert (predicted < 6).all()
+
+
+def test_tilt_costs_less_per_layer_in_deeper_models(elastic):
+    report = json.loads((elastic / "prism.json").read_text())["layers"]
+    assert all(layer["full_k_error"] <= routers.FULL_K_BUDGET / 4 for layer in report)
 
 
 @pytest.mark.parametrize(
