@@ -164,8 +164,8 @@ def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
     changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
     recipe = manifest["recipe"]
     caption = (
-        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts, "
-        "less is better; stock tilt: 0 is exact, more favours the useful sub-experts at small k"
+        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts\n"
+        "(less is better); stock tilt: 0 is exact at full k, more favours the useful sub-experts below it"
     )
     return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
 
