@@ -63,9 +63,9 @@ def _table(tensors: int, comparisons: list[Comparison]) -> str:
             item.mode,
             item.tokens,
             f"{item.max_difference:.2e}",
-            f"{item.mean_kl:.2e}",
+            f"{max(item.mean_kl, 0.0):.2e}",
             f"{item.same_top1:.2%}",
-            "ok" if item.passed else "FAILED",
+            f"{'ok' if item.passed else 'FAILED'}: {item.judged_by} at most {item.limit:g}",
         ]
         for item in comparisons
     ]
