@@ -55,9 +55,10 @@ class Source:
                     raise InputError(
                         f"--dataset {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with --text-column"
                     )
-                if not isinstance(record[column], str):
-                    raise InputError(f"--dataset {self.name}: column '{column}' holds {type(record[column]).__name__}, not text")
-                yield record[column]
+                text = record[column]
+                if text is not None and not isinstance(text, str):
+                    raise InputError(f"--dataset {self.name}: column '{column}' holds {type(text).__name__}, not text")
+                yield text or ""
         except PrismError:
             raise
         except Exception as error:

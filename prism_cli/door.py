@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -84,7 +85,8 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
         transformers.logging.set_verbosity_error()
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        # It logs the errors that it also raises.
+        datasets.logging.set_verbosity(logging.CRITICAL)
         reporter = Reporter(quiet, log_json)
         try:
             function(reporter, **options)

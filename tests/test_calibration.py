@@ -182,6 +182,7 @@ def test_short_text_gives_one_short_row(tmp_path):
         ("jsonl", ["x"], ["--text-column", "body"], 3, "no column 'body'; it has text, id; choose with --text-column"),
         ("jsonl", ["x"], ["--text-column", "id"], 3, "column 'id' holds int, not text"),
         ("txt", [""], [], 3, "holds no text"),
+        ("jsonl", [None, ""], [], 3, "holds no text"),
         ("jsonl", [], [], 3, "--dataset"),
         ("jsonl", ["x " * 99], ["--max-seq-length", "4096"], 2, "--max-seq-length 4096: the model takes at most 256"),
     ],
@@ -193,6 +194,25 @@ def test_bad_text_is_refused_in_one_line(tmp_path, models, command, kind, texts,
     assert message in result.err
     assert result.err.count("\n") == 1
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name]
+
+
+def test_rubbish_and_misdirected_specifications_are_refused_in_one_line(tmp_path, models, command):
+    (tmp_path / "bad.jsonl").write_bytes(b"\x00\xff garbage\n")
+    for dataset, code, message in (
+        (tmp_path / "bad.jsonl", 3, "bad.jsonl: cannot be read"),
+        (f"{tmp_path}/bad.jsonl[en]:4", 2, "a local file has no subset or split"),
+    ):
+        result = command("prism-profile", models["olmoe"], tmp_path / "stats", "--dataset", dataset)
+        assert (result.code, result.err.count("\n")) == (code, 1)
+        assert message in result.err
+
+
+def test_too_little_text_is_reported(tmp_path, models, command):
+    path = write_documents(tmp_path, "jsonl", ["some words " * 40])
+    result = command("prism-profile", models["olmoe"], tmp_path / "stats", "--dataset", path, "--max-seq-length", "16", "--quiet")
+    assert result.code == 0
+    rows = json.loads((tmp_path / "stats" / "index.json").read_text())["calibration"]["num_samples"]
+    assert f"the text gives {rows} samples of 16 tokens; 256 were asked for" in result.err
 
 
 def test_missing_text_is_refused(tmp_path, models, command):

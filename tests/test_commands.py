@@ -25,6 +25,23 @@ def start(*arguments, **options):
     )
 
 
+@pytest.mark.parametrize("phase", ["imports", "profiling"])
+def test_interruption_of_imports_or_profiling_leaves_nothing_behind(tmp_path, phase):
+    process = start("prism-profile", EXAMPLE, tmp_path / "out", "--batch-size", "1")
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (tmp_path / "out.partial").exists() if phase == "profiling" else "libtorch" in maps.read_text():
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; nothing was written"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_leaves_nothing_behind(tmp_path, number, code):
     process = start("prism-refactor", EXAMPLE, tmp_path / "out", *FAST[:6], "--workers", "2")

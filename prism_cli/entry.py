@@ -1,0 +1,29 @@
+"""The console scripts. Importing torch and transformers takes seconds, in which Ctrl-C should be no traceback either."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+
+def _open(door: str) -> NoReturn:
+    try:
+        main = importlib.import_module(f"prism_cli.{door}").main
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        sys.exit(130)
+    sys.exit(main())
+
+
+def profile() -> NoReturn:
+    """prism-profile."""
+    _open("profile")
+
+
+def refactor() -> NoReturn:
+    """prism-refactor."""
+    _open("refactor")
+
+
+def verify() -> NoReturn:
+    """prism-verify."""
+    _open("verify")
