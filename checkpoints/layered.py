@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoints.reader import Checkpoint
-from prism_errors import InputError
+from prism_errors import InputError, first_line
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -52,6 +52,9 @@ class LayeredModel:
         dtype: type to load them in; None keeps each tensor's type on disk.
         device: where loaded parts go.
 
+    Raises:
+        InputError: transformers cannot build the model, or a tensor of it is in no shard.
+
     Attributes:
         model: the transformers model; everything not loaded is on the meta device.
         layers: its decoder layers.
@@ -59,7 +62,10 @@ class LayeredModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str = "cpu"):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
+        try:
+            self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
+        except Exception as error:
+            raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {first_line(error)}") from error
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: Any = get_model_conversion_mapping(self.model)
         self._sources = self._match_tensors()
@@ -77,6 +83,10 @@ class LayeredModel:
         for name in self.checkpoint.weight_map:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             sources[target].append(name)
+        tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
+        if missing:
+            raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
         return dict(sources)
 
     def tensors_under(self, prefix: str) -> list[str]:

@@ -94,7 +94,7 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as shard:
                 yield shard
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
     def _read_header(self, file: str) -> None:

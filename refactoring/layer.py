@@ -13,6 +13,7 @@ from torch import nn
 import solvers
 from calibration import LayerStatistics
 from checkpoints import split_experts
+from prism_errors import InputError
 from refactoring.recipe import Recipe
 from routers import choose_tilt, fit_linear, gate_neurons
 
@@ -56,6 +57,8 @@ def refactor_layer(
     """
     gate_up, down = source.experts.gate_up_proj.data, source.experts.down_proj.data
     column_norm = torch.stack([matrix.float().norm(dim=0) for matrix in down])
+    if not (torch.isfinite(column_norm).all() and torch.isfinite(source.gate.weight).all()):
+        raise InputError("a weight of its experts' down_proj or of its gate is not finite; check the checkpoint")
     partitions = _partition(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
     order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))

@@ -85,19 +85,25 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
     Returns:
         What is wrong, one line each; empty when nothing is.
     """
-    old, new = LayeredModel(source, None), LayeredModel(result, None)
-    split: set[str] = set()
+    old = LayeredModel(source, None)
+    blocks = {index: block_name(old, index) for index in moe_layers(old)}
+    split = {tensor for name in blocks.values() for part in ("gate", "experts") for tensor in old.tensors_under(f"{name}.{part}")}
+    kept = set(source.weight_map) - split
+    missing = sorted(kept - set(result.weight_map))
+    if missing:
+        return [f"missing tensor {name}" for name in missing]
+    try:
+        new = LayeredModel(result, None)
+    except InputError as error:
+        return [str(error)]
     expected: dict[str, tuple[int, ...]] = {}
-    for index in moe_layers(old):
-        name = block_name(old, index)
-        split |= {tensor for part in ("gate", "experts") for tensor in old.tensors_under(f"{name}.{part}")}
+    for name in blocks.values():
         state = {
             f"{name}.{leaf}": value
             for leaf, value in new.model.get_submodule(name).state_dict().items()
             if leaf.startswith(("gate.", "experts."))
         }
         expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
-    kept = set(source.weight_map) - split
     names = kept | set(expected)
     problems = [f"missing tensor {name}" for name in sorted(names - set(result.weight_map))]
     problems += [f"unexpected tensor {name}" for name in sorted(set(result.weight_map) - names)]

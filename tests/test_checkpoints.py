@@ -74,9 +74,15 @@ def write_index(folder, **index):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def drop_tensor(folder):
+def drop_tensor(folder, name="model.layers.1.mlp.experts.2.up_proj.weight"):
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_tensor(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -101,6 +107,9 @@ DAMAGE = [
     (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
     (lambda folder: change_config(folder, intermediate_size=32), "does not have the shape that config.json says"),
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
+    (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),
+    (lambda folder: change_config(folder, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
+    (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build this model"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
 ]
 
@@ -117,6 +126,16 @@ def test_broken_checkpoints_are_refused_in_one_line(tmp_path, models, command, d
     assert result.err.count("\n") == 1
     assert command("prism-profile", folder, tmp_path / "out", "--quiet").code == 3
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.0.down_proj.weight"])
+def test_weights_that_are_not_numbers_are_refused(tmp_path, models, command, name):
+    folder = shutil.copytree(models["olmoe"], tmp_path / "model")
+    spoil_tensor(folder, name)
+    result = command("prism-refactor", folder, tmp_path / "out", "--quiet", *FAST)
+    assert result.code == 3
+    assert "not finite" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_respect_the_limit_and_the_layers(tmp_path):
