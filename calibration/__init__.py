@@ -1,7 +1,7 @@
 """Calibration text -> token rows -> layer-by-layer streaming -> per-expert statistics."""
 
 from calibration.profile import DTYPES, Calibration, profile
-from calibration.statistics import OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
+from calibration.statistics import INPUT_SAMPLE, OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
 from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, write_statistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer, token_rows
@@ -11,6 +11,7 @@ __all__ = [
     "DTYPES",
     "EVALUATION_TEXT",
     "INDEX",
+    "INPUT_SAMPLE",
     "OBSERVED",
     "TOKEN_FLOOR",
     "Calibration",

@@ -5,18 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prism_errors import InputError
+from routers.proxy import coactive_marks
+from routers.runtime import expert_activations, experts_forward
 
 OBSERVED = "prism_observed"
 # Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
 TOKEN_FLOOR = 64
-# MoE inputs kept per layer, whatever their expert, to judge whole-layer routing on.
-INPUT_SAMPLE = 512
-# The paper keeps the largest three quarters of a token's activations when it counts co-activation.
-COACTIVE_SHARE = 0.75
+# MoE inputs kept per layer, whatever their expert: what its routers are fitted and judged on.
+INPUT_SAMPLE = 32_768
 
 
 @dataclass
@@ -28,10 +27,7 @@ class LayerStatistics:
         tokens_routed: int64 [E].
         mean_activation: float32 [E, C], mean |activation| over the routed tokens.
         firing_frequency: float32 [E, C], share of routed tokens whose |activation| exceeds the mean over the expert's neurons.
-        input_mean: float32 [E, H], mean MoE input of the routed tokens.
-        input_moment: float32 [E, H, H], mean of x x^T over the routed tokens.
-        cross_moment: float32 [E, H, C], mean of x |a|^T over the routed tokens.
-        inputs: [T, H], a uniform sample of the layer's MoE inputs in the compute dtype.
+        inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the layer's MoE inputs in the compute dtype, in the order of the text.
         activations: per expert, a uniform sample [B_e, C] of the routed tokens' activations in the compute dtype.
         unrouted: experts that saw no token; their statistics come from running their weights on `inputs`.
     """
@@ -40,26 +36,13 @@ class LayerStatistics:
     tokens_routed: torch.Tensor
     mean_activation: torch.Tensor
     firing_frequency: torch.Tensor
-    input_mean: torch.Tensor
-    input_moment: torch.Tensor
-    cross_moment: torch.Tensor
     inputs: torch.Tensor
     activations: list[torch.Tensor]
     unrouted: list[int] = field(default_factory=list)
 
-    def marks(self, expert: int) -> torch.Tensor:
-        """The paper's binarised activations B: 1 for each sampled token's k_a = 3/4 C largest |activations|, float32 [B, C]."""
-        magnitude = self.activations[expert].abs().float()
-        largest = magnitude.topk(round(COACTIVE_SHARE * magnitude.shape[1]), dim=1).indices
-        return torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
-
-    def drop_moments(self) -> None:
-        """Free the router-fit moments, the largest part, once the router is fitted."""
-        self.input_moment = self.cross_moment = torch.empty(0)
-
     def coactivation(self, expert: int) -> torch.Tensor:
         """The paper's Co = B^T B: on how many sampled tokens two neurons are both marked, int32 [C, C]."""
-        marks = self.marks(expert)
+        marks = coactive_marks(self.activations[expert])
         return (marks.T @ marks).to(torch.int32)
 
     def top_quarter_share(self) -> float:
@@ -93,7 +76,7 @@ class LayerCollector:
     def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
-        count, hidden, neurons = weight.shape
+        count, _, neurons = weight.shape
         priority = torch.from_numpy(np.random.default_rng([seed, layer]).random(total_tokens))
         self._priority = priority.to(weight.device)
         self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)
@@ -104,22 +87,15 @@ class LayerCollector:
         self._count = [0] * count
         self._activation_sum = torch.zeros(count, neurons, **zeros)
         self._firing = torch.zeros(count, neurons, **zeros)
-        self._input_sum = torch.zeros(count, hidden, **zeros)
-        self._input_moment = torch.zeros(count, hidden, hidden, **zeros)
-        self._cross_moment = torch.zeros(count, hidden, neurons, **zeros)
         self._sample: list[torch.Tensor] = [weight.new_empty(0, neurons) for _ in range(count)]
         self._sample_tokens = [torch.empty(0, dtype=torch.int64, device=weight.device) for _ in range(count)]
 
-    def add(self, expert: int, tokens: torch.Tensor, inputs: torch.Tensor, activations: torch.Tensor) -> None:
-        """Record one expert's share of a batch: token positions in the batch [n], MoE inputs [n, H], activations [n, C]."""
+    def add(self, expert: int, tokens: torch.Tensor, _: torch.Tensor, activations: torch.Tensor) -> None:
+        """Record one expert's share of a batch: token positions in the batch [n], its MoE inputs, activations [n, C]."""
         magnitude = activations.abs().float()
-        wide = inputs.float()
         self._count[expert] += len(tokens)
         self._activation_sum[expert] += magnitude.sum(0)
         self._firing[expert] += (magnitude > magnitude.mean(1, keepdim=True)).sum(0)
-        self._input_sum[expert] += wide.sum(0)
-        self._input_moment[expert].addmm_(wide.T, wide)
-        self._cross_moment[expert].addmm_(wide.T, magnitude)
         self._offer(expert, tokens + self._seen, activations)
 
     def _offer(self, expert: int, tokens: torch.Tensor, activations: torch.Tensor) -> None:
@@ -151,11 +127,13 @@ class LayerCollector:
             InputError: activations overflowed or the weights are not finite.
         """
         inputs = torch.cat(self._inputs)
+        self._inputs = []
         unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
         routed = torch.tensor(self._count)
-        sampled = torch.nonzero(self._sampled_inputs).flatten() - self._seen
+        some = inputs[: self.tokens_per_expert]
+        positions = torch.nonzero(self._sampled_inputs).flatten()[: len(some)] - self._seen
         for expert in unrouted:
-            self.add(expert, sampled, inputs, expert_activations(self.experts, expert, inputs))
+            self.add(expert, positions, some, expert_activations(self.experts, expert, some))
         if not torch.isfinite(self._activation_sum).all():
             raise InputError(
                 f"layer {self.layer}: activations are not finite in {inputs.dtype}; "
@@ -169,45 +147,21 @@ class LayerCollector:
             tokens_routed=routed,
             mean_activation=(self._activation_sum / count[:, None]).cpu(),
             firing_frequency=(self._firing / count[:, None]).cpu(),
-            input_mean=(self._input_sum / count[:, None]).cpu(),
-            input_moment=self._input_moment.div_(count[:, None, None]).cpu(),
-            cross_moment=self._cross_moment.div_(count[:, None, None]).cpu(),
             inputs=inputs.cpu(),
             activations=self._sample,
             unrouted=unrouted,
         )
 
 
-def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
-    return experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert].to(inputs.dtype)))
-
-
 def observed_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' eager experts, telling `self.prism_collector` (if set) the activations as they come by.
-
-    Computes in the type of `hidden_states`; weights of another type are converted one expert at a time.
-    """
+    """`routers.experts_forward`, telling `self.prism_collector` (if set) the activations as they come by."""
     collector: LayerCollector | None = getattr(self, "prism_collector", None)
-    output = torch.zeros_like(hidden_states)
-    width = top_k_index.shape[1]
-    by_expert, slots = top_k_index.flatten().sort(stable=True)
-    bounds = torch.searchsorted(by_expert, torch.arange(self.num_experts + 1, device=by_expert.device)).tolist()
-    for expert in range(self.num_experts):
-        chosen = slots[bounds[expert] : bounds[expert + 1]]
-        if len(chosen) == 0:
-            continue
-        tokens = chosen // width
-        inputs = hidden_states[tokens]
-        activations = expert_activations(self, expert, inputs)
-        if collector is not None:
-            collector.add(expert, tokens, inputs, activations)
-        weighted = F.linear(activations, self.down_proj[expert].to(inputs.dtype)) * top_k_weights.flatten()[chosen, None]
-        output.index_add_(0, tokens, weighted.to(output.dtype))
-    if collector is not None:
-        collector.end_batch(hidden_states)
+    if collector is None:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    output = experts_forward(self, hidden_states, top_k_index, top_k_weights, collector.add)
+    collector.end_batch(hidden_states)
     return output
 
 

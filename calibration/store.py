@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from calibration.profile import Calibration
-from calibration.statistics import LayerStatistics
+from calibration.statistics import INPUT_SAMPLE, LayerStatistics
 from checkpoints import Checkpoint, output_folder, save_tensors, write_json
 from prism_errors import InputError
 
 INDEX = "index.json"
-FORMAT = 1
-_SHARED = ("tokens_routed", "mean_activation", "firing_frequency", "input_mean", "input_moment", "cross_moment", "inputs")
+FORMAT = 2
+_SHARED = ("tokens_routed", "mean_activation", "firing_frequency", "inputs")
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> None:
 
 
 def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
-    """Size of the statistics folder, at most: router moments, activation samples and co-activation of every layer."""
+    """Size of the statistics folder, at most: input and activation samples and co-activation of every layer."""
     architecture, config = checkpoint.architecture, checkpoint.config
     experts, _, neurons = architecture.sizes(config).values()
-    hidden = config.hidden_size
     width = calibration.resolved_dtype(checkpoint).itemsize
     tokens = calibration.num_samples * calibration.sequence_length(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
-    per_expert = 4 * hidden * (hidden + neurons) + width * sample * neurons + 2 * neurons**2
-    return config.num_hidden_layers * experts * per_expert
+    inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
+    return config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2))
 
 
 class Statistics:

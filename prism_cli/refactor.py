@@ -41,14 +41,21 @@ RECIPE_OPTIONS = (
         "--router",
         type=click.Choice(ROUTERS),
         default=Recipe.router,
-        help="Sub-expert router: ridge regression, none (stock only), or the gate neurons of the MoE-Prism paper.",
+        help="Sub-expert router: ridge regression, gate neurons calibrated to predict sizes, the paper's gate neurons, or none.",
+    ),
+    click.option("--gate-neurons", type=click.IntRange(1), default=Recipe.gate_neurons, help="Neurons per sub-expert of either proxy."),
+    click.option(
+        "--coactive-share",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=Recipe.coactive_share,
+        help="Share of a token's activations that counts as active when --router proxy chooses its neurons.",
     ),
     click.option("--keep", type=int, help="Sub-experts a token keeps in the partition objective.  [default: a quarter of --sub-experts]"),
     click.option(
         "--saliency",
         type=click.Choice(SALIENCIES),
         default=Recipe.saliency,
-        help="|activation| x norm of its down_proj column, or |activation|.",
+        help="|activation| x norm of its down_proj column, |activation|, or the square of the first.",
     ),
     click.option(
         "--max-shard-size",

@@ -32,11 +32,12 @@ from refactoring.recipe import Recipe
 from routers import FULL_K_BUDGET, ROUTER_FILE
 
 OnExpert = Callable[[int, int, int], None]
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "deap", "numba", "scikit-learn")
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 MODELING_FILE = "modeling_prism.py"
+PICTURE_FILE = "coactivation.safetensors"
 
 
 def refactor(
@@ -74,8 +75,9 @@ def refactor(
         target_model = build_meta_model(config, torch.float32)
         writer = ShardWriter(folder, recipe.max_shard_bytes)
         _copy_outer_tensors(source, writer)
-        # Held to the end: 4 N / 6 C of a layer's bytes for each layer, less than one layer in all.
+        # Held to the end: 12 N H of a layer's 3 C H numbers per expert for each layer.
         router: dict[str, torch.Tensor] = {}
+        pictures: dict[str, torch.Tensor] = {}
         tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)
         reports = []
         arriving = iter(statistics)
@@ -90,7 +92,7 @@ def refactor(
                         "use more or other text (--num-samples, --dataset)"
                     )
                 reports.append(
-                    _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router)
+                    _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router, pictures)
                 )
                 del layer_statistics
             else:
@@ -99,6 +101,7 @@ def refactor(
         writer.finish()
         manifest = _manifest(checkpoint, calibration, recipe, plan, reports)
         save_tensors(router, folder / ROUTER_FILE)
+        save_tensors(pictures, folder / PICTURE_FILE)
         _write_side_files(checkpoint, folder, manifest)
         write_json(folder / MANIFEST, manifest)
     return manifest
@@ -147,8 +150,9 @@ def _refactor_layer(
     on_expert: OnExpert | None,
     writer: ShardWriter,
     router: dict[str, torch.Tensor],
+    pictures: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Refactor one layer and queue its tensors; adds to `router`, returns the layer's report."""
+    """Refactor one layer and queue its tensors; adds to `router` and `pictures`, returns the layer's report."""
     index = statistics.layer
     name = block_name(source, index)
     found = moe_block(target_model.base_model.layers[index])
@@ -161,6 +165,7 @@ def _refactor_layer(
             result = refactor_layer(
                 source.model.get_submodule(name),
                 target_block,
+                target_model.config,
                 statistics,
                 recipe,
                 workers,
@@ -171,6 +176,7 @@ def _refactor_layer(
             raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
         # Clones: leaving the block sends the source's own tensors back to the meta device.
         router |= {f"{name}.gate.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+    pictures |= {f"layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
     target_block.to("meta")
     converted = {tensor for part in parts for tensor in source.tensors_under(part)}
     _copy(source, [tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted], writer)

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 import solvers
-from calibration import Calibration
+from calibration import INPUT_SAMPLE, Calibration
 from checkpoints import Checkpoint, LayeredModel, free_disk, moe_block, names_on_disk
 from prism_errors import InputError, UsageError
 from refactoring.recipe import Recipe
@@ -27,7 +27,7 @@ class Plan:
         tensors_in, tensors_out: number of tensors.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         disk_needed, disk_free: at the output folder.
-        memory_needed: estimate of the peak: 2.5 layers in the compute dtype, hidden states, expert samples, router moments, 1 GiB.
+        memory_needed: estimate of the peak: 2.5 layers in the compute dtype, hidden states, samples, 1 GiB.
         memory_free: available now.
         compute: multiply-adds of profiling, for the estimate of time.
     """
@@ -75,7 +75,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + (recipe.sub_experts - 1) * expert_tensors,
         bytes_out=bytes_out,
-        disk_needed=bytes_out + 2 * router_bytes,
+        disk_needed=bytes_out + 4 * router_bytes,
         disk_free=free_disk(target),
         memory_needed=_memory(layered, layers, calibration),
         memory_free=psutil.virtual_memory().available,
@@ -128,15 +128,15 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
     store = tokens * hidden * width
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
-    moments = 4 * count * hidden * (hidden + neurons)
-    return int(2.5 * largest * width) + store + sample + moments + _FIXED_BYTES
+    inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
+    return int(2.5 * largest * width) + store + sample + 2 * inputs + _FIXED_BYTES
 
 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
     block = layered.model.get_submodule(block_name(layered, layers[0]))
     count, hidden, neurons = block.experts.down_proj.shape
-    active = getattr(config, architecture.top_k) * (3 * hidden * neurons + hidden * (hidden + neurons))
+    active = getattr(config, architecture.top_k) * 3 * hidden * neurons
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
     return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
 

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prism_errors import UsageError
+from routers import COACTIVE_SHARE, GATE_NEURONS
 from solvers import SOLVERS
 
-ROUTERS = ("linear", "replicate", "proxy")
-SALIENCIES = ("contribution", "activation")
+ROUTERS = ("linear", "calibrated-proxy", "proxy", "replicate")
+SALIENCIES = ("contribution", "activation", "energy")
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,13 @@ class Recipe:
     Attributes:
         sub_experts: N, parts per expert.
         solver: a name in `solvers.SOLVERS`.
-        router: 'linear' (ridge sub-router, tilted stock rows), 'proxy' (the paper's gate neurons), 'replicate' (stock rows only).
+        router: 'linear' (ridge sub-router, compensation, tilted stock rows), 'calibrated-proxy' (gate neurons chosen and calibrated to
+            predict the size of the output, compensation), 'proxy' (the paper's gate neurons), 'replicate' (stock rows only).
         keep: sub-experts a token keeps in the partition objective; None is a quarter of N, at least 1.
-        saliency: 'contribution' (|activation| x norm of the neuron's down_proj column) or 'activation' (the paper's).
+        saliency: 'contribution' (|activation| x norm of the neuron's down_proj column), 'activation' (the paper's) or 'energy' (the
+            square of the contribution).
+        gate_neurons: r, neurons that speak for a sub-expert in either proxy.
+        coactive_share: k_a / C, share of a token's activations that count as active when the paper's proxy chooses its gate neurons.
         max_shard_bytes: largest shard.
         seed: of the solvers and samples.
     """
@@ -29,6 +34,8 @@ class Recipe:
     router: str = "linear"
     keep: int | None = None
     saliency: str = "contribution"
+    gate_neurons: int = GATE_NEURONS
+    coactive_share: float = COACTIVE_SHARE
     max_shard_bytes: int = 5 * 10**9
     seed: int = 0
 

@@ -14,7 +14,7 @@ from checkpoints import MANIFEST, Checkpoint, LayeredModel, moe_block, names_on_
 from prism_errors import InputError, first_line
 from refactoring.pipeline import MODELING_FILE, copied_name
 from refactoring.plan import block_name, moe_layers
-from routers import GATE_NEURONS, ROUTER_FILE, attach_block, router_tensors
+from routers import ROUTER_FILE, attach_block, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
 LOGIT_TOLERANCE = 1e-3
@@ -141,10 +141,17 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     sub_experts, kind = config.prism["sub_experts"], config.prism["router"]
     experts, hidden, neurons = before.experts.down_proj.shape
     shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
-    if kind != "replicate":
-        shapes["gate_neurons"] = (experts, sub_experts, min(GATE_NEURONS, neurons // sub_experts))
     if kind == "linear":
-        shapes |= {"weight": (experts, sub_experts, hidden), "bias": (experts, sub_experts)}
+        shapes["weight"] = (experts, sub_experts, hidden)
+    if kind in ("proxy", "calibrated-proxy"):
+        gate_neurons = router.get("gate_neurons", torch.empty(0)).shape[-1]
+        shapes["gate_neurons"] = (experts, sub_experts, gate_neurons)
+    if kind == "calibrated-proxy":
+        shapes["coefficient"] = shapes["gate_neurons"]
+    if kind in ("linear", "calibrated-proxy"):
+        shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
+        shapes["compensation"] = (2, experts, sub_experts, hidden)
+        shapes["scale"] = (config.prism["source"][config.prism["top_k"]] * sub_experts,)
     original = {f"original.{leaf}": value for leaf, value in before.gate.state_dict().items()}
     if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
         name: tuple(value.shape) for name, value in original.items()

@@ -1,21 +1,48 @@
 """Sub-expert routing: fit it, tilt the stock gate, run a refactored model at any k."""
 
+from routers.compensation import fit_compensation
 from routers.linear import fit_linear
-from routers.modeling_prism import ROUTER_FILE, attach, attach_block, router_tensors, set_active
-from routers.proxy import GATE_NEURONS, gate_neurons
-from routers.tilt import FULL_K_BUDGET, choose_tilt, relative_error, tilted_rows
+from routers.modeling_prism import (
+    ROUTER_FILE,
+    TwoLevelRouter,
+    attach,
+    attach_block,
+    moe_gates,
+    operating_points,
+    router_tensors,
+    set_active,
+    two_level_router,
+)
+from routers.output import relative_error, stock_output, two_level_output
+from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
+from routers.routed import Routed
+from routers.runtime import EXPERTS, experts_forward
+from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
 __all__ = [
+    "COACTIVE_SHARE",
+    "EXPERTS",
     "FULL_K_BUDGET",
     "GATE_NEURONS",
     "ROUTER_FILE",
+    "Routed",
+    "TwoLevelRouter",
     "attach",
     "attach_block",
     "choose_tilt",
+    "coactive_marks",
+    "experts_forward",
+    "fit_compensation",
     "fit_linear",
+    "fit_proxy",
     "gate_neurons",
+    "moe_gates",
+    "operating_points",
     "relative_error",
     "router_tensors",
     "set_active",
+    "stock_output",
     "tilted_rows",
+    "two_level_output",
+    "two_level_router",
 ]

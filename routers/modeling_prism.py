@@ -3,10 +3,12 @@
 This file is copied into every refactored checkpoint, where `from_pretrained(folder, trust_remote_code=True)` uses it.
 
 The checkpoint is a plain model of its family with N times the experts. In place of its gate, the two-level router lets the original
-gate pick its top-K experts, ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted contribution), and runs the
-best k, each with the weight of its expert. At k = K * N that is the original model.
+gate pick its top-K experts, ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted size), and runs the best k,
+each with the weight of its expert. Where the checkpoint has a compensation, what the others would have added on average is added in
+their place, and the kept output is rescaled. At k = K * N that is the original model.
 """
 
+import json
 import os
 
 import torch
@@ -17,7 +19,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import cached_file
 
 ROUTER_FILE = "sub_expert_router.safetensors"
-_SMALLEST = 1e-6
+MANIFEST_FILE = "prism.json"
+_SMALLEST = 1e-30
 
 
 class TwoLevelRouter(nn.Module):
@@ -26,9 +29,11 @@ class TwoLevelRouter(nn.Module):
     Args:
         original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K]).
         sub_experts: N.
-        kind: 'linear' (tensors: weight [E, N, H], bias [E, N]) or 'proxy' (gate, up: [E, N, r, H]).
-        tensors: of the sub-router.
-        activation: the experts' gating function, for 'proxy'.
+        kind: how sizes are predicted, see `tensors`.
+        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]. 'proxy', the paper's gate neurons: gate and
+            up rows [E, N, r, H]. 'calibrated-proxy': those with coefficient [E, N, r], bias and ceiling [E, N]. All but the paper's:
+            compensation [2, E, N, H] and scale [K * N].
+        activation: the experts' gating function, for the proxies.
     """
 
     def __init__(self, original, sub_experts, kind, tensors, activation=None):
@@ -39,18 +44,41 @@ class TwoLevelRouter(nn.Module):
         self.original, self.sub_experts, self.kind, self.activation = original, sub_experts, kind, activation
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+        # What the dropped sub-experts of the last forward would have added, until the experts module has run.
+        self.missing = None
 
-    def contribution(self, hidden_states):
-        """Predicted contribution of every sub-expert, float32 [T, E, N], for MoE inputs [T, H]."""
+    def log_size(self, hidden_states, experts):
+        """Predicted log size of the output of each chosen expert's sub-experts: float32 [T, K, N] for inputs [T, H], experts [T, K]."""
         if self.kind == "linear":
             rows = F.linear(hidden_states.float(), self.weight.float().flatten(0, 1), self.bias.float().flatten())
-            return rows.view(-1, *self.bias.shape)
-        gate, up = (F.linear(hidden_states, rows.flatten(0, 2)) for rows in (self.gate, self.up))
-        activations = self.activation(torch.cat([gate, up], dim=-1))
-        return activations.abs().float().view(-1, *self.gate.shape[:3]).mean(-1)
+            predicted = torch.minimum(rows.view(-1, *self.bias.shape), self.ceiling)
+            return predicted.gather(1, experts[..., None].expand(-1, -1, self.sub_experts))
+        predicted = torch.empty(*experts.shape, self.sub_experts, device=experts.device)
+        for expert in range(len(self.gate)):
+            tokens, slots = torch.where(experts == expert)
+            if len(tokens):
+                predicted[tokens, slots] = self._proxy(hidden_states[tokens], expert)
+        return predicted
+
+    def _proxy(self, inputs, expert):
+        rows = torch.cat([self.gate[expert].flatten(0, 1), self.up[expert].flatten(0, 1)]).to(inputs.dtype)
+        magnitude = self.activation(F.linear(inputs, rows)).abs().float().view(-1, *self.gate.shape[1:3])
+        if self.kind == "proxy":
+            return magnitude.mean(-1).clamp_min(_SMALLEST).log()
+        return torch.minimum((magnitude * self.coefficient[expert]).sum(-1) + self.bias[expert], self.ceiling[expert])
+
+    def rank(self, hidden_states):
+        """Original routing and the value by which its sub-experts are ranked.
+
+        Returns:
+            (weights [T, K], experts int64 [T, K], log of weight x predicted size, float32 [T, K * N]), for MoE inputs [T, H].
+        """
+        _, weights, experts = self.original(hidden_states)
+        value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
+        return weights, experts, value.flatten(1)
 
     def forward(self, hidden_states, k):
-        """Pick the k best sub-experts of each token.
+        """Pick the k best sub-experts of each token; what the others would add is left in `missing`, [T, H] or None.
 
         Args:
             hidden_states: MoE inputs [..., H].
@@ -60,19 +88,44 @@ class TwoLevelRouter(nn.Module):
             (weights [T, k], indices int64 [T, k]); the weights are divided by N because `down_proj` carries the factor N.
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, experts = self.original(hidden_states)
-        contribution = self.contribution(hidden_states).clamp_min(_SMALLEST)
-        candidates = contribution.gather(1, experts[..., None].expand(-1, -1, self.sub_experts))
-        rank = (weights.float()[..., None] * candidates).flatten(1)
-        chosen = rank.topk(k, dim=-1).indices
-        slot = chosen // self.sub_experts
-        indices = experts.gather(1, slot) * self.sub_experts + chosen % self.sub_experts
-        return weights.gather(1, slot) / self.sub_experts, indices
+        self.missing = None
+        if k == self.original.top_k * self.sub_experts:
+            _, weights, experts = self.original(hidden_states)
+            indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
+            return weights.repeat_interleave(self.sub_experts, 1) / self.sub_experts, indices.flatten(1)
+        weights, experts, value = self.rank(hidden_states)
+        compensated = hasattr(self, "compensation")
+        order = value.topk(value.shape[1] if compensated else k, dim=-1).indices
+        slots = order // self.sub_experts
+        indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
+        shares = weights.gather(1, slots)
+        kept = shares[:, :k] / self.sub_experts
+        if compensated:
+            size = value.gather(1, order[:, k:]).exp()
+            self.missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
+            kept = (kept * self.scale[k - 1]).to(weights.dtype)
+        return kept, indices[:, :k]
+
+    def expected(self, indices, shares, size):
+        """Expected output [T, H] of some sub-experts: sum of share x (mean output) + size x (mean direction); all arguments [T, m]."""
+        mean, direction = self.compensation.flatten(1, 2)
+        constant = F.embedding_bag(indices, mean, per_sample_weights=shares.float(), mode="sum")
+        return constant + F.embedding_bag(indices, direction, per_sample_weights=size, mode="sum")
 
 
 def _two_level_hook(gate, arguments, output):
     weights, indices = gate.two_level(arguments[0], gate.top_k)
     return output[0], weights, indices
+
+
+def _compensation_hook(router):
+    def hook(experts, arguments, output):
+        if router.missing is None:
+            return output
+        missing, router.missing = router.missing, None
+        return output + missing.view_as(output)
+
+    return hook
 
 
 def _original_gate(gate, config):
@@ -95,27 +148,36 @@ def _gate_neuron_rows(experts, neurons):
     return {"gate": rows.gather(2, index), "up": rows.gather(2, index + width)}
 
 
-def attach_block(block, config, tensors):
-    """Install the two-level router on one MoE block (with `gate` and `experts`) of a refactored model.
+def two_level_router(block, config, tensors):
+    """The two-level router of one MoE block (with `gate` and `experts`, weights loaded) of a refactored model.
 
     Args:
-        block: the MoE block, weights loaded.
+        block: the MoE block.
         config: the refactored model's config.
-        tensors: the block's entries of the router file: original.*, weight, bias, gate_neurons.
+        tensors: the block's entries of the router file.
     """
-    kind, gate = config.prism["router"], block.gate
+    gate, device = block.gate, block.gate.weight.device
     original = _original_gate(gate, config)
     original.load_state_dict({name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")})
-    if kind == "linear":
-        parts = {name: tensors[name].to(gate.weight.device) for name in ("weight", "bias")}
-    else:
-        parts = _gate_neuron_rows(block.experts, tensors["gate_neurons"])
-    gate.two_level = TwoLevelRouter(original, config.prism["sub_experts"], kind, parts, block.experts._apply_gate)
-    gate.register_forward_hook(_two_level_hook)
+    parts = {name: value.to(device) for name, value in tensors.items() if name in _SUB_ROUTER}
+    if "gate_neurons" in tensors:
+        parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"])
+    return TwoLevelRouter(original, config.prism["sub_experts"], config.prism["router"], parts, block.experts._apply_gate)
+
+
+_SUB_ROUTER = ("weight", "bias", "ceiling", "coefficient", "compensation", "scale")
+
+
+def attach_block(block, config, tensors):
+    """Install the two-level router on one MoE block; arguments as for `two_level_router`."""
+    router = two_level_router(block, config, tensors)
+    block.gate.two_level = router
+    block.gate.register_forward_hook(_two_level_hook)
+    block.experts.register_forward_hook(_compensation_hook(router))
 
 
 def router_tensors(path):
-    """The router file as {gate's module name: {tensor name: tensor}}."""
+    """The router file as {MoE block's module name: {tensor name: tensor}}."""
     blocks = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
@@ -143,20 +205,44 @@ def attach(model, folder):
     return model
 
 
+def moe_gates(model):
+    """The gates of a model's MoE blocks, in the order of its layers."""
+    return [
+        module.gate
+        for module in model.modules()
+        if isinstance(getattr(module, "gate", None), nn.Module) and isinstance(getattr(module, "experts", None), nn.Module)
+    ]
+
+
+def operating_points(folder):
+    """The non-uniform operating points that `prism-eval --allocate` stored: {mean k: [k of each MoE layer]}; empty if it was not run."""
+    with open(os.path.join(folder, MANIFEST_FILE)) as file:
+        points = json.load(file).get("operating_points", {}).get("points", [])
+    return {point["mean_k"]: point["k"] for point in points}
+
+
 def set_active(model, k):
     """Run a refactored model, stock or two-level, with k sub-experts per token from now on.
 
+    Args:
+        model: the model.
+        k: a number for all layers, or an operating point: one number per MoE layer.
+
     Raises:
-        ValueError: k is not between 1 and N times the original top-k.
+        ValueError: k is not between 1 and N times the original top-k, or has not one number per MoE layer.
     """
-    recipe = model.config.prism
+    recipe, gates = model.config.prism, moe_gates(model)
     most = recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
-    if not 1 <= k <= most:
-        raise ValueError(f"{k} active sub-experts: choose 1 to {most}")
-    setattr(model.config, recipe["top_k"], k)
-    for module in model.modules():
-        if isinstance(getattr(module, "gate", None), nn.Module) and isinstance(getattr(module, "experts", None), nn.Module):
-            module.gate.top_k = k
+    per_layer = [k] * len(gates) if isinstance(k, int) else list(k)
+    if len(per_layer) != len(gates):
+        raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {len(gates)} MoE layers")
+    for value in per_layer:
+        if not 1 <= value <= most:
+            raise ValueError(f"{value} active sub-experts: choose 1 to {most}")
+    # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
+    setattr(model.config, recipe["top_k"], max(per_layer))
+    for gate, value in zip(gates, per_layer, strict=True):
+        gate.top_k = value
 
 
 class PrismForCausalLM(PreTrainedModel):

@@ -1,0 +1,82 @@
+"""Running sub-experts: an experts implementation registered with transformers, and what each sub-expert gives on its own.
+
+`model.set_experts_implementation("prism")` runs any Mixture-of-Experts of transformers with it. Next to transformers' eager experts it
+sorts the tokens once instead of searching them per expert, skips dropped slots (index == number of experts), so that tokens of one
+batch may run different numbers of sub-experts, and lets a caller observe the activations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+EXPERTS = "prism"
+# Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
+OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
+    return experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert].to(inputs.dtype)))
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    on_expert: OnExpert | None = None,
+) -> torch.Tensor:
+    """Sum over each token's experts of weight x output, [T, H].
+
+    Computes in the type of `hidden_states`; weights of another type are converted one expert at a time.
+
+    Args:
+        self: a fused experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]).
+        hidden_states: [T, H].
+        top_k_index: int64 [T, k]; slots whose index is E are skipped.
+        top_k_weights: [T, k].
+        on_expert: observer, see `OnExpert`.
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert, tokens, slots in by_expert(top_k_index, self.num_experts):
+        inputs = hidden_states[tokens]
+        activations = expert_activations(self, expert, inputs)
+        if on_expert is not None:
+            on_expert(expert, tokens, inputs, activations)
+        weighted = F.linear(activations, self.down_proj[expert].to(inputs.dtype)) * top_k_weights[tokens, slots, None]
+        output.index_add_(0, tokens, weighted.to(output.dtype))
+    return output
+
+
+def by_expert(top_k_index: torch.Tensor, num_experts: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The tokens of each expert that has any: [(expert, token positions [n], slots [n])] for an index [T, k]."""
+    ordered, positions = top_k_index.flatten().sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(num_experts + 1, device=ordered.device)).tolist()
+    width = top_k_index.shape[1]
+    groups = []
+    for expert in range(num_experts):
+        chosen = positions[bounds[expert] : bounds[expert + 1]]
+        if len(chosen):
+            groups.append((expert, chosen // width, chosen % width))
+    return groups
+
+
+def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
+    """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
+    own = slice(expert * sub_experts, (expert + 1) * sub_experts)
+    rows = experts.gate_up_proj[own].to(inputs.dtype)
+    return experts._apply_gate(F.linear(inputs, rows.flatten(0, 1)).unflatten(-1, rows.shape[:2]))
+
+
+def sub_expert_outputs(experts: Any, expert: int, activations: torch.Tensor) -> torch.Tensor:
+    """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
+    sub_experts = activations.shape[1]
+    down = experts.down_proj[expert * sub_experts : (expert + 1) * sub_experts].to(activations.dtype)
+    # The refactored down_proj carries the factor N.
+    return torch.einsum("tnc,nhc->tnh", activations, down) / sub_experts
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
