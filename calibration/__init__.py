@@ -4,7 +4,7 @@ from calibration.profile import DTYPES, Calibration, profile
 from calibration.statistics import INPUT_SAMPLE, OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
 from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, write_statistics
 from calibration.stream import LayerStream
-from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer, token_rows
+from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, Source, load_tokenizer, token_rows
 
 __all__ = [
     "CALIBRATION_TEXT",
@@ -19,6 +19,7 @@ __all__ = [
     "LayerStatistics",
     "LayerStream",
     "LayerSummary",
+    "Source",
     "Statistics",
     "estimated_bytes",
     "load_tokenizer",

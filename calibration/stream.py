@@ -1,15 +1,31 @@
 """Run token rows through a checkpoint one decoder layer at a time: layers outside, batches inside."""
 
+import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from checkpoints import Checkpoint, LayeredModel
 
 OnBatch = Callable[[int], None]
+
+
+# Hidden states that together need more than this are kept in an unnamed temporary file instead of in memory.
+MEMORY_LIMIT = 2**30
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, states: int) -> torch.Tensor:
+    """Room for one of several versions of the hidden states."""
+    size = math.prod(shape) * dtype.itemsize
+    if states == 1 or size * states <= MEMORY_LIMIT:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
 
 
 class _LayersReached(Exception):
@@ -28,18 +44,27 @@ class LayerStream:
         dtype: compute type.
         device: 'cpu' or 'cuda'.
         batch_size: rows per forward.
+        states: how many versions of the hidden states travel, for example one per number of active sub-experts.
 
     Attributes:
-        hidden: [S, T, H] in `dtype` on the CPU: the bounded hidden-state store, updated in place layer by layer.
+        states: of each version [S, T, H] in `dtype` on the CPU: the hidden-state store, updated in place layer by layer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8):
+    def __init__(
+        self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8, states: int = 1
+    ):
         self.layered = LayeredModel(checkpoint, dtype, device)
         self.model = self.layered.model
         self.device, self.batch_size = device, batch_size
-        self.hidden = torch.empty(*rows.shape, checkpoint.config.hidden_size, dtype=dtype)
+        shape = (*rows.shape, checkpoint.config.hidden_size)
+        self.states = [_allocate(shape, dtype, states) for _ in range(states)]
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._embed(rows)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The first version of the hidden states."""
+        return self.states[0]
 
     def __len__(self) -> int:
         """Number of decoder layers."""
@@ -72,7 +97,8 @@ class LayerStream:
                     received.clear()
                     with suppress(_LayersReached):
                         self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
-                    self.hidden[batch] = received[0][0].cpu()
+                    for state in self.states:
+                        state[batch] = received[0][0].cpu()
                     self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
         finally:
             for layer in self.layered.layers:
@@ -85,12 +111,12 @@ class LayerStream:
             yield self.layered.layers[index]
 
     @torch.inference_mode()
-    def advance(self, index: int, on_batch: OnBatch | None = None) -> None:
-        """Send every row through layer `index`, which must be materialised; `on_batch` is told the rows done."""
-        layer = self.layered.layers[index]
+    def advance(self, index: int, on_batch: OnBatch | None = None, state: int = 0) -> None:
+        """Send every row of one version through layer `index`, which must be materialised; `on_batch` is told the rows done."""
+        layer, hidden = self.layered.layers[index], self.states[state]
         for batch in self._batches():
             arguments = self._arguments[batch.stop - batch.start][index]
-            self.hidden[batch] = layer(self.hidden[batch].to(self.device), **arguments).cpu()
+            hidden[batch] = layer(hidden[batch].to(self.device), **arguments).cpu()
             if on_batch:
                 on_batch(batch.stop)
 

@@ -43,7 +43,12 @@ class Source:
         return cls(match["name"], match["subset"], match["split"] or "train", int(samples) if samples else None)
 
     def documents(self, column: str, seed: int) -> Iterator[str]:
-        """The texts, shuffled with `seed`, read lazily.
+        """The texts, shuffled with `seed`, read lazily. Raises as `records` does."""
+        for record in self.records(column, seed):
+            yield record[column] or ""
+
+    def records(self, column: str, seed: int) -> Iterator[dict[str, Any]]:
+        """The records, shuffled with `seed`, read lazily; their `column` holds text or nothing.
 
         Raises:
             InputError: the file or dataset cannot be read, or has no such column.
@@ -58,7 +63,7 @@ class Source:
                 text = record[column]
                 if text is not None and not isinstance(text, str):
                     raise InputError(f"--dataset {self.name}: column '{column}' holds {type(text).__name__}, not text")
-                yield text or ""
+                yield record
         except PrismError:
             raise
         except Exception as error:

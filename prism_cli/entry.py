@@ -14,6 +14,11 @@ def _open(door: str) -> NoReturn:
     sys.exit(main())
 
 
+def evaluate() -> NoReturn:
+    """prism-eval."""
+    _open("evaluate")
+
+
 def profile() -> NoReturn:
     """prism-profile."""
     _open("profile")

@@ -118,14 +118,9 @@ def _two_level_hook(gate, arguments, output):
     return output[0], weights, indices
 
 
-def _compensation_hook(router):
-    def hook(experts, arguments, output):
-        if router.missing is None:
-            return output
-        missing, router.missing = router.missing, None
-        return output + missing.view_as(output)
-
-    return hook
+def _compensation_hook(experts, arguments, output):
+    missing, experts.two_level.missing = experts.two_level.missing, None
+    return output if missing is None else output + missing.view_as(output)
 
 
 def _original_gate(gate, config):
@@ -170,10 +165,9 @@ _SUB_ROUTER = ("weight", "bias", "ceiling", "coefficient", "compensation", "scal
 
 def attach_block(block, config, tensors):
     """Install the two-level router on one MoE block; arguments as for `two_level_router`."""
-    router = two_level_router(block, config, tensors)
-    block.gate.two_level = router
+    block.gate.two_level = block.experts.two_level = two_level_router(block, config, tensors)
     block.gate.register_forward_hook(_two_level_hook)
-    block.experts.register_forward_hook(_compensation_hook(router))
+    block.experts.register_forward_hook(_compensation_hook)
 
 
 def router_tensors(path):

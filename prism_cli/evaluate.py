@@ -1,0 +1,224 @@
+"""`prism-eval`: perplexity against active sub-experts, the original beside its refactored models."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
+from checkpoints import MANIFEST, Checkpoint, write_json
+from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
+from prism_cli.door import Reporter, command
+from prism_cli.options import FOLDER, TEXT_OPTIONS, add, table
+from prism_errors import GateError, InputError, UsageError
+from refactoring import open_refactored
+
+RESULT = "evaluation.json"
+
+
+@command
+@click.argument("model_dir", type=FOLDER)
+@click.argument("refactored_dirs", type=FOLDER, nargs=-1, metavar="[REFACTORED_DIR]...")
+@click.option("--k", "choices", metavar="LIST", help="Active sub-experts: '4,8,12', '2-16' or 'all'.  [default: whole experts' worth]")
+@click.option(
+    "--router",
+    type=click.Choice(["two-level", "stock", "both"]),
+    default="two-level",
+    help="How the refactored models route; one without a sub-router runs stock.",
+)
+@add(TEXT_OPTIONS)
+@click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next.  [default: half of --max-seq-length]")
+@click.option("--num-tokens", type=click.IntRange(2), help="Read at most this much text.  [default: all of it]")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute type; auto is float32 on a CPU.")
+@click.option("--allocate", "allocated", is_flag=True, help="Also find how many sub-experts each layer should get; stored in prism.json.")
+@click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {RESULT}, for prism-report.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save the curves as a picture (.png, .svg, .pdf).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--fail-if", "gates", multiple=True, metavar="CONDITION", help="Exit with 4 when true, e.g. 'recovered@50%<0.3'.")
+def main(
+    reporter: Reporter,
+    model_dir: Path,
+    refactored_dirs: tuple[Path, ...],
+    choices: str | None,
+    router: str,
+    stride: int | None,
+    num_tokens: int | None,
+    allocated: bool,
+    save: bool,
+    plot: Path | None,
+    as_json: bool,
+    gates: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure the perplexity of the checkpoint in MODEL_DIR at its own top-1 to top-K, and of models refactored from it at every k.
+
+    One layer is in memory at a time, and each layer is read once for all k. Windows of --max-seq-length tokens overlap; each token is
+    scored once. Intervals are 95 % bootstrap intervals over windows; 'recovered' is the share of what the original loses at the same
+    active experts that the refactored model does not lose.
+    """
+    demands = [Gate.parse(text) for text in gates]
+    if demands and not refactored_dirs:
+        raise UsageError("--fail-if: needs a REFACTORED_DIR to judge")
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise UsageError(f"--plot {plot}: the folder does not exist; create it first")
+    original = Checkpoint(model_dir)
+    models = [_refactored(folder, original) for folder in refactored_dirs]
+    requests = [_request(model, choices, router, allocated) for model in models]
+    calibration = Calibration(**options)
+    length = calibration.sequence_length(original)
+    windows = read_windows(
+        list(calibration.datasets) or [EVALUATION_TEXT],
+        load_tokenizer(model_dir),
+        length,
+        stride or max(1, length // 2),
+        calibration.seed,
+        calibration.text_column,
+        num_tokens,
+    )
+    runtime = Runtime(calibration.resolved_dtype(original), calibration.resolved_device(), calibration.batch_size)
+
+    def on_layer(name: str, layer: int, layers: int, done: int, total: int) -> None:
+        reporter.step(f"{name}, operating points", layer, layers, done, total)
+
+    evaluation = Evaluation(original, windows, runtime, calibration.seed, on_layer)
+    curves: list[Curve] = []
+    for model, (routers, values) in zip(models, requests, strict=True):
+        found = evaluation.curves(model, routers, values, allocated)
+        curves += found
+        result = _result(windows, calibration, evaluation.original, found)
+        if allocated:
+            _store_points(model, found, result["text"])
+        if save:
+            write_json(model.path / RESULT, result)
+    reporter.close()
+    if plot is not None:
+        plot_curves(evaluation.original, curves, plot)
+    if as_json:
+        click.echo(json.dumps(_result(windows, calibration, evaluation.original, curves), indent=2))
+    else:
+        click.echo(_tables(windows, evaluation.original, curves))
+    _judge(demands, curves)
+
+
+def _refactored(folder: Path, original: Checkpoint) -> Checkpoint:
+    checkpoint, manifest = open_refactored(folder)
+    if manifest["source"]["fingerprint"] != original.fingerprint():
+        raise InputError(f"{folder}: was made from another checkpoint than {original.path}")
+    return checkpoint
+
+
+def _request(model: Checkpoint, choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
+    """(routers, values of k) to run a refactored model at."""
+    recipe = model.config.prism
+    routers = ["stock", "two-level"] if router == "both" else [router]
+    if recipe["router"] == "replicate":
+        routers = ["stock"]
+    if allocated and "two-level" not in routers:
+        raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
+    sub_experts = recipe["sub_experts"]
+    full = sub_experts * recipe["source"][recipe["top_k"]]
+    return routers, _choices(choices, full) if choices else list(range(sub_experts, full + 1, sub_experts))
+
+
+def _choices(text: str, full: int) -> list[int]:
+    """The values of k of --k, rising. Raises UsageError when the text is no such list."""
+    found: set[int] = set()
+    for part in ("1-" + str(full) if text.strip() == "all" else text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"--k {text}: write numbers and ranges such as '4,8,12' or '2-16', or 'all'")
+        found |= set(range(int(first), int(last if dash else first) + 1))
+    if not found or min(found) < 1 or max(found) > full:
+        raise UsageError(f"--k {text}: choose from 1 to {full}")
+    return sorted(found)
+
+
+def _result(windows: Windows, calibration: Calibration, original: Curve, curves: list[Curve]) -> dict[str, Any]:
+    text = {
+        "datasets": list(calibration.datasets) or ["bundled"],
+        "tokens": windows.tokens,
+        "windows": len(windows.rows),
+        "length": windows.rows.shape[1],
+        "stride": windows.stride,
+        "seed": calibration.seed,
+    }
+    return {"text": text, "original": asdict(original), "refactored": [asdict(curve) for curve in curves]}
+
+
+def _store_points(model: Checkpoint, curves: list[Curve], text: dict[str, Any]) -> None:
+    """Put the non-uniform operating points into the manifest, and what each adds over the same k everywhere."""
+    curve = next(curve for curve in curves if curve.router == "two-level")
+    uniform = {point.k: point.perplexity for point in curve.points}
+    points = []
+    for mean, point in zip([point.k for point in curve.points if point.share < 1], curve.allocated, strict=True):
+        per_layer = point.k if isinstance(point.k, list) else None
+        points.append(
+            {"mean_k": mean, "k": per_layer or [mean] * _moe_layers(model), "perplexity": point.perplexity, "uniform": uniform[mean]}
+        )
+    path = model.path / MANIFEST
+    manifest = json.loads(path.read_text()) | {"operating_points": {"text": text, "points": points}}
+    temporary = path.with_suffix(".json.partial")
+    write_json(temporary, manifest)
+    temporary.replace(path)
+
+
+def _moe_layers(model: Checkpoint) -> int:
+    return len(json.loads((model.path / MANIFEST).read_text())["layers"])
+
+
+def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
+    header = ["k", "share", "active", "GFLOPs", "perplexity", "95 % interval", "to original", "recovered", "95 % interval"]
+    parts = [f"{windows.tokens} tokens in windows of {windows.rows.shape[1]}, stride {windows.stride}"]
+    for curve in [original, *curves]:
+        unit = "whole experts" if curve is original else f"sub-experts, {curve.router} router"
+        rows = [_row(point, curve) for point in curve.points]
+        parts.append(f"\n{curve.model}: {unit}\n{table(header[:6] if curve is original else header, rows)}")
+        if curve.allocated:
+            rows = []
+            for uniform, point in zip([point for point in curve.points if point.share < 1], curve.allocated, strict=True):
+                gained = f"{point.perplexity - uniform.perplexity:+.3f}"
+                rows.append([uniform.k, f"{uniform.perplexity:.3f}", f"{point.perplexity:.3f}", gained, _per_layer(point)])
+            parts.append(f"non-uniform k\n{table(['mean k', 'uniform', 'non-uniform', 'difference', 'k of each layer'], rows)}")
+    domains = sorted(original.points[-1].domains)
+    if len(domains) > 1:
+        rows = [
+            [curve.model, curve.router, f"{point.k}", *(f"{point.domains[domain]:.2f}" for domain in domains)]
+            for curve in [original, *curves]
+            for point in curve.points
+        ]
+        parts.append(f"\nperplexity by domain\n{table(['model', 'router', 'k', *domains], rows)}")
+    return "\n".join(parts)
+
+
+def _per_layer(point: Measured) -> str:
+    return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
+
+
+def _row(point: Measured, curve: Curve) -> list[str]:
+    row = [
+        f"{point.k} of {curve.full}",
+        f"{point.share:.0%}",
+        f"{point.cost.active_parameters / 1e6:.1f}M",
+        f"{point.cost.flops / 1e9:.3f}",
+        f"{point.perplexity:.2f}",
+        "{:.2f} - {:.2f}".format(*point.interval),
+    ]
+    if curve.router == "original":
+        return row
+    row.append("-" if point.ratio is None else f"{point.ratio:.4f}")
+    if point.recovered is None or point.recovered_interval is None:
+        return [*row, "-", "-"]
+    return [*row, f"{point.recovered:.0%}", "{:.0%} - {:.0%}".format(*point.recovered_interval)]
+
+
+def _judge(demands: list[Gate], curves: list[Curve]) -> None:
+    failed = []
+    for gate in demands:
+        for curve in curves:
+            value = gate.value(curve.points)
+            if gate.fails(value):
+                failed.append(f"{curve.model} ({curve.router}): {gate.text} is true, it is {value:.4g}")
+    if failed:
+        raise GateError("; ".join(failed))
