@@ -107,7 +107,9 @@ def _layer_errors(block: Any, inputs: torch.Tensor) -> torch.Tensor:
     inputs = inputs[chosen.to(inputs.device)]
     full = router.original.top_k * router.sub_experts
     exact = two_level_output(router, block.experts, inputs, full)
-    errors = [(two_level_output(router, block.experts, inputs, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)]
+    errors = [
+        (two_level_output(router, block.experts, inputs, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)
+    ]
     router.missing = None
     return torch.tensor(errors, dtype=torch.float64)
 

@@ -84,11 +84,11 @@ def read_windows(
 
 def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:
     """(row, scored) of each window."""
-    found = []
-    # The first token of the text has nothing to be predicted from.
-    seen = 1
+    found: list[tuple[list[int], list[bool]]] = []
+    # The first token of the text has nothing to be predicted from; later windows overlap by at least the one token that is.
+    seen, step = 1, min(stride, length - 1)
     while seen < len(tokens) or not found:
-        end = min(length if not found else seen + stride, len(tokens))
+        end = min(length if not found else seen + step, len(tokens))
         start = max(0, end - length)
         missing = length - (end - start)
         row = tokens[start:end] + [padding] * missing

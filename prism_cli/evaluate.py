@@ -1,7 +1,7 @@
 """`prism-eval`: perplexity against active sub-experts, the original beside its refactored models."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +148,20 @@ def _result(windows: Windows, calibration: Calibration, original: Curve, curves:
 
 
 def _store_points(model: Checkpoint, curves: list[Curve], text: dict[str, Any]) -> None:
-    """Put the non-uniform operating points into the manifest, and what each adds over the same k everywhere."""
+    """Put the operating points into the manifest, with the perplexity of the same k everywhere: that one where it is the better."""
     curve = next(curve for curve in curves if curve.router == "two-level")
     uniform = {point.k: point.perplexity for point in curve.points}
+    path = model.path / MANIFEST
+    manifest = json.loads(path.read_text())
     points = []
     for mean, point in zip([point.k for point in curve.points if point.share < 1], curve.allocated, strict=True):
-        per_layer = point.k if isinstance(point.k, list) else None
-        points.append(
-            {"mean_k": mean, "k": per_layer or [mean] * _moe_layers(model), "perplexity": point.perplexity, "uniform": uniform[mean]}
-        )
-    path = model.path / MANIFEST
-    manifest = json.loads(path.read_text()) | {"operating_points": {"text": text, "points": points}}
+        better = isinstance(point.k, list) and point.perplexity < uniform[mean]
+        k = point.k if better else [mean] * len(manifest["layers"])
+        points.append({"mean_k": mean, "k": k, "perplexity": min(point.perplexity, uniform[mean]), "uniform": uniform[mean]})
+    manifest["operating_points"] = {"text": text, "points": points}
     temporary = path.with_suffix(".json.partial")
     write_json(temporary, manifest)
     temporary.replace(path)
-
-
-def _moe_layers(model: Checkpoint) -> int:
-    return len(json.loads((model.path / MANIFEST).read_text())["layers"])
 
 
 def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
@@ -179,7 +175,7 @@ def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
             rows = []
             for uniform, point in zip([point for point in curve.points if point.share < 1], curve.allocated, strict=True):
                 gained = f"{point.perplexity - uniform.perplexity:+.3f}"
-                rows.append([uniform.k, f"{uniform.perplexity:.3f}", f"{point.perplexity:.3f}", gained, _per_layer(point)])
+                rows.append([str(uniform.k), f"{uniform.perplexity:.3f}", f"{point.perplexity:.3f}", gained, _per_layer(point)])
             parts.append(f"non-uniform k\n{table(['mean k', 'uniform', 'non-uniform', 'difference', 'k of each layer'], rows)}")
     domains = sorted(original.points[-1].domains)
     if len(domains) > 1:

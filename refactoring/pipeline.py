@@ -92,7 +92,9 @@ def refactor(
                         "use more or other text (--num-samples, --dataset)"
                     )
                 reports.append(
-                    _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router, pictures)
+                    _refactor_layer(
+                        source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router, pictures
+                    )
                 )
                 del layer_statistics
             else:

@@ -92,8 +92,6 @@ def _pick(moments: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor, tor
         target = target - column * (target[pick] / pivot)
         xx = xx - torch.outer(column, column) / pivot
     order = torch.tensor(chosen)
-    reduced = Moments(
-        moments.count, moments.x[order], moments.y, moments.xx[order][:, order], moments.xy[order], moments.yy
-    )
+    reduced = Moments(moments.count, moments.x[order], moments.y, moments.xx[order][:, order], moments.xy[order], moments.yy)
     weight, bias = ridge(reduced)
     return order, weight[0], bias[0]

@@ -6,12 +6,14 @@ import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import RidgeCV
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import routers
-from calibration import EVALUATION_TEXT, Calibration, LayerStatistics, load_tokenizer, token_rows
+from calibration import EVALUATION_TEXT, Calibration, load_tokenizer, token_rows
 from checkpoints import Checkpoint
 from refactoring import Recipe, make_plan, verify
+from routers.linear import STRENGTHS, Moments, ridge
 
 
 def refactored(command, source, target, *options):
@@ -21,7 +23,7 @@ def refactored(command, source, target, *options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", ["replicate", "linear", "proxy"])
+@pytest.mark.parametrize("router", ["replicate", "linear", "proxy", "calibrated-proxy"])
 def test_full_k_is_the_original(tmp_path, models, command, token_ids, family, router):
     out = refactored(command, models[family], tmp_path / "out", "--router", router)
     expected = logits(load(models[family]), token_ids)
@@ -56,7 +58,12 @@ def test_stock_tilt_of_the_example_stays_within_the_promise(elastic):
 @torch.inference_mode()
 def layer_errors(folder, k, rows):
     """Squared relative error of each MoE block's output at k against full k, on the inputs of the full model, and the full outputs."""
-    model = load(folder) if folder == EXAMPLE else routers.attach(load(folder), folder)
+    return layer_errors_of(load(folder) if folder == EXAMPLE else routers.attach(load(folder), folder), k, rows)
+
+
+@torch.inference_mode()
+def layer_errors_of(model, k, rows):
+    full_k = routers.moe_gates(model)[0].top_k
     blocks = [layer.mlp for layer in model.model.layers]
     inputs = []
     handles = [block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in blocks]
@@ -66,7 +73,10 @@ def layer_errors(folder, k, rows):
     full = [block(x) for block, x in zip(blocks, inputs, strict=True)]
     for block in blocks:
         block.gate.top_k = k
-    return [routers.relative_error(block(x), exact) for block, x, exact in zip(blocks, inputs, full, strict=True)]
+    errors = [routers.relative_error(block(x), exact) for block, x, exact in zip(blocks, inputs, full, strict=True)]
+    for block in blocks:
+        block.gate.top_k = full_k
+    return errors
 
 
 def test_half_the_sub_experts_lose_at_most_half_of_what_half_the_experts_lose(elastic):
@@ -107,25 +117,57 @@ def test_saving_a_two_level_model_saves_the_stock_checkpoint(tmp_path, elastic, 
 
 
 @torch.inference_mode()
-def test_two_level_picks_by_weight_times_predicted_contribution(elastic):
+def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_mean_of_the_rest(elastic):
     model = routers.attach(load(elastic), elastic)
     block = model.model.layers[1].mlp
     tensors = routers.router_tensors(elastic / routers.ROUTER_FILE)["model.layers.1.mlp"]
-    inputs = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
     block.gate.top_k = 5
-    _, weights, indices = block.gate(inputs)
+    output = block(inputs[None])[0]
     probabilities = (inputs @ tensors["original.weight"].float().T).softmax(-1)
     top, experts = probabilities.topk(4)
-    for token in range(50):
-        score = {}
+    for token, x in enumerate(inputs):
+        size, share = {}, {}
         for probability, expert in zip(top[token].tolist(), experts[token].tolist(), strict=True):
-            predicted = tensors["weight"][expert] @ inputs[token] + tensors["bias"][expert]
-            for part, value in enumerate(predicted.tolist()):
-                score[4 * expert + part] = (probability * max(value, 1e-6), probability / 4)
-        best = sorted(score, key=lambda index: -score[index][0])[:5]
-        assert set(indices[token].tolist()) == set(best)
-        for index, weight in zip(indices[token].tolist(), weights[token].tolist(), strict=True):
-            assert weight == pytest.approx(score[index][1], rel=1e-5)
+            log_size = torch.minimum(tensors["weight"][expert] @ x + tensors["bias"][expert], tensors["ceiling"][expert])
+            for part, value in enumerate(log_size.exp().tolist()):
+                size[4 * expert + part], share[4 * expert + part] = probability * value, probability
+        expected = torch.zeros(256)
+        mean, direction = tensors["compensation"].flatten(1, 2)
+        for place, index in enumerate(sorted(size, key=lambda index: -size[index])):
+            if place < 5:
+                gate, up = (block.experts.gate_up_proj[index] @ x).chunk(2)
+                kept = block.experts.down_proj[index] @ (torch.nn.functional.silu(gate) * up)
+                expected += kept * share[index] / 4 * tensors["scale"][4]
+            else:
+                expected += share[index] * mean[index] + size[index] * direction[index]
+        torch.testing.assert_close(output[token], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_two_level_is_the_same_under_every_experts_implementation(elastic, token_ids):
+    outputs = []
+    for implementation in ("eager", "grouped_mm", "batched_mm", routers.EXPERTS):
+        model = routers.attach(load(elastic), elastic)
+        model.set_experts_implementation(implementation)
+        routers.set_active(model, 6)
+        outputs.append(logits(model, token_ids))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-3, rtol=1e-3)
+
+
+def test_operating_points_set_k_layer_by_layer(elastic, token_ids):
+    model = routers.attach(load(elastic), elastic)
+    routers.set_active(model, [8] * 4)
+    uniform = logits(model, token_ids)
+    routers.set_active(model, 8)
+    assert torch.equal(logits(model, token_ids), uniform)
+    routers.set_active(model, [10, 6, 7, 9])
+    assert [gate.top_k for gate in routers.moe_gates(model)] == [10, 6, 7, 9]
+    assert not torch.equal(logits(model, token_ids), uniform)
+    with pytest.raises(ValueError, match="3 layers does not fit a model of 4"):
+        routers.set_active(model, [8] * 3)
+    with pytest.raises(ValueError, match="choose 1 to 16"):
+        routers.set_active(model, [8, 8, 8, 17])
 
 
 def test_replicate_has_no_sub_router(tmp_path, models, command):
@@ -167,9 +209,11 @@ def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, comm
     assert shapes == {
         "original.weight": (6, 32),
         "neuron_sub_expert": (6, 16),
-        "gate_neurons": (6, 4, 4),
         "weight": (6, 4, 32),
         "bias": (6, 4),
+        "ceiling": (6, 4),
+        "compensation": (2, 6, 4, 32),
+        "scale": (8,),
     }
 
 
@@ -399,24 +443,62 @@ def test_planning_leaves_the_checkpoints_config_alone(tmp_path, models):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
-def test_experts_with_few_tokens_get_a_tame_router(tokens):
+def test_regression_on_few_observations_is_tame(tokens):
     generator = torch.Generator().manual_seed(0)
-    inputs, activations = torch.randn(tokens, 64, generator=generator), torch.rand(tokens, 8, generator=generator) + 1
-    statistics = LayerStatistics(
-        layer=0,
-        tokens_routed=torch.tensor([tokens]),
-        mean_activation=activations.mean(0)[None],
-        firing_frequency=torch.zeros(1, 8),
-        input_mean=inputs.mean(0)[None],
-        input_moment=(inputs.T @ inputs / tokens)[None],
-        cross_moment=(inputs.T @ activations / tokens)[None],
-        inputs=inputs,
-        activations=[activations],
-    )
-    weight, bias = routers.fit_linear(statistics, torch.arange(8)[None] % 4, torch.ones(1, 8), 4)
-    predicted = torch.randn(100, 64, generator=generator) @ weight[0].T + bias[0]
-    assert (predicted > 1).all()
-    assert (predicted < 6).all()
+    moments = Moments.empty(64, 4)
+    moments.add(torch.randn(tokens, 64, generator=generator), torch.rand(tokens, 4, generator=generator))
+    weight, bias = ridge(moments)
+    predicted = torch.randn(100, 64, generator=generator) @ weight.T + bias
+    assert predicted.min() > -1.5
+    assert predicted.max() < 2.5
+
+
+def test_regression_finds_what_scikit_learn_finds():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 20, generator=generator)
+    target = inputs @ torch.randn(20, 2, generator=generator) + 3 + torch.randn(400, 2, generator=generator)
+    moments = Moments.empty(20, 2)
+    for x, y in zip(inputs.split(150), target.split(150), strict=True):
+        moments.add(x, y)
+    weight, bias = ridge(moments)
+    centred = (inputs - inputs.mean(0)).double()
+    strengths = [strength * len(inputs) * centred.var(0, unbiased=False).mean().item() for strength in STRENGTHS]
+    expected = RidgeCV(strengths).fit(inputs.double().numpy(), target.double().numpy())
+    torch.testing.assert_close(weight.double(), torch.from_numpy(expected.coef_), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(bias.double(), torch.from_numpy(expected.intercept_), atol=1e-4, rtol=1e-3)
+
+
+def test_compensation_takes_off_error_and_less_is_lost_at_every_k(elastic):
+    for layer in json.loads((elastic / "prism.json").read_text())["layers"]:
+        errors = layer["output_error"]
+        assert errors["k"] == [4, 8, 12, 16]
+        for ours, stock, theirs in list(zip(errors["two-level"], errors["stock"], errors["original"], strict=True))[:3]:
+            assert ours < theirs / 2
+            assert stock <= theirs
+        assert errors["two-level"][3] < 1e-9
+    rows = token_rows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 4, 256, 0)
+    model = routers.attach(load(elastic), elastic)
+    with_it = layer_errors_of(model, 4, rows)
+    for gate in routers.moe_gates(model):
+        del gate.two_level.compensation
+    for better, worse in zip(with_it, layer_errors_of(model, 4, rows), strict=True):
+        assert better < 0.85 * worse
+
+
+@torch.inference_mode()
+def test_calibrated_proxy_predicts_better_than_the_papers(tmp_path, command):
+    errors = {}
+    for router in ("proxy", "calibrated-proxy", "linear"):
+        out = tmp_path / router
+        options = ["--num-samples", "32", "--solver", "ascent", "--workers", "1", "--gate-neurons", "2", "--quiet"]
+        assert command("prism-refactor", EXAMPLE, out, *options, "--router", router).code == 0
+        layers = json.loads((out / "prism.json").read_text())["layers"]
+        errors[router] = [layer["output_error"]["two-level"][1] for layer in layers]
+        tensors = routers.router_tensors(out / routers.ROUTER_FILE)["model.layers.0.mlp"]
+        assert ("gate_neurons" in tensors) == (router != "linear")
+        assert router == "linear" or tensors["gate_neurons"].shape == (16, 4, 2)
+    for paper, calibrated, linear in zip(*errors.values(), strict=True):
+        assert linear < calibrated < paper
 
 
 def test_tilt_costs_less_per_layer_in_deeper_models(elastic):

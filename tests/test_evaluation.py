@@ -1,0 +1,186 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import EXAMPLE, load
+from PIL import Image
+
+import routers
+from calibration import EVALUATION_TEXT, load_tokenizer
+from checkpoints import Checkpoint
+from evaluation import CostModel, Gate, Point, allocate, read_windows, stream_losses
+from prism_errors import UsageError
+
+TEXT = ["--num-tokens", "3000", "--max-seq-length", "128"]
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return read_windows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 128, 64, 0, most=3000)
+
+
+@torch.inference_mode()
+def plain_sums(model, windows):
+    """Summed loss of each window's scored tokens with transformers' own loss and labels of -100 elsewhere."""
+    sums = []
+    for row, scored in zip(windows.rows, windows.scored, strict=True):
+        labels = torch.where(scored, row, -100)
+        sums.append(model(input_ids=row[None], labels=labels[None]).loss.item() * int(scored.sum()))
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def test_streamed_losses_are_transformers_losses(elastic, windows):
+    original = load(EXAMPLE)
+    expected = []
+    for k in (1, 4):
+        for gate in routers.moe_gates(original):
+            gate.top_k = k
+        expected.append(plain_sums(original, windows))
+    points = [Point("original", (k,) * 4) for k in (1, 4)]
+    found = stream_losses(Checkpoint(EXAMPLE), windows, points, torch.float32, "cpu", 5).sums
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-4)
+    stock, two_level = load(elastic), routers.attach(load(elastic), elastic)
+    expected, points = [], []
+    # The order mixes the routers: attaching one must not leak into the other.
+    for router, model, k in (("two-level", two_level, (7, 3, 16, 4)), ("stock", stock, (6,) * 4), ("two-level", two_level, (16,) * 4)):
+        routers.set_active(model, list(k))
+        expected.append(plain_sums(model, windows))
+        points.append(Point(router, k))
+    found = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
+    # Repeated stock rows nearly tie, so rounding may route a token otherwise.
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-3)
+
+
+def test_hidden_states_that_do_not_fit_are_kept_in_a_file(elastic, windows, monkeypatch):
+    points = [Point("two-level", (k,) * 4) for k in (4, 16)]
+    expected = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
+    monkeypatch.setattr("calibration.stream.MEMORY_LIMIT", 1000)
+    assert torch.equal(stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8])
+def test_every_token_but_the_first_of_a_domain_is_scored_once(tmp_path, stride):
+    tokenizer = load_tokenizer(EXAMPLE)
+    texts = {"a": "one two three four five six seven eight nine ten eleven twelve", "b": "short"}
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"domain": name, "text": text}) + "\n" for name, text in texts.items()))
+    found = read_windows([str(tmp_path / "t.jsonl")], tokenizer, 8, stride, 0)
+    for name, text in texts.items():
+        ids = tokenizer(text)["input_ids"]
+        scored = [
+            token
+            for row, counted, domain in zip(found.rows, found.scored, found.domains, strict=True)
+            if domain == name
+            for token in row[counted].tolist()
+        ]
+        assert scored == ids[1:]
+    assert not found.scored[:, 0].any()
+
+
+def test_costs_count_the_parameters_of_the_model(elastic):
+    checkpoint, model = Checkpoint(elastic), load(elastic)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cost = CostModel(checkpoint, "stock", 128)
+    one = 3 * 256 * 64
+    assert cost.at([16] * 4).active_parameters == parameters - 4 * 48 * one
+    assert cost.at([16] * 4).flops - cost.at([15, 16, 16, 16]).flops == 2 * one
+    two_level = CostModel(checkpoint, "two-level", 128)
+    assert two_level.at([16] * 4).flops - cost.at([16] * 4).flops == 4 * 2 * 16 * 256
+    # Gate, one row a sub-expert, two vectors for each of the 8 dropped.
+    assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 + 64 + 16) * 256
+
+
+def test_allocation_takes_the_steepest_layer_first_and_looks_past_plateaus():
+    errors = torch.tensor([[8.0, 4.0, 2.0, 0.0], [1.0, 0.9, 0.8, 0.0], [9.0, 9.0, 0.0, 0.0]], dtype=torch.float64)
+    assert allocate(errors, [1, 2, 3, 4]) == {1: (1, 1, 1), 2: (2, 1, 3), 3: (4, 2, 3), 4: (4, 4, 4)}
+
+
+def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elastic, command):
+    out = shutil.copytree(elastic, tmp_path / "out")
+    result = command("prism-eval", EXAMPLE, out, *TEXT, "--router", "both", "--allocate", "--save", "--json", "--plot", tmp_path / "c.png")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert json.loads((out / "evaluation.json").read_text()) == report
+    assert Image.open(tmp_path / "c.png").size[0] > 500
+    original = {point["k"]: point for point in report["original"]["points"]}
+    curves = {curve["router"]: curve for curve in report["refactored"]}
+    for curve in curves.values():
+        for point in curve["points"]:
+            theirs = original[point["k"] // 4]
+            assert point["share"] == theirs["share"] == point["k"] / 16
+            assert point["ratio"] == pytest.approx(point["perplexity"] / theirs["perplexity"])
+            assert point["interval"][0] < point["perplexity"] < point["interval"][1]
+            assert set(point["domains"]) == set(theirs["domains"])
+    half, whole = curves["two-level"]["points"][1], original[4]["perplexity"]
+    recovered = (original[2]["perplexity"] - half["perplexity"]) / (original[2]["perplexity"] - whole)
+    assert half["recovered"] == pytest.approx(recovered)
+    assert half["recovered_interval"][0] < recovered < half["recovered_interval"][1]
+    assert curves["two-level"]["points"][3]["perplexity"] == pytest.approx(whole, rel=1e-5)
+    points = routers.operating_points(out)
+    assert list(points) == [4, 8, 12]
+    for stored, uniform in zip(
+        json.loads((out / "prism.json").read_text())["operating_points"]["points"], curves["two-level"]["points"], strict=False
+    ):
+        assert sum(stored["k"]) <= 4 * stored["mean_k"]
+        assert stored["perplexity"] <= stored["uniform"] == uniform["perplexity"]
+    routers.set_active(routers.attach(load(out), out), points[4])
+    assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
+
+
+def test_quality_on_text_that_calibration_never_saw(elastic, command):
+    """The promise: at a quarter, half and three quarters of the experts most of what the original loses is kept."""
+    options = ["--num-tokens", "20000", "--json", "--k", "4,8,12,16"]
+    result = command("prism-eval", EXAMPLE, elastic, *options, "--fail-if", "recovered@25%<0.6", "--fail-if", "recovered@50%<0.7")
+    assert result.code == 0, result.err
+    for point in json.loads(result.out)["refactored"][0]["points"]:
+        assert point["ratio_interval"][0] <= 1
+
+
+def test_eval_prints_tables_and_only_the_original_alone(elastic, command):
+    result = command("prism-eval", EXAMPLE, elastic, *TEXT, "--k", "6,8-9", "--quiet")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].endswith(" tokens in windows of 128, stride 64")
+    assert [line.split()[0] for line in lines if " of 16" in line] == ["6", "8", "9"]
+    alone = command("prism-eval", EXAMPLE, *TEXT)
+    assert alone.code == 0
+    assert "sub-experts" not in alone.out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--fail-if", "recovered@50%>0.1"], 4, "out (two-level): recovered@50%>0.1 is true, it is "),
+        (["--fail-if", "recovered@8<0.1"], 0, ""),
+        (["--fail-if", "quality@8<0.1"], 2, "--fail-if 'quality@8<0.1': write for example"),
+        (["--fail-if", "recovered@7<0.1"], 2, "not among the evaluated k (4, 8, 12, 16); add it with --k"),
+        (["--fail-if", "recovered@16<0.1"], 2, "there is no 'recovered' at k = 16"),
+        (["--k", "0-3"], 2, "--k 0-3: choose from 1 to 16"),
+        (["--k", "many"], 2, "--k many: write numbers and ranges"),
+        (["--stride", "200"], 2, "--stride 200: must be at most the window of 128 tokens"),
+        (["--router", "stock", "--allocate"], 2, "--allocate:"),
+        (["--plot", "nowhere/c.png"], 2, "--plot nowhere/c.png: the folder does not exist"),
+        (["--dataset", "missing.jsonl"], 3, "no such file"),
+    ],
+)
+def test_eval_gates_and_refusals(elastic, command, options, code, message):
+    result = command("prism-eval", EXAMPLE, elastic, *TEXT, "--quiet", *options)
+    assert result.code == code, result.err
+    assert message in result.err
+    assert result.err.count("\n") == (code != 0)
+
+
+def test_a_gate_never_passes_on_what_is_not_a_number():
+    assert Gate.parse("recovered@50%<0.3").fails(math.nan)
+    assert Gate.parse("perplexity@8 >= 1e3").fails(1000.0)
+    assert not Gate.parse("perplexity@8 >= 1e3").fails(999.0)
+    with pytest.raises(UsageError):
+        Gate.parse("recovered@50<<1")
+
+
+def test_eval_refuses_what_was_not_refactored_from_the_model(tmp_path, elastic, models, command):
+    result = command("prism-eval", models["olmoe"], elastic, *TEXT)
+    assert (result.code, "was made from another checkpoint" in result.err) == (3, True)
+    result = command("prism-eval", EXAMPLE, EXAMPLE, *TEXT)
+    assert (result.code, "not a refactored checkpoint" in result.err) == (3, True)
