@@ -1,11 +1,16 @@
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import EXAMPLE, load
 from PIL import Image
+from transformers import AutoTokenizer
 
 import routers
 from calibration import EVALUATION_TEXT, load_tokenizer
@@ -184,3 +189,45 @@ def test_eval_refuses_what_was_not_refactored_from_the_model(tmp_path, elastic, 
     assert (result.code, "was made from another checkpoint" in result.err) == (3, True)
     result = command("prism-eval", EXAMPLE, EXAMPLE, *TEXT)
     assert (result.code, "not a refactored checkpoint" in result.err) == (3, True)
+
+
+@pytest.mark.parametrize("k", [16, 3])
+def test_lm_eval_runs_the_checkpoint_unchanged_at_any_k(tmp_path, elastic, k):
+    documents = [
+        {"question": "The Python standard", "choices": [" library", " zebra"], "answer": 0},
+        {"question": "import os\nimport", "choices": [" sys", " Debian"], "answer": 0},
+    ]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    task = {
+        "task": "prism_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "prism_local.yaml").write_text(json.dumps(task))
+    model_args = f"pretrained={elastic},trust_remote_code=True,num_experts_per_tok={k},dtype=float32"
+    arguments = ["--model", "hf", "--model_args", model_args, "--tasks", "prism_local", "--include_path", tmp_path, "--device", "cpu"]
+    subprocess.run(
+        [Path(sys.executable).parent / "lm_eval", *arguments, "--batch_size", "1", "--output_path", tmp_path / "result", "--log_samples"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+    )
+    (samples,) = (tmp_path / "result").rglob("samples_*.jsonl")
+    model, tokenizer = routers.attach(load(elastic), elastic), AutoTokenizer.from_pretrained(elastic)
+    routers.set_active(model, k)
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        for choice, response in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            context = tokenizer(sample["doc"]["question"])["input_ids"]
+            ids = torch.tensor([tokenizer(sample["doc"]["question"] + choice)["input_ids"]])
+            with torch.inference_mode():
+                scores = model(input_ids=ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            expected = scores.gather(1, ids[0, len(context) :, None]).sum().item()
+            assert float(response[0]) == pytest.approx(expected, abs=1e-3)
