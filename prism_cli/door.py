@@ -38,6 +38,11 @@ class Reporter:
         self._tqdm: tqdm | None = None
         self._start = time.monotonic()
 
+    @property
+    def has_bar(self) -> bool:
+        """Whether progress is a bar on a terminal."""
+        return self._bar
+
     def step(self, what: str, layer: int, layers: int, done: int = 0, total: int = 0, part: float = 0.0, parts: float = 1.0) -> None:
         """Note that `done` of `total` units (0: the whole) of `what` are finished in a layer; `parts` of its work, after `part`."""
         share = done / total if total else 1.0

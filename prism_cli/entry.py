@@ -19,6 +19,11 @@ def evaluate() -> NoReturn:
     _open("evaluate")
 
 
+def finetune() -> NoReturn:
+    """prism-finetune."""
+    _open("finetune")
+
+
 def profile() -> NoReturn:
     """prism-profile."""
     _open("profile")

@@ -1,6 +1,7 @@
 """Sub-expert routing: fit it, tilt the stock gate, run a refactored model at any k."""
 
 from routers.compensation import fit_compensation
+from routers.finetune import LOSSES, Curriculum, Training, recorded
 from routers.linear import fit_linear
 from routers.modeling_prism import (
     ROUTER_FILE,
@@ -24,8 +25,11 @@ __all__ = [
     "EXPERTS",
     "FULL_K_BUDGET",
     "GATE_NEURONS",
+    "LOSSES",
     "ROUTER_FILE",
+    "Curriculum",
     "Routed",
+    "Training",
     "TwoLevelRouter",
     "attach",
     "attach_block",
@@ -38,6 +42,7 @@ __all__ = [
     "gate_neurons",
     "moe_gates",
     "operating_points",
+    "recorded",
     "relative_error",
     "router_tensors",
     "set_active",

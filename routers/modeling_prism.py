@@ -104,6 +104,11 @@ class TwoLevelRouter(nn.Module):
             size = value.gather(1, order[:, k:]).exp()
             self.missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
             kept = (kept * self.scale[k - 1]).to(weights.dtype)
+        if value.requires_grad:
+            # Straight-through: forward as above; backward as if a sub-expert ran in proportion to how clearly it is chosen.
+            margin = value.gather(1, order)[:, :k] - value.sort(1, descending=True).values[:, k - 1 : k + 1].mean(1, keepdim=True)
+            chosen = margin.sigmoid()
+            kept = kept * (1 + chosen - chosen.detach())
         return kept, indices[:, :k]
 
     def expected(self, indices, shares, size):

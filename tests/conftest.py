@@ -7,10 +7,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
-from prism_cli import door, evaluate, profile, refactor, verify
+from prism_cli import door, evaluate, finetune, profile, refactor, verify
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
-COMMANDS = {"prism-eval": evaluate, "prism-profile": profile, "prism-refactor": refactor, "prism-verify": verify}
+COMMANDS = {
+    "prism-eval": evaluate,
+    "prism-finetune": finetune,
+    "prism-profile": profile,
+    "prism-refactor": refactor,
+    "prism-verify": verify,
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALL = {
     "vocab_size": 4096,

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+from conftest import EXAMPLE, files, load, logits
+from safetensors.torch import load_file
+
+import routers
+
+QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
+
+
+def changed_tensors(before, after):
+    found = set()
+    for path in before.glob("*.safetensors"):
+        old, new = load_file(path), load_file(after / path.name)
+        assert old.keys() == new.keys()
+        found |= {name for name in old if not torch.equal(old[name], new[name])}
+    return found
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "distill"])
+@pytest.mark.parametrize("router", ["two-level", "stock"])
+def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, command, router, loss):
+    out = tmp_path / "out"
+    options = ["--router", router, "--loss", loss, "--learning-rate", "1e-3" if router == "two-level" else "1e-4"]
+    result = command("prism-finetune", elastic, out, *QUICK, *options)
+    assert result.code == 0, result.err
+    record = json.loads((out / "prism.json").read_text())["finetuning"]
+    assert (record["router"], record["loss"], record["first_k"], record["last_k"]) == (router, loss, 4, 12)
+    leaves = ("gate.weight",) if router == "stock" else ("gate.weight", "gate.bias")
+    found = changed_tensors(elastic, out)
+    assert all(name.endswith(leaves) for name in found)
+    assert bool(found) == (record["best_step"] > 0)
+    assert set(files(out)) == set(files(elastic))
+    model = load(out)
+    assert torch.isfinite(logits(model, torch.arange(2, 30)[None])).all()
+    if router == "two-level":
+        assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_straight_through_reaches_the_rows_of_chosen_and_dropped(elastic):
+    model = routers.attach(load(elastic), elastic)
+    rows = torch.arange(2, 66)[None].repeat(3, 1)
+    training = routers.Training(model, rows, rows, routers.Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
+    training._train_on(rows, 4)
+    for name, parameter in training.parameters.items():
+        assert torch.isfinite(parameter.grad).all()
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "two_level" not in name)
+
+
+def test_k_rises_linearly():
+    curriculum = routers.Curriculum(5, 8, 24, 1e-5, "cross-entropy", 1, 1, 0)
+    assert [curriculum.k_at(step) for step in range(5)] == [8, 12, 16, 20, 24]
+
+
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch):
+    options = [*QUICK, "--learning-rate", "1e-3"]
+    assert command("prism-finetune", elastic, tmp_path / "whole", *options).code == 0
+    train = routers.Training._train_on
+
+    def interrupted(self, batch, k):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return train(self, batch, k)
+
+    monkeypatch.setattr(routers.Training, "_train_on", interrupted)
+    result = command("prism-finetune", elastic, tmp_path / "out", *options)
+    assert result.code == 130
+    assert "stopped after step 3 of 4; --resume goes on" in result.err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(routers.Training, "_train_on", train)
+    again = command("prism-finetune", elastic, tmp_path / "out", *options)
+    assert (again.code, "holds an interrupted run; add --resume" in again.err) == (2, True)
+    other = command("prism-finetune", elastic, tmp_path / "out", *options, "--resume", "--loss", "distill")
+    assert (other.code, "belongs to a run with another curriculum" in other.err) == (2, True)
+    assert command("prism-finetune", elastic, tmp_path / "out", *options, "--resume").code == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--last-k", "16"], 2, "need 1 <= first <= last <= 15 for the two-level router"),
+        (["--first-k", "9", "--last-k", "4"], 2, "--first-k 9, --last-k 4"),
+        (["--resume"], 3, "--resume: no usable state in"),
+    ],
+)
+def test_finetune_refusals(tmp_path, elastic, command, options, code, message):
+    result = command("prism-finetune", elastic, tmp_path / "out", *QUICK, *options)
+    assert result.code == code
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
