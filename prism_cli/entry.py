@@ -34,6 +34,11 @@ def refactor() -> NoReturn:
     _open("refactor")
 
 
+def report() -> NoReturn:
+    """prism-report."""
+    _open("report")
+
+
 def verify() -> NoReturn:
     """prism-verify."""
     _open("verify")

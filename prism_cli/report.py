@@ -1,0 +1,79 @@
+"""`prism-report`: a refactored checkpoint as one HTML page."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from jinja2 import UndefinedError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from checkpoints import MANIFEST
+from prism_cli.door import Reporter, command
+from prism_cli.evaluate import RESULT
+from prism_cli.options import FOLDER
+from prism_errors import InputError, UsageError, first_line
+from refactoring import open_refactored
+from refactoring.pipeline import PICTURE_FILE
+from reporting import report_page
+
+PAGE = "report.html"
+# What reading a file raises that lacks a field or has one of another type.
+_MISTAKES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, SafetensorError, UndefinedError)
+
+
+@command
+@click.argument("out_dir", type=FOLDER)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help=f"Write the page here.  [default: OUT_DIR/{PAGE}]")
+def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
+    """Show the refactored checkpoint in OUT_DIR as one HTML page: quality curve, operating points, errors, partition, load, recipe.
+
+    The page refers to nothing outside itself. The quality curve is there once prism-eval --save has measured it.
+    """
+    _, manifest = open_refactored(out_dir)
+    target = output or out_dir / PAGE
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"--output {target}: the folder does not exist; create it first")
+    evaluation, pictures = _evaluation(out_dir / RESULT), _pictures(out_dir / PICTURE_FILE)
+    with _broken(f"{out_dir}: {MANIFEST}, {RESULT} or {PICTURE_FILE}", "refactor and evaluate again"):
+        page = report_page(manifest, evaluation, pictures)
+    _write(target, page)
+    if evaluation is None:
+        reporter.line(f"no {RESULT} in {out_dir}: prism-eval MODEL_DIR {out_dir} --save measures the quality curve", missing=RESULT)
+    click.echo(str(target))
+
+
+@contextmanager
+def _broken(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except _MISTAKES as error:
+        raise InputError(f"{what} is not as this version writes it ({type(error).__name__}: {first_line(error)}); {remedy}") from error
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    with _broken(str(path), "run prism-eval --save again"):
+        return dict(json.loads(path.read_text()))
+
+
+def _pictures(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with _broken(str(path), "refactor again"):
+        return load_file(path)
+
+
+def _write(target: Path, page: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
