@@ -17,13 +17,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup ## refactor the example checkpoint, verify it, run it at several k
-	@echo "1/3 refactoring examples/olmoe-tiny into $(DEMO)"
+demo: setup ## refactor the example checkpoint, verify it, measure its quality at several k
+	@echo "1/4 refactoring examples/olmoe-tiny into $(DEMO)"
 	@$(BIN)/prism-refactor examples/olmoe-tiny $(DEMO) --overwrite
-	@echo "2/3 verifying that $(DEMO) is the same model at full k"
+	@echo "2/4 verifying that $(DEMO) is the same model at full k"
 	@$(BIN)/prism-verify examples/olmoe-tiny $(DEMO) --quiet
-	@echo "3/3 running it at fewer active sub-experts"
-	@$(BIN)/python examples/any_k.py examples/olmoe-tiny $(DEMO)
+	@echo "3/4 measuring it with fewer active sub-experts"
+	@$(BIN)/prism-eval examples/olmoe-tiny $(DEMO) --k 2,4,6,8,10,12,14,16 --num-tokens 16000 --save --quiet
+	@echo "4/4 writing it all on one page"
+	@$(BIN)/prism-report $(DEMO) --quiet
 
 test: setup ## run the tests
 	@$(BIN)/pytest
