@@ -165,7 +165,7 @@ def _store_points(model: Checkpoint, curves: list[Curve], text: dict[str, Any]) 
 
 
 def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
-    header = ["k", "share", "active", "GFLOPs", "perplexity", "95 % interval", "to original", "recovered", "95 % interval"]
+    header = ["k", "share", "active", "MFLOPs", "perplexity", "95 % interval", "to original", "recovered", "95 % interval"]
     parts = [f"{windows.tokens} tokens in windows of {windows.rows.shape[1]}, stride {windows.stride}"]
     for curve in [original, *curves]:
         unit = "whole experts" if curve is original else f"sub-experts, {curve.router} router"
@@ -197,7 +197,7 @@ def _row(point: Measured, curve: Curve) -> list[str]:
         f"{point.k} of {curve.full}",
         f"{point.share:.0%}",
         f"{point.cost.active_parameters / 1e6:.1f}M",
-        f"{point.cost.flops / 1e9:.3f}",
+        f"{point.cost.flops / 1e6:.2f}",
         f"{point.perplexity:.2f}",
         "{:.2f} - {:.2f}".format(*point.interval),
     ]
