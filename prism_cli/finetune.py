@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from calibration import DTYPES, Calibration
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, names_on_disk, output_folder, save_tensors, write_json
-from prism_cli.door import Reporter, command
+from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add
 from prism_errors import InputError, UsageError
 from refactoring import open_refactored
@@ -152,10 +152,10 @@ def _train(training: Training, store: _Store, reporter: Reporter) -> None:
 
     try:
         training.run(on_step)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         store.write(training.state())
         click.echo(f"stopped after step {training.step} of {steps}; --resume goes on", err=True)
-        raise
+        raise click.exceptions.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED) from None
     finally:
         bar.close()
 
