@@ -58,12 +58,11 @@ class Evaluation:
     def __init__(self, original: Checkpoint, windows: Windows, runtime: Runtime, seed: int, on_layer: OnLayer | None = None):
         self.windows, self.runtime, self.on_layer = windows, runtime, on_layer
         self.sampled = Sampled(windows, seed)
-        self._originals: dict[float, Any] = {}
         top_k = original.architecture.sizes(original.config)[original.architecture.top_k]
         choices = list(range(1, top_k + 1))
         cost = CostModel(original, "original", windows.rows.shape[1])
         losses = self._losses(original, [Point("original", (k,) * len(cost.blocks)) for k in choices])
-        self._originals = {k / top_k: sums for k, sums in zip(choices, losses.sums, strict=True)}
+        self._originals: dict[float, Any] = {k / top_k: sums for k, sums in zip(choices, losses.sums, strict=True)}
         points = [(k,) * len(cost.blocks) for k in choices]
         self.original = Curve(original.path.resolve().name, "original", top_k, self._measured(points, losses.sums, top_k, cost), [])
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from routers.modeling_prism import TwoLevelRouter
+from routers.routed import CHUNK
 from routers.runtime import by_expert, sub_expert_activations, sub_expert_outputs
 
 # Shares of the sub-experts that are kept while fitting; other k interpolate the factors.
 KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 RIDGE = 1e-3
-CHUNK = 2048
 ROUNDS = 3
 
 
