@@ -17,6 +17,7 @@ SOLVERS: dict[str, Callable[[Problem, int], np.ndarray]] = {
     "greedy": methods.greedy,
     "kmeans": methods.kmeans,
     "random": methods.random,
+    "contiguous": methods.contiguous,
 }
 
 

@@ -15,6 +15,11 @@ ANNEALING_TEMPERATURE = 100.0
 ANNEALING_COOLING = 0.995
 
 
+def contiguous(problem: Problem, seed: int) -> np.ndarray:
+    """Neurons as they are stored: what splitting without partitioning gives. `seed` is not used."""
+    return problem.contiguous()
+
+
 def random(problem: Problem, seed: int) -> np.ndarray:
     """A random balanced partition: the floor every other method has to beat."""
     return problem.random(np.random.default_rng(seed))
