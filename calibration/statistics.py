@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prism_errors import InputError
@@ -16,6 +17,8 @@ OBSERVED = "prism_observed"
 TOKEN_FLOOR = 64
 # MoE inputs kept per layer, whatever their expert: what its routers are fitted and judged on.
 INPUT_SAMPLE = 32_768
+# Largest side of a co-activation picture.
+PICTURE = 64
 
 
 @dataclass
@@ -44,6 +47,31 @@ class LayerStatistics:
         """The paper's Co = B^T B: on how many sampled tokens two neurons are both marked, int32 [C, C]."""
         marks = coactive_marks(self.activations[expert])
         return (marks.T @ marks).to(torch.int32)
+
+    def coactivation_picture(self, expert: int, share: float, order: torch.Tensor | None = None) -> torch.Tensor:
+        """How often two neurons are both among a token's largest `share` of |activation|, relative to chance.
+
+        Args:
+            expert: whose.
+            share: few show more than the paper's three quarters.
+            order: int64 [C], neurons in another order than the stored one.
+
+        Returns:
+            float32 [P, P], P = min(C, `PICTURE`): means over blocks of neurons.
+        """
+        marks = coactive_marks(self.activations[expert], share)
+        chance = marks.mean(0).clamp_min(1 / len(marks))
+        together = (marks.T @ marks / len(marks)) / torch.outer(chance, chance)
+        together.fill_diagonal_(1.0)
+        if order is not None:
+            together = together[order][:, order]
+        return F.adaptive_avg_pool2d(together[None, None], min(PICTURE, len(together)))[0, 0]
+
+    def fixed_quarter_share(self) -> float:
+        """Mean over experts of the |activation| in the quarter of the neurons that is largest on average; see `top_quarter_share`."""
+        ordered = self.mean_activation.sort(1, descending=True).values
+        quarter = ordered[:, : max(1, ordered.shape[1] // 4)].sum(1)
+        return (quarter / ordered.sum(1).clamp_min(1e-30)).mean().item()
 
     def top_quarter_share(self) -> float:
         """Median over sampled tokens and experts of the L1 mass in a token's largest quarter of neurons."""

@@ -11,7 +11,7 @@ from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
 from checkpoints import MANIFEST, Checkpoint, write_json
 from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, TEXT_OPTIONS, add, table
+from prism_cli.options import FOLDER, TEXT_OPTIONS, add, check_parent, table
 from prism_errors import GateError, InputError, UsageError
 from refactoring import open_refactored
 
@@ -61,8 +61,7 @@ def main(
     demands = [Gate.parse(text) for text in gates]
     if demands and not refactored_dirs:
         raise UsageError("--fail-if: needs a REFACTORED_DIR to judge")
-    if plot is not None and not plot.resolve().parent.is_dir():
-        raise UsageError(f"--plot {plot}: the folder does not exist; create it first")
+    check_parent("--plot", plot)
     original = Checkpoint(model_dir)
     models = [_refactored(folder, original) for folder in refactored_dirs]
     requests = [_request(model, choices, router, allocated) for model in models]

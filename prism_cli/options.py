@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from calibration import DTYPES, Calibration
+from prism_errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -55,6 +56,12 @@ def add(options: tuple[Callable[[Function], Function], ...]) -> Callable[[Functi
         return function
 
     return decorate
+
+
+def check_parent(option: str, path: Path | None) -> None:
+    """Raises UsageError when there is no folder that a file asked for with `option` could be written to."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise UsageError(f"{option} {path}: the folder does not exist; create it first")
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -1,16 +1,21 @@
 """`prism-profile`: activation statistics of a checkpoint."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerSummary, estimated_bytes, profile, write_statistics
+from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerStatistics, LayerSummary, estimated_bytes, profile, write_statistics
 from checkpoints import Checkpoint, check_disk, check_target
 from prism_cli.door import Reporter, command
-from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, table
+from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
+from reporting import profile_page, write_page
+
+# Share of a token's neurons that count as active in the pictures of --html.
+ACTIVE_SHARE = 1 / 8
 
 
 @command
@@ -18,13 +23,15 @@ from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, table
 @click.argument("stats_dir", type=FOLDER)
 @add(CALIBRATION_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Replace an existing STATS_DIR that this command wrote.")
+@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Also show the statistics as an HTML page, here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, page: Path | None, as_json: bool, **options: Any) -> None:
     """Run text through the checkpoint in MODEL_DIR, one layer in memory at a time, and write what its experts' neurons did to STATS_DIR.
 
     Use the result with prism-refactor --stats STATS_DIR.
     """
     check_target(stats_dir, model_dir, overwrite, INDEX)
+    check_parent("--html", page)
     checkpoint = Checkpoint(model_dir)
     calibration = Calibration(**options)
     check_disk(stats_dir, estimated_bytes(checkpoint, calibration))
@@ -33,7 +40,17 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     collected = profile(
         checkpoint, calibration, rows, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total)
     )
+    drawn: list[dict[str, Any]] = []
+    if page is not None:
+        collected = _drawing(collected, drawn)
     summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), collected)
+    if page is not None:
+        source = {
+            "name": checkpoint.path.resolve().name,
+            "model_type": checkpoint.config.model_type,
+            "fingerprint": checkpoint.fingerprint(),
+        }
+        write_page(page, profile_page(source, calibration.recorded(rows), drawn))
     reporter.close()
     for summary in summaries:
         if summary.unrouted:
@@ -42,6 +59,25 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     if shortage:
         reporter.warning(shortage)
     click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2) if as_json else profile_table(summaries))
+
+
+def _drawing(layers: Iterable[LayerStatistics], drawn: list[dict[str, Any]]) -> Iterator[LayerStatistics]:
+    """Pass the statistics on, keeping the little of each layer that the page shows."""
+    for statistics in layers:
+        expert = int(statistics.tokens_routed.argmax())
+        drawn.append(
+            {
+                "layer": statistics.layer,
+                "tokens": statistics.tokens_routed.tolist(),
+                "own_quarter": statistics.top_quarter_share(),
+                "fixed_quarter": statistics.fixed_quarter_share(),
+                "expert": expert,
+                "picture": statistics.coactivation_picture(expert, ACTIVE_SHARE).numpy(),
+            }
+        )
+        yield statistics
+        # Not kept while the next layer is made.
+        del statistics
 
 
 def profile_table(summaries: list[LayerSummary]) -> str:

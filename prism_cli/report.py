@@ -1,7 +1,6 @@
 """`prism-report`: a refactored checkpoint as one HTML page."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,11 @@ from safetensors.numpy import load_file
 from checkpoints import MANIFEST
 from prism_cli.door import Reporter, command
 from prism_cli.evaluate import RESULT
-from prism_cli.options import FOLDER
-from prism_errors import InputError, UsageError, first_line
+from prism_cli.options import FOLDER, check_parent
+from prism_errors import InputError, first_line
 from refactoring import open_refactored
 from refactoring.pipeline import PICTURE_FILE
-from reporting import report_page
+from reporting import report_page, write_page
 
 PAGE = "report.html"
 # What reading a file raises that lacks a field or has one of another type.
@@ -37,12 +36,11 @@ def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     """
     _, manifest = open_refactored(out_dir)
     target = output or out_dir / PAGE
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"--output {target}: the folder does not exist; create it first")
+    check_parent("--output", target)
     evaluation, pictures = _evaluation(out_dir / RESULT), _pictures(out_dir / PICTURE_FILE)
     with _broken(f"{out_dir}: {MANIFEST}, {RESULT} or {PICTURE_FILE}", "refactor and evaluate again"):
         page = report_page(manifest, evaluation, pictures)
-    _write(target, page)
+    write_page(target, page)
     if evaluation is None:
         reporter.line(f"no {RESULT} in {out_dir}: prism-eval MODEL_DIR {out_dir} --save measures the quality curve", missing=RESULT)
     click.echo(str(target))
@@ -68,12 +66,3 @@ def _pictures(path: Path) -> dict[str, np.ndarray]:
         return {}
     with _broken(str(path), "refactor again"):
         return load_file(path)
-
-
-def _write(target: Path, page: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ from routers import (
 )
 
 OnExpert = Callable[[int], None]
-# Held-out inputs that the reported output errors are measured on, and the side of the reported co-activation pictures.
-JUDGED, PICTURE = 2048, 64
+# Held-out inputs that the reported output errors are measured on.
+JUDGED = 2048
 
 
 @dataclass
@@ -171,19 +171,12 @@ def _in_float32(block: Any) -> Iterator[None]:
 
 
 def _coactivation_picture(statistics: LayerStatistics, order: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
-    expert = int(statistics.tokens_routed.argmax())
-    # Few marks show more than the paper's three quarters: which neurons are among a token's largest eighth together.
-    marks = coactive_marks(statistics.activations[expert], 1 / (2 * recipe.sub_experts))
-    chance = marks.mean(0).clamp_min(1 / len(marks))
-    together = (marks.T @ marks / len(marks)) / torch.outer(chance, chance)
-    together.fill_diagonal_(1.0)
-    side = min(PICTURE, len(together))
-
-    def shrunk(matrix: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(matrix[None, None], side)[0, 0]
-
-    after = together[order[expert]][:, order[expert]]
-    return {"before": shrunk(together), "after": shrunk(after), "expert": torch.tensor([expert])}
+    expert, share = int(statistics.tokens_routed.argmax()), 1 / (2 * recipe.sub_experts)
+    return {
+        "before": statistics.coactivation_picture(expert, share),
+        "after": statistics.coactivation_picture(expert, share, order[expert]),
+        "expert": torch.tensor([expert]),
+    }
 
 
 def _saliency(statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, expert: int) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""A refactored checkpoint as one page to look at."""
+"""Checkpoints and their statistics as pages to look at."""
 
-from reporting.page import report_page
+from reporting.page import profile_page, report_page, write_page
 
-__all__ = ["report_page"]
+__all__ = ["profile_page", "report_page", "write_page"]

@@ -1,14 +1,15 @@
-"""What prism-report shows: the manifest, the evaluation and the co-activation pictures as one self-contained HTML page."""
+"""Self-contained HTML pages: what prism-report shows of a refactored checkpoint, and what prism-profile shows of its source."""
 
 import base64
 import io
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.image import imsave
 
 # The charts' coordinates; 420 wide, so that the text is readable on a phone.
@@ -58,22 +59,53 @@ def report_page(manifest: dict[str, Any], evaluation: dict[str, Any] | None, pic
         HTML that refers to nothing outside itself. Raises KeyError, TypeError and their like
         (jinja2.UndefinedError for a field that only the page reads) when an input is not as described.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html").render(
+    return _template("report.html").render(
         head=_head(manifest, evaluation),
         quality=None if evaluation is None else _quality(evaluation),
         operating=_operating(manifest),
         errors=_errors(manifest["layers"]),
         partition=_partition(manifest["layers"]),
-        loads=_loads(manifest["layers"]),
+        loads=_loads([(layer["layer"], [expert["tokens"] for expert in layer["experts"]]) for layer in manifest["layers"]]),
         pictures=_pictures(pictures, manifest["recipe"]["sub_experts"]),
         shown=SHOWN_PICTURES,
-        environment=_environment(manifest),
+        environment=_environment({part: manifest[part] for part in ("source", "result", "recipe", "calibration", "versions")}),
+    )
+
+
+def profile_page(source: dict[str, Any], calibration: dict[str, Any], layers: list[dict[str, Any]]) -> str:
+    """The page of a checkpoint's statistics.
+
+    Args:
+        source: its `name`, `model_type` and what else identifies it.
+        calibration: how the statistics were made, with `num_samples` and `max_seq_length`.
+        layers: of each MoE layer, `layer`, `tokens` (routed to each expert), `own_quarter` and `fixed_quarter` (shares of |activation|),
+            `expert` and its `picture` float32 [P, P], relative co-activation in stored order.
+
+    Returns:
+        HTML that refers to nothing outside itself.
+    """
+    shown, scale = _on_one_scale({layer["layer"]: layer["picture"] for layer in layers})
+    return _template("profile.html").render(
+        name=source["name"],
+        type=source["model_type"],
+        tokens=calibration["num_samples"] * calibration["max_seq_length"],
+        concentration=_concentration(layers),
+        loads=_loads([(layer["layer"], layer["tokens"]) for layer in layers]),
+        pictures=scale | {"layers": [layer | {"uri": shown[layer["layer"]]} for layer in layers]},
+        environment=_environment({"source": source, "calibration": calibration}),
+    )
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # Globals, because templates that are imported see nothing else.
+    environment.globals.update(
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         spark={"width": SPARK[0], "height": SPARK[1]},
     )
+    return environment.get_template(name)
 
 
 def _counts(sizes: dict[str, Any]) -> tuple[int, int]:
@@ -275,44 +307,73 @@ def _partition(layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {"chart": chart(series, _layer_ticks(layers), "layer", "share of activation dropped"), "rows": rows}
 
 
-def _loads(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens of each expert relative to an even share, falling, on one scale for all layers."""
+def _concentration(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The chart and table of how much of the activation lies in a quarter of the neurons."""
+    series = []
+    quarters = (("each token's own quarter", "own_quarter", "two-level"), ("the best fixed quarter", "fixed_quarter", "original"))
+    for name, key, kind in quarters:
+        marks = [Mark(layer["layer"], layer[key], f"layer {layer['layer']}, {name}: {layer[key]:.1%}") for layer in layers]
+        series.append(Series(name, kind, marks))
+    drawn = chart(series, _layer_ticks(layers), "layer", "share of activation", [0.0, 1.0])
+    rows = [
+        [
+            layer["layer"],
+            len(layer["tokens"]),
+            f"{sum(layer['tokens']):,}",
+            f"{min(layer['tokens']):,}",
+            f"{layer['own_quarter']:.1%}",
+            f"{layer['fixed_quarter']:.1%}",
+        ]
+        for layer in layers
+    ]
+    return {"chart": drawn, "rows": rows}
+
+
+def _loads(layers: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
+    """Tokens of each expert of (layer, tokens of each expert), relative to an even share, falling, on one scale for all layers."""
     relative = []
-    for layer in layers:
-        tokens = np.array([expert["tokens"] for expert in layer["experts"]], dtype=np.float64)
+    for _, routed in layers:
+        tokens = np.array(routed, dtype=np.float64)
         relative.append(np.sort(tokens / max(tokens.mean(), 1e-9))[::-1])
     most = max(float(loads.max()) for loads in relative)
     return [
         {
-            "layer": layer["layer"],
+            "layer": layer,
             "bars": bars(loads.tolist(), most),
             "even": round(SPARK[1] * (1 - 1 / max(most, 1)), 1),
             "busiest": f"{loads[0]:.1f}{TIMES}",
             "quietest": f"{loads[-1]:.1g}{TIMES}",
             "unseen": int((loads == 0).sum()),
         }
-        for layer, loads in zip(layers, relative, strict=True)
+        for (layer, _), loads in zip(layers, relative, strict=True)
     ]
 
 
 def _pictures(pictures: dict[str, np.ndarray], sub_experts: int) -> dict[str, Any]:
-    """PNG data of each layer's matrices on one logarithmic scale, and how much more often neurons of one sub-expert meet."""
+    """PNG data of each layer's matrices, and how much more often neurons of one sub-expert meet."""
     layers = sorted(int(name.split(".")[1]) for name in pictures if name.endswith(".before"))
     if not layers:
         return {"layers": []}
-    shown = {name: np.log2(np.maximum(matrix, 2.0**-6)) for name, matrix in pictures.items() if not name.endswith(".expert")}
-    every = np.concatenate([matrix.ravel() for matrix in shown.values()])
-    low, high = (float(value) for value in np.percentile(every, (1, 99.5)))
-    high = max(high, low + 1e-3)
+    shown, scale = _on_one_scale({name: matrix for name, matrix in pictures.items() if not name.endswith(".expert")})
     found = []
     for layer in layers:
         pair = {}
         for when in ("before", "after"):
             name = f"layer.{layer}.{when}"
-            pair[when] = {"uri": png(shown[name], low, high), "contrast": f"{_contrast(pictures[name], sub_experts):.2f}{TIMES}"}
+            pair[when] = {"uri": shown[name], "contrast": f"{_contrast(pictures[name], sub_experts):.2f}{TIMES}"}
         found.append({"layer": layer, "expert": int(pictures[f"layer.{layer}.expert"][0]), **pair})
+    return scale | {"layers": found, "sub_experts": sub_experts}
+
+
+def _on_one_scale(pictures: dict[Any, np.ndarray]) -> tuple[dict[Any, str], dict[str, str]]:
+    """(PNG data of each matrix on one logarithmic scale, the scale: its own picture and both ends)."""
+    logarithms = {name: np.log2(np.maximum(matrix, 2.0**-6)) for name, matrix in pictures.items()}
+    every = np.concatenate([matrix.ravel() for matrix in logarithms.values()])
+    low, high = (float(value) for value in np.percentile(every, (1, 99.5)))
+    high = max(high, low + 1e-3)
     scale = png(np.linspace(low, high, 128)[None], low, high)
-    return {"layers": found, "scale": scale, "low": f"{2**low:.2g}{TIMES}", "high": f"{2**high:.2g}{TIMES}", "sub_experts": sub_experts}
+    shown = {name: png(matrix, low, high) for name, matrix in logarithms.items()}
+    return shown, {"scale": scale, "low": f"{2**low:.2g}{TIMES}", "high": f"{2**high:.2g}{TIMES}"}
 
 
 def _contrast(matrix: np.ndarray, sub_experts: int) -> float:
@@ -326,9 +387,8 @@ def _contrast(matrix: np.ndarray, sub_experts: int) -> float:
     return float(matrix[inside].mean() / max(matrix[~within].mean(), 1e-9))
 
 
-def _environment(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    parts = ("source", "result", "recipe", "calibration", "versions")
-    return [(part, [(str(key), _plain(value)) for key, value in manifest[part].items()]) for part in parts]
+def _environment(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [(part, [(str(key), _plain(value)) for key, value in facts.items()]) for part, facts in parts.items()]
 
 
 def _plain(value: Any) -> str:
@@ -433,3 +493,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
     first = max((place for place, tick in enumerate(ticks) if tick <= low), default=0)
     last = min((place for place, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)
     return ticks[first : last + 1]
+
+
+def write_page(target: Path, page: str) -> None:
+    """Write a page; it appears only when complete."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

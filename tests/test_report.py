@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE
+from conftest import EXAMPLE, files
 
 from prism_cli import door, report
 from reporting.page import Mark, Series, chart
@@ -89,6 +89,28 @@ def test_page_without_evaluation_says_how_to_make_one(out, tmp_path, capsys):
     first = target.read_bytes()
     assert make(out, "--output", target) == 0
     assert target.read_bytes() == first
+
+
+def test_page_of_the_profile(command, tmp_path):
+    text = ["--num-samples", "8", "--max-seq-length", "64", "--tokens-per-expert", "64"]
+    target = tmp_path / "profile.html"
+    result = command("prism-profile", EXAMPLE, tmp_path / "stats", *text, "--html", target, "--quiet")
+    assert result.code == 0, result.err
+    page = target.read_text()
+    for part in ("concentration", "load", "coactivation", "calibration"):
+        assert f'<section id="{part}"' in page
+    assert page.count("data:image/png") == 1 + 4
+    shares = [float(share) for share in re.findall(r"quarter: ([0-9.]+)%", page)]
+    own, fixed = shares[:4], shares[4:]
+    assert all(25 < low < high < 100 for low, high in zip(fixed, own, strict=True))
+    # The folder is the one that is written without a page.
+    assert command("prism-profile", EXAMPLE, tmp_path / "plain", *text, "--quiet").code == 0
+    assert files(tmp_path / "stats") == files(tmp_path / "plain")
+    measured, messages = widths(page, tmp_path)
+    assert messages == []
+    assert all(needed <= visible for visible, needed, _ in measured)
+    assert command("prism-profile", EXAMPLE, tmp_path / "other", *text, "--html", tmp_path / "absent" / "page.html").code == 2
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"text": {}, "original": null, "refactored": []}'])
