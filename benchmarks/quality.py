@@ -10,7 +10,8 @@ Japanese document, on which the model is better with fewer experts). WORK_DIR ke
 Routers. On the stock gate: `replicate` (rows repeated), `tilted`, `finetuned` (`prism-finetune --router stock`, default partition only).
 Two-level: `proxy` (the paper's gate neurons), `calibrated` (the improved proxy), `linear` (the default), `refined` (default partition
 only: the linear rows trained layer by layer on the output error of a soft top-k), `oracle` (true norms). All two-level ones but the
-paper's have the compensation fitted for them; `linear -` and `oracle -` are without it: selection alone.
+paper's have the compensation fitted for them; `linear -` and `oracle -` are without it: selection alone. Saliencies other than the default
+are only run with `tilted`, `linear -` and `linear`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from routers.runtime import by_expert, sub_expert_activations, sub_expert_output
 PARTITIONS = ("contiguous", "random", "greedy", "annealing", "ascent", "genetic")
 SHARES = (1 / 4, 1 / 2, 3 / 4)
 EVERYWHERE = ("replicate", "tilted", "proxy", "calibrated", "linear -", "linear", "oracle -", "oracle")
+OTHER_SALIENCIES = ("tilted", "linear -", "linear")
 DEFAULT_ONLY = ("finetuned", "refined")
 DEFAULT = (Recipe().solver, Recipe().saliency)
 BATCH, TEMPERATURE, STEPS, LEARNING_RATE = 2048, 0.1, 200, 1e-3
@@ -181,7 +183,8 @@ class Ablation:
 
     def partition(self, sub_experts: int, solver: str, saliency: str) -> None:
         """All routers on one partition."""
-        wanted = EVERYWHERE + (DEFAULT_ONLY if (solver, saliency) == DEFAULT else ())
+        wanted = EVERYWHERE if saliency == DEFAULT[1] else OTHER_SALIENCIES
+        wanted += DEFAULT_ONLY if (solver, saliency) == DEFAULT else ()
         names = {router: f"{sub_experts} {solver} {saliency} {router}" for router in wanted}
         if not names.values() - self.found.keys():
             return
@@ -202,7 +205,8 @@ class Ablation:
         originals = {name: parts["original.weight"].float() for name, parts in tensors.items()}
         for name, rows in originals.items():
             model.get_submodule(name).gate.weight.data = rows.repeat_interleave(sub_experts, 0)
-        yield "replicate", model
+        if "replicate" in wanted:
+            yield "replicate", model
         if "finetuned" in wanted:
             tuned = target.with_name("finetuned")
             run(finetune, target, tuned, *FINETUNING, "--overwrite")

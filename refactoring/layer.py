@@ -179,13 +179,16 @@ def _coactivation_picture(statistics: LayerStatistics, order: torch.Tensor, reci
     }
 
 
-def _saliency(statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, expert: int) -> np.ndarray:
-    saliency = statistics.activations[expert].float().abs()
-    if recipe.saliency != "activation":
-        saliency = saliency * column_norm[expert]
-    if recipe.saliency == "energy":
-        saliency = saliency.square()
-    return saliency.numpy()
+def _saliency(activations: torch.Tensor, recipe: Recipe) -> np.ndarray:
+    saliency = activations.float().abs()
+    return (saliency.square() if recipe.saliency == "energy" else saliency).numpy()
+
+
+def _weights(column_norm: torch.Tensor, recipe: Recipe) -> np.ndarray | None:
+    """What the saliency of each neuron is multiplied with, from the norms of its expert's down_proj columns."""
+    if recipe.saliency == "activation":
+        return None
+    return (column_norm.square() if recipe.saliency == "energy" else column_norm).numpy()
 
 
 def _partition(
@@ -196,8 +199,8 @@ def _partition(
     def tasks() -> Iterator[Any]:
         for expert in range(len(statistics.activations)):
             seed = int(np.random.SeedSequence([recipe.seed, statistics.layer, expert]).generate_state(1)[0])
-            saliency = _saliency(statistics, column_norm, recipe, expert)
-            yield delayed(solvers.solve)(saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed)
+            saliency, weights = _saliency(statistics.activations[expert], recipe), _weights(column_norm[expert], recipe)
+            yield delayed(solvers.solve)(saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
 
     partitions: list[solvers.Partition] = []
     try:

@@ -1,6 +1,7 @@
 """Balanced neuron partitioners: saliency [tokens, neurons] in, partition out. Knows nothing of models."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -10,18 +11,28 @@ from solvers import methods
 from solvers.genetic import genetic
 from solvers.problem import Partition, Problem
 
-SOLVERS: dict[str, Callable[[Problem, int], np.ndarray]] = {
+SOLVERS: dict[str, Callable[..., np.ndarray]] = {
     "genetic": genetic,
     "annealing": methods.annealing,
     "ascent": methods.ascent,
     "greedy": methods.greedy,
     "kmeans": methods.kmeans,
+    "spectral": methods.spectral,
+    "metis": methods.metis,
     "random": methods.random,
     "contiguous": methods.contiguous,
 }
 
 
-def solve(saliency: np.ndarray, num_groups: int, kept: int, method: str = "genetic", seed: int = 0) -> Partition:
+def solve(
+    saliency: np.ndarray,
+    num_groups: int,
+    kept: int,
+    method: str = "genetic",
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+    **options: Any,
+) -> Partition:
     """Partition neurons into equal groups that fire together.
 
     Args:
@@ -30,6 +41,8 @@ def solve(saliency: np.ndarray, num_groups: int, kept: int, method: str = "genet
         kept: groups a token keeps in the objective, 1 <= kept < N.
         method: a name in `SOLVERS`.
         seed: equal seeds give equal bytes, in any process.
+        weights: float32 [C], multiplied into the saliency.
+        options: of the method; see `solvers.genetic.genetic`, the only one that has any.
 
     Returns:
         The partition and its dropped share (see `Problem`).
@@ -39,9 +52,9 @@ def solve(saliency: np.ndarray, num_groups: int, kept: int, method: str = "genet
     """
     if method not in SOLVERS:
         raise UsageError(f"unknown solver '{method}'; choose one of {', '.join(SOLVERS)}")
-    problem = Problem(saliency, num_groups, kept)
+    problem = Problem(saliency, num_groups, kept, weights)
     with threadpool_limits(1):
-        return Partition.of(problem, SOLVERS[method](problem, seed))
+        return Partition.of(problem, SOLVERS[method](problem, seed, **options))
 
 
 __all__ = ["SOLVERS", "Partition", "Problem", "solve"]

@@ -1,6 +1,7 @@
 """The default partitioner: a memetic genetic algorithm on DEAP."""
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,18 +9,22 @@ import numpy as np
 from deap import algorithms, base, creator, tools
 from scipy.optimize import linear_sum_assignment
 
-from solvers import kernels
+from solvers import kernels, methods
 from solvers.problem import Problem
 
-POPULATION = 12
+POPULATION = 8
 OFFSPRING = 8
-MAX_GENERATIONS = 40
-PATIENCE = 4
+GENERATIONS = 12
+PATIENCE = 3
 CROSSOVER_PROBABILITY = 0.8
 MUTATION_PROBABILITY = 0.2
 MUTATED_SHARE = 0.1
-SWAP_TRIALS = 2000
-COLD = 1e-12
+# Annealing of offspring: swaps tried per neuron, in runs of this many between two groups. Temperatures are in units of
+# (mean saliency) x sqrt(tokens), about how much swaps of two neurons change the kept sum by chance: from a random one down to the last.
+SWAPS_PER_NEURON, RUN = 20, 200
+# A smaller relative gain is none.
+GAIN = 1e-7
+WARMEST, WARM, COLD, COLDEST = 10.0, 0.3, 0.03, 0.001
 
 creator.create("PrismFitness", base.Fitness, weights=(1.0,))
 creator.create("PrismIndividual", np.ndarray, fitness=creator.PrismFitness)
@@ -71,54 +76,117 @@ def _select_distinct(individuals, count: int):
     return chosen + tools.selBest(individuals, count - len(chosen))
 
 
-def _toolbox(problem: Problem, rng: np.random.Generator) -> base.Toolbox:
+class _Evaluation:
+    """Lamarckian fitness: improves a partition in place and returns what it keeps, as DEAP wants it."""
+
+    def __init__(self, problem: Problem, rng: np.random.Generator):
+        self.problem, self.rng = problem, rng
+        shifted = problem.by_neuron[rng.permutation(problem.neurons)]
+        self.scale = float(np.abs(problem.by_neuron - shifted).mean(dtype=np.float64)) * len(problem.saliency) ** 0.5
+        self.swaps = SWAPS_PER_NEURON * problem.neurons
+
+    def ascended(self, individual: np.ndarray) -> tuple[float]:
+        """After alternating ascent."""
+        problem = self.problem
+        return (kernels.ascend(problem.by_neuron, individual.view(np.ndarray), problem.num_groups, problem.kept),)
+
+    def annealed(self, individual: np.ndarray) -> tuple[float]:
+        """After an annealing of `self.swaps` swaps from a random temperature, then ascent."""
+        self._anneal(individual.view(np.ndarray), WARM * (WARMEST / WARM) ** self.rng.random(), COLD)
+        return self.ascended(individual)
+
+    def polished(self, labels: np.ndarray) -> np.ndarray:
+        """A swap-optimal partition near `labels`: swaps at hardly any temperature leave little to the exhaustive descent."""
+        problem = self.problem
+        labels = labels.copy()
+        self._anneal(labels, COLD, COLDEST)
+        kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
+        kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
+        return labels
+
+    def _anneal(self, labels: np.ndarray, start: float, end: float) -> None:
+        problem, cooling = self.problem, (end / start) ** (1 / self.swaps)
+        seed = int(self.rng.integers(2**32))
+        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, self.swaps, start * self.scale, cooling, RUN, seed)
+
+
+def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator) -> base.Toolbox:
     toolbox = base.Toolbox()
-    toolbox.register("individual", lambda: creator.PrismIndividual(problem.random(rng)))
-    toolbox.register("population", tools.initRepeat, list, toolbox.individual)
+    toolbox.register("individual", creator.PrismIndividual)
     toolbox.register("mate", _mate, num_groups=problem.num_groups, rng=rng)
     toolbox.register("mutate", _mutate, num_groups=problem.num_groups, rng=rng)
     toolbox.register("select", _select_distinct)
-    toolbox.register(
-        "evaluate", lambda individual: (kernels.ascend(problem.saliency, individual.view(np.ndarray), problem.num_groups, problem.kept),)
-    )
+    toolbox.register("start", evaluation.ascended)
+    toolbox.register("evaluate", evaluation.annealed)
     return toolbox
 
 
-def genetic(problem: Problem, seed: int) -> np.ndarray:
-    """Evolve partitions that are each a local optimum of the alternating ascent; stops after `PATIENCE` generations without gain.
+def genetic(
+    problem: Problem,
+    seed: int,
+    population: int = POPULATION,
+    offspring: int = OFFSPRING,
+    generations: int = GENERATIONS,
+    patience: int = PATIENCE,
+    seconds: float | None = None,
+    statistics: tools.Logbook | None = None,
+) -> np.ndarray:
+    """Evolve partitions that are each a local optimum of the alternating ascent, and make the best of them swap-optimal.
 
-    The best of them ends with `SWAP_TRIALS` tries of swap descent.
+    A (mu + lambda) scheme built from DEAP's own parts: mates match their groups by overlap and keep what both place alike; mutants
+    have a tenth of their neurons dealt out again; every child is annealed from a random temperature and ascended. It starts from what
+    the cheap methods find (`methods.ascent`'s starts, `greedy`, the paper's `annealing`), so it is never worse than they are from the
+    same seed. Restores the caller's `random` state.
 
-    A (mu + lambda) scheme built from DEAP's own parts. Evaluation is Lamarckian: it ascends the individual in place and returns
-    the kept saliency as fitness. Restores the caller's `random` state.
+    Args:
+        problem: what to partition.
+        seed: equal seeds give equal bytes, unless `seconds` cuts in.
+        population: partitions kept.
+        offspring: partitions made per generation.
+        generations: at most so many.
+        patience: stop after so many without gain.
+        seconds: stop after the generation that passes this time.
+        statistics: filled with the generations' best and mean kept sums, and the seconds since the start.
 
     Returns:
         int32 [C] labels.
     """
+    begin = time.perf_counter()
     rng = np.random.default_rng(seed)
-    toolbox = _toolbox(problem, rng)
+    evaluation = _Evaluation(problem, rng)
+    toolbox = _toolbox(problem, evaluation, rng)
     hall_of_fame = tools.HallOfFame(1, similar=np.array_equal)
+    figures = tools.Statistics(lambda individual: individual.fitness.values[0])
+    figures.register("best", np.max)
+    figures.register("mean", np.mean)
     with _seeded_random(seed):
-        population = toolbox.population(n=POPULATION)
-        _evaluate(population, toolbox, hall_of_fame)
+        individuals = [toolbox.individual(labels) for labels in _starts(problem, seed, rng, population)]
+        _evaluate(individuals, toolbox.start, hall_of_fame)
+        individuals = toolbox.select(individuals, population)
         stalled = 0
-        for _ in range(MAX_GENERATIONS):
-            before = hall_of_fame[0].fitness
-            offspring = algorithms.varOr(population, toolbox, OFFSPRING, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
-            _evaluate(offspring, toolbox, hall_of_fame)
-            population = toolbox.select(population + offspring, POPULATION)
-            stalled = 0 if hall_of_fame[0].fitness > before else stalled + 1
-            if stalled == PATIENCE:
+        for generation in range(generations):
+            if statistics is not None:
+                statistics.record(generation=generation, seconds=time.perf_counter() - begin, **figures.compile(individuals))
+            before = hall_of_fame[0].fitness.values[0]
+            children = algorithms.varOr(individuals, toolbox, offspring, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
+            _evaluate(children, toolbox.evaluate, hall_of_fame)
+            individuals = toolbox.select(individuals + children, population)
+            stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
+            # What short annealings no longer better may need a longer one.
+            evaluation.swaps = 2**stalled * SWAPS_PER_NEURON * problem.neurons
+            if stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
                 break
-    best = np.array(hall_of_fame[0])
-    # Annealing at no temperature is swap descent: it polishes what neither operator reaches, mostly in small problems.
-    by_neuron = np.ascontiguousarray(problem.saliency.T)
-    kernels.anneal(by_neuron, best, problem.num_groups, problem.kept, SWAP_TRIALS, COLD, 1.0, seed % 2**32)
-    return best
+    return evaluation.polished(np.array(hall_of_fame[0]))
 
 
-def _evaluate(individuals, toolbox: base.Toolbox, hall_of_fame: tools.HallOfFame) -> None:
+def _starts(problem: Problem, seed: int, rng: np.random.Generator, population: int) -> list[np.ndarray]:
+    """The starts of `methods.ascent` from this seed, more of their kind for a larger population, and two better than random."""
+    randoms = [problem.random(rng) for _ in range(max(methods.ASCENT_STARTS, population))]
+    return [*randoms, methods.greedy(problem, seed), methods.annealing(problem, seed)]
+
+
+def _evaluate(individuals, evaluate, hall_of_fame: tools.HallOfFame) -> None:
     for individual in individuals:
         if not individual.fitness.valid:
-            individual.fitness.values = toolbox.evaluate(individual)
+            individual.fitness.values = evaluate(individual)
     hall_of_fame.update(individuals)

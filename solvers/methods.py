@@ -3,9 +3,10 @@
 import warnings
 
 import numpy as np
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 
+from prism_errors import UsageError
 from solvers import kernels
 from solvers.problem import Problem
 
@@ -13,6 +14,9 @@ ASCENT_STARTS = 8
 ANNEALING_ITERATIONS = 100_000
 ANNEALING_TEMPERATURE = 100.0
 ANNEALING_COOLING = 0.995
+METIS_NEIGHBOURS = 32
+# METIS takes whole numbers as edge weights.
+METIS_WEIGHT = 1000
 
 
 def contiguous(problem: Problem, seed: int) -> np.ndarray:
@@ -42,26 +46,23 @@ def greedy(problem: Problem, seed: int) -> np.ndarray:
 def ascent(problem: Problem, seed: int) -> np.ndarray:
     """The best of several random partitions, each improved by alternating top-m selection and optimal balanced assignment."""
     rng = np.random.default_rng(seed)
-    best, best_labels = -np.inf, problem.contiguous()
-    for _ in range(ASCENT_STARTS):
-        labels = problem.random(rng)
-        kept = kernels.ascend(problem.saliency, labels, problem.num_groups, problem.kept)
-        if kept > best:
-            best, best_labels = kept, labels
-    return best_labels
+    starts = [problem.random(rng) for _ in range(ASCENT_STARTS)]
+    kept = [kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept) for labels in starts]
+    return starts[int(np.argmax(kept))]
 
 
 def annealing(problem: Problem, seed: int) -> np.ndarray:
     """The paper's solver: greedy start, 100,000 neuron swaps, T0 = 100, cooling 0.995 a swap. Compiled."""
     labels = greedy(problem, seed)
     kernels.anneal(
-        np.ascontiguousarray(problem.saliency.T),
+        problem.by_neuron,
         labels,
         problem.num_groups,
         problem.kept,
         ANNEALING_ITERATIONS,
         ANNEALING_TEMPERATURE,
         ANNEALING_COOLING,
+        1,
         seed % 2**32,
     )
     return labels
@@ -69,11 +70,69 @@ def annealing(problem: Problem, seed: int) -> np.ndarray:
 
 def kmeans(problem: Problem, seed: int) -> np.ndarray:
     """scikit-learn KMeans on the neurons' activation profiles (unit length), re-balanced by optimal assignment to the centres."""
-    profiles = problem.saliency.T / np.maximum(np.linalg.norm(problem.saliency, axis=0), 1e-12)[:, None]
+    profiles = _profiles(problem)
     with warnings.catch_warnings():
         # Fewer distinct profiles than groups is no concern here: the groups are re-balanced anyway.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = KMeans(problem.num_groups, n_init=2, random_state=seed % 2**32).fit(profiles)
     labels = problem.random(np.random.default_rng(seed))
     kernels.improve_assignment(-(model.transform(profiles).T.astype(np.float64) ** 2), labels)
+    return labels
+
+
+def spectral(problem: Problem, seed: int) -> np.ndarray:
+    """scikit-learn SpectralClustering of the co-activation graph (cosine of the neurons' profiles), re-balanced exactly."""
+    graph = _coactivation(problem)
+    if problem.neurons <= problem.num_groups + 1:
+        # Too small for the eigenvectors that scikit-learn asks for.
+        return problem.random(np.random.default_rng(seed))
+    with warnings.catch_warnings():
+        # A graph that falls apart is what clustering hopes for.
+        warnings.simplefilter("ignore")
+        model = SpectralClustering(problem.num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=seed % 2**32)
+        found = model.fit_predict(graph)
+    return _balanced(graph, found, problem, seed)
+
+
+def metis(problem: Problem, seed: int) -> np.ndarray:
+    """METIS (pymetis, optional extra `metis`) on the co-activation graph's strongest edges, re-balanced exactly.
+
+    Raises:
+        UsageError: pymetis is not installed.
+    """
+    try:
+        import pymetis  # noqa: PLC0415  (optional)
+    except ImportError:
+        raise UsageError("solver 'metis' needs pymetis; install prism-refactor[metis]") from None
+    graph = _coactivation(problem)
+    strongest = np.argsort(-graph, axis=1, kind="stable")[:, : min(METIS_NEIGHBOURS, problem.neurons - 1)]
+    edges = np.zeros_like(graph, dtype=bool)
+    np.put_along_axis(edges, strongest, True, axis=1)
+    edges |= edges.T
+    weights = np.maximum(1, np.rint(graph / max(graph.max(), 1e-30) * METIS_WEIGHT)).astype(np.int64)
+    adjacency = pymetis.CSRAdjacency(np.concatenate([[0], np.cumsum(edges.sum(1))]), np.nonzero(edges)[1])
+    options = pymetis.Options(seed=seed % 2**31)
+    _, found = pymetis.part_graph(problem.num_groups, adjacency, eweights=weights[edges].tolist(), options=options)
+    return _balanced(graph, np.array(found), problem, seed)
+
+
+def _profiles(problem: Problem) -> np.ndarray:
+    """Unit-length rows [C, B]."""
+    return problem.by_neuron / np.maximum(np.linalg.norm(problem.by_neuron, axis=1), 1e-12)[:, None]
+
+
+def _coactivation(problem: Problem) -> np.ndarray:
+    """Cosines of the neurons' profiles, [C, C], without the neurons themselves."""
+    profiles = _profiles(problem)
+    graph = np.maximum(profiles @ profiles.T, 0)
+    np.fill_diagonal(graph, 0)
+    return graph
+
+
+def _balanced(graph: np.ndarray, found: np.ndarray, problem: Problem, seed: int) -> np.ndarray:
+    """Equal groups nearest to the clusters `found`: every neuron to the group with whose cluster it is most connected, optimally."""
+    members = np.eye(problem.num_groups)[found]
+    values = (graph @ members / np.maximum(members.sum(0), 1)).T.astype(np.float64)
+    labels = problem.random(np.random.default_rng(seed))
+    kernels.improve_assignment(np.ascontiguousarray(values), labels)
     return labels

@@ -1,6 +1,6 @@
 """The partitioning problem and its answer, on plain arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,10 @@ class Problem:
         saliency: float32 [B tokens, C neurons], finite and non-negative.
         num_groups: N >= 2, divides C.
         kept: groups a token keeps, 1 <= kept < N.
+        weights: float32 [C], finite and non-negative, multiplied into the saliency (the norms of down_proj's columns, say).
+
+    Attributes:
+        by_neuron: float32 [C, B], the weighted saliency as the kernels read it.
 
     Raises:
         UsageError: the array or a number does not describe such a problem.
@@ -27,9 +31,11 @@ class Problem:
     saliency: np.ndarray
     num_groups: int
     kept: int
+    weights: np.ndarray | None = None
+    by_neuron: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        saliency = self.saliency
+        saliency = np.asarray(self.saliency, dtype=np.float32)
         if saliency.ndim != 2 or 0 in saliency.shape:
             raise UsageError(f"saliency must be a non-empty [tokens, neurons] array, not shape {saliency.shape}")
         if not np.isfinite(saliency).all() or saliency.min() < 0:
@@ -38,7 +44,13 @@ class Problem:
             raise UsageError(f"{saliency.shape[1]} neurons cannot be split into {self.num_groups} equal groups")
         if not 1 <= self.kept < self.num_groups:
             raise UsageError(f"kept must be between 1 and {self.num_groups - 1}, not {self.kept}")
-        object.__setattr__(self, "saliency", np.ascontiguousarray(saliency, dtype=np.float32))
+        if self.weights is not None:
+            weights = np.asarray(self.weights, dtype=np.float32)
+            if weights.shape != saliency.shape[1:] or not np.isfinite(weights).all() or weights.min() < 0:
+                raise UsageError(f"weights must be {saliency.shape[1]} finite and non-negative numbers, one per neuron")
+            saliency = saliency * weights
+        object.__setattr__(self, "saliency", saliency)
+        object.__setattr__(self, "by_neuron", np.ascontiguousarray(saliency.T))
 
     @property
     def neurons(self) -> int:
@@ -56,7 +68,7 @@ class Problem:
     def loss(self, labels: np.ndarray) -> float:
         """Dropped share of a partition, in [0, 1]; 0 where there is no saliency at all."""
         total = self.saliency.sum(dtype=np.float64)
-        kept = kernels.kept_sum(self.saliency, labels, self.num_groups, self.kept)
+        kept = kernels.kept_sum(self.by_neuron, labels, self.num_groups, self.kept)
         return max(0.0, float(1 - kept / total)) if total > 0 else 0.0
 
 

@@ -249,7 +249,7 @@ def test_same_seed_same_bytes_on_any_number_of_workers_and_from_saved_statistics
     assert files(tmp_path / "three") == one
 
 
-@pytest.mark.parametrize("solver", ["genetic", "annealing", "greedy", "kmeans", "random"])
+@pytest.mark.parametrize("solver", ["genetic", "annealing", "greedy", "kmeans", "spectral", "metis", "random"])
 def test_every_solver_gives_an_exact_checkpoint_of_its_own(tmp_path, models, command, solver):
     out = refactored(command, models["olmoe"], tmp_path / "out", "--solver", solver)
     other = refactored(command, models["olmoe"], tmp_path / "other")
