@@ -14,8 +14,11 @@ from solvers.problem import Problem
 
 POPULATION = 8
 OFFSPRING = 8
-GENERATIONS = 12
-PATIENCE = 3
+# Generations without gain that end the search: more in problems of fewer neurons than this, where a generation costs next to nothing.
+PATIENCE, LARGE = 3, 256
+GENERATIONS_PER_PATIENCE = 4
+# Each generation without gain doubles the annealing of the next, up to this many times.
+DOUBLINGS = 5
 CROSSOVER_PROBABILITY = 0.8
 MUTATION_PROBABILITY = 0.2
 MUTATED_SHARE = 0.1
@@ -126,8 +129,8 @@ def genetic(
     seed: int,
     population: int = POPULATION,
     offspring: int = OFFSPRING,
-    generations: int = GENERATIONS,
-    patience: int = PATIENCE,
+    generations: int | None = None,
+    patience: int | None = None,
     seconds: float | None = None,
     statistics: tools.Logbook | None = None,
 ) -> np.ndarray:
@@ -143,8 +146,8 @@ def genetic(
         seed: equal seeds give equal bytes, unless `seconds` cuts in.
         population: partitions kept.
         offspring: partitions made per generation.
-        generations: at most so many.
-        patience: stop after so many without gain.
+        generations: at most so many; None is four times the patience.
+        patience: stop after so many without gain; None is 3, and more in small problems.
         seconds: stop after the generation that passes this time.
         statistics: filled with the generations' best and mean kept sums, and the seconds since the start.
 
@@ -152,6 +155,8 @@ def genetic(
         int32 [C] labels.
     """
     begin = time.perf_counter()
+    patience = patience or max(PATIENCE, LARGE // problem.neurons)
+    generations = generations or GENERATIONS_PER_PATIENCE * patience
     rng = np.random.default_rng(seed)
     evaluation = _Evaluation(problem, rng)
     toolbox = _toolbox(problem, evaluation, rng)
@@ -173,7 +178,7 @@ def genetic(
             individuals = toolbox.select(individuals + children, population)
             stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
             # What short annealings no longer better may need a longer one.
-            evaluation.swaps = 2**stalled * SWAPS_PER_NEURON * problem.neurons
+            evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * SWAPS_PER_NEURON * problem.neurons
             if stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
                 break
     return evaluation.polished(np.array(hall_of_fame[0]))
