@@ -22,12 +22,13 @@ DOUBLINGS = 5
 CROSSOVER_PROBABILITY = 0.8
 MUTATION_PROBABILITY = 0.2
 MUTATED_SHARE = 0.1
-# Annealing of offspring: swaps tried per neuron, in runs of this many between two groups. Temperatures are in units of
-# (mean saliency) x sqrt(tokens), about how much swaps of two neurons change the kept sum by chance: from a random one down to the last.
+# Annealing of offspring: swaps tried per neuron, in runs of this many between two groups.
 SWAPS_PER_NEURON, RUN = 20, 200
+# Temperatures, in units of (mean difference between two neurons' saliency) x sqrt(tokens), about what a swap of two neurons changes by
+# chance. Offspring: from a random one between the first two down to the third; the final partition: from the third to the fourth.
+WARMEST, WARM, COLD, COLDEST = 10.0, 0.3, 0.03, 0.001
 # A smaller relative gain is none.
 GAIN = 1e-7
-WARMEST, WARM, COLD, COLDEST = 10.0, 0.3, 0.03, 0.001
 
 creator.create("PrismFitness", base.Fitness, weights=(1.0,))
 creator.create("PrismIndividual", np.ndarray, fitness=creator.PrismFitness)
@@ -158,6 +159,7 @@ def genetic(
     patience = patience or max(PATIENCE, LARGE // problem.neurons)
     generations = generations or GENERATIONS_PER_PATIENCE * patience
     rng = np.random.default_rng(seed)
+    starts = _starts(problem, seed, rng, population)
     evaluation = _Evaluation(problem, rng)
     toolbox = _toolbox(problem, evaluation, rng)
     hall_of_fame = tools.HallOfFame(1, similar=np.array_equal)
@@ -165,7 +167,7 @@ def genetic(
     figures.register("best", np.max)
     figures.register("mean", np.mean)
     with _seeded_random(seed):
-        individuals = [toolbox.individual(labels) for labels in _starts(problem, seed, rng, population)]
+        individuals = [toolbox.individual(labels) for labels in starts]
         _evaluate(individuals, toolbox.start, hall_of_fame)
         individuals = toolbox.select(individuals, population)
         stalled = 0
@@ -185,7 +187,7 @@ def genetic(
 
 
 def _starts(problem: Problem, seed: int, rng: np.random.Generator, population: int) -> list[np.ndarray]:
-    """The starts of `methods.ascent` from this seed, more of their kind for a larger population, and two better than random."""
+    """The starts of `methods.ascent` from this seed (the first draws of `rng`), more for a larger population, and two better ones."""
     randoms = [problem.random(rng) for _ in range(max(methods.ASCENT_STARTS, population))]
     return [*randoms, methods.greedy(problem, seed), methods.annealing(problem, seed)]
 
