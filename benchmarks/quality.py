@@ -5,7 +5,7 @@
 Profiles examples/olmoe-tiny, refactors it with `prism-refactor` for every N, partition and saliency, and runs every router on each result
 at a quarter, half and three quarters of the active parameters, over the same windows of the bundled evaluation text (without the
 Japanese document, on which the model is better with fewer experts). WORK_DIR keeps the statistics and what is measured
-(quality.json); a stopped run goes on from there. Hours on two cores: `--sub-experts N` does one N at a time.
+(quality.json, every combination); a stopped run goes on from there. Hours on two cores: `--sub-experts N` does one N at a time.
 
 Routers. On the stock gate: `replicate` (rows repeated), `tilted`, `finetuned` (`prism-finetune --router stock`, default partition only).
 Two-level: `proxy` (the paper's gate neurons), `calibrated` (the improved proxy), `linear` (the default), `refined` (default partition
@@ -15,6 +15,7 @@ are only run with `tilted`, `linear -` and `linear`.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -34,7 +35,6 @@ from calibration import EVALUATION_TEXT, Statistics, load_tokenizer
 from checkpoints import Checkpoint
 from evaluation import Windows, read_windows
 from prism_cli import door, finetune, profile, refactor
-from prism_cli.options import table
 from refactoring import SALIENCIES, Recipe
 from routers.linear import log_sizes
 from routers.runtime import by_expert, sub_expert_activations, sub_expert_outputs
@@ -251,32 +251,43 @@ def run(module: Any, *arguments: Any) -> None:
     assert door.run(module.main.command, [str(argument) for argument in arguments]) == 0
 
 
-def row(first: list[Any], values: list[float | None]) -> list[Any]:
-    return first + ["-" if value is None else f"{value:.2f}" for value in values]
+def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
+    """What was measured, as Markdown: routers on the default partition, partitions under two routers, saliencies under the default."""
+
+    def cell(name: str) -> str:
+        return " / ".join(f"{value:.2f}" for value in found[name]) if name in found else "-"
+
+    solver, saliency = DEFAULT
+    blocks = {
+        f"router ({solver} partition, {saliency})": {
+            router: f"{{}} {solver} {saliency} {router}" for router in (*EVERYWHERE, *DEFAULT_ONLY)
+        },
+        f"partition ({saliency}), linear router": {each: f"{{}} {each} {saliency} linear" for each in PARTITIONS},
+        f"partition ({saliency}), oracle": {each: f"{{}} {each} {saliency} oracle" for each in PARTITIONS},
+        f"saliency ({solver} partition), linear router": {each: f"{{}} {solver} {each} linear" for each in SALIENCIES},
+    }
+    lines = []
+    for title, rows in blocks.items():
+        lines.append(f"| {title} | {' | '.join(f'N = {count}' for count in sub_experts)} |")
+        lines.append("|---" * (len(sub_experts) + 1) + "|")
+        for name, pattern in rows.items():
+            lines.append(f"| {name} | {' | '.join(cell(pattern.format(count)) for count in sub_experts)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def main(folder: Path, sub_experts: list[int], tokens: int) -> None:
+def main(folder: Path, sub_experts: list[int], tokens: int, measured: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ablation = Ablation(folder, tokens)
-    ablation.original()
-    for count in sub_experts:
-        for solver in PARTITIONS:
-            for saliency in SALIENCIES:
-                ablation.partition(count, solver, saliency)
-                print(f"{count} {solver} {saliency}: done", file=sys.stderr, flush=True)
-    found = ablation.found
-    windows = ablation.windows
-    print(f"{windows.tokens} tokens in {len(windows.rows)} windows; the original at 1, 2, 3, 4 of its 4 experts:")
-    print(", ".join(f"{value:.2f}" for value in found["original"]))
-    for place, share in enumerate(SHARES):
-        print(f"\nperplexity at {share:.0%} of the active experts, original {found['original'][place]:.2f}")
-        lines = []
-        for count in sub_experts:
-            for solver in PARTITIONS:
-                for saliency in SALIENCIES:
-                    names = [f"{count} {solver} {saliency} {router}" for router in EVERYWHERE + DEFAULT_ONLY]
-                    lines.append(row([count, solver, saliency], [found[name][place] if name in found else None for name in names]))
-        print(table(["N", "partition", "saliency", *EVERYWHERE, *DEFAULT_ONLY], lines))
+    if not measured:
+        ablation.original()
+        for count, solver, saliency in itertools.product(sub_experts, PARTITIONS, SALIENCIES):
+            ablation.partition(count, solver, saliency)
+            print(f"{count} {solver} {saliency}: done", file=sys.stderr, flush=True)
+    windows, original = ablation.windows, ablation.found["original"]
+    print(f"{windows.tokens} tokens in {len(windows.rows)} windows; perplexity at 1/4, 1/2, 3/4 of the active experts")
+    print("the original at 1, 2, 3, 4 of its 4 experts: " + " / ".join(f"{value:.2f}" for value in original) + "\n")
+    print(tables(ablation.found, sub_experts))
 
 
 if __name__ == "__main__":
@@ -285,6 +296,7 @@ if __name__ == "__main__":
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--sub-experts", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--measured", action="store_true", help="only print what WORK_DIR holds")
     options = parser.parse_args()
     print_provenance()
-    main(options.work_dir, options.sub_experts, options.tokens)
+    main(options.work_dir, options.sub_experts, options.tokens, options.measured)
