@@ -5,6 +5,11 @@ import platform
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation import Windows
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
 
@@ -15,3 +20,12 @@ def print_provenance() -> None:
         names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     print(f"{date.today()}, {len(os.sched_getaffinity(0))} x {model}: python {' '.join(sys.argv)}\n")
+
+
+@torch.inference_mode()
+def summed_loss(model: Any, windows: Windows, batch: int = 8) -> float:
+    """Summed loss of the scored tokens, as transformers computes it; nats."""
+    total = 0.0
+    for rows, scored in zip(windows.rows.split(batch), windows.scored.split(batch), strict=True):
+        total += model(input_ids=rows, labels=torch.where(scored, rows, -100)).loss.item() * int(scored.sum())
+    return total

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import print_provenance
+from common import print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -26,15 +26,11 @@ from prism_cli.options import table
 CHOICES, BATCH = (2, 4, 6, 8, 10, 12, 14, 16), 8
 
 
-@torch.inference_mode()
 def separate(folder: Path, windows: Windows, k: int) -> float:
     """Summed loss of the scored tokens, with transformers."""
     model = routers.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
     routers.set_active(model, k)
-    total = 0.0
-    for rows, scored in zip(windows.rows.split(BATCH), windows.scored.split(BATCH), strict=True):
-        total += model(input_ids=rows, labels=torch.where(scored, rows, -100)).loss.item() * int(scored.sum())
-    return total
+    return summed_loss(model, windows, BATCH)
 
 
 def main(folder: Path, tokens: int) -> None:

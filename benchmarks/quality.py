@@ -17,6 +17,7 @@ are only run with `tilted`, `linear -` and `linear`.
 import argparse
 import itertools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -26,14 +27,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import EXAMPLE, print_provenance
+from common import EXAMPLE, print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import routers
 from calibration import EVALUATION_TEXT, Statistics, load_tokenizer
 from checkpoints import Checkpoint
-from evaluation import Windows, read_windows
+from evaluation import read_windows
 from prism_cli import door, finetune, profile, refactor
 from refactoring import SALIENCIES, Recipe
 from routers.linear import log_sizes
@@ -131,15 +132,6 @@ def refine(router: Any, experts: Any, sample: routers.Routed) -> Any:
     return router
 
 
-@torch.inference_mode()
-def perplexity(model: Any, windows: Windows) -> float:
-    total = 0.0
-    for rows, scored in zip(windows.rows.split(8), windows.scored.split(8), strict=True):
-        labels = torch.where(scored, rows, -100)
-        total += model(input_ids=rows, labels=labels).loss.item() * int(scored.sum())
-    return float(torch.tensor(total / windows.tokens).exp())
-
-
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=routers.EXPERTS)
 
@@ -168,7 +160,7 @@ class Ablation:
         found = []
         for k in choices:
             set_active(model, k)
-            found.append(perplexity(model, self.windows))
+            found.append(math.exp(summed_loss(model, self.windows) / self.windows.tokens))
         self.found[name] = found
         self.path.write_text(json.dumps(self.found, indent=1))
 
@@ -202,9 +194,8 @@ class Ablation:
         model = load(target)
         yield "tilted", model
         tensors = routers.router_tensors(target / routers.ROUTER_FILE)
-        originals = {name: parts["original.weight"].float() for name, parts in tensors.items()}
-        for name, rows in originals.items():
-            model.get_submodule(name).gate.weight.data = rows.repeat_interleave(sub_experts, 0)
+        for name, parts in tensors.items():
+            model.get_submodule(name).gate.weight.data = parts["original.weight"].float().repeat_interleave(sub_experts, 0)
         if "replicate" in wanted:
             yield "replicate", model
         if "finetuned" in wanted:

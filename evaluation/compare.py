@@ -12,6 +12,7 @@ from evaluation.cost import CostModel
 from evaluation.curve import Measured, Sampled, measured
 from evaluation.losses import Point, stream_losses
 from evaluation.windows import Windows
+from routers import full_k
 
 OnLayer = Callable[[str, int, int, int, int], None]
 
@@ -91,8 +92,7 @@ class Evaluation:
             choices: values of k, rising.
             allocated: see above.
         """
-        recipe = checkpoint.config.prism
-        full = recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
+        full = full_k(checkpoint.config)
         length = self.windows.rows.shape[1]
         costs = {router: CostModel(checkpoint, router, length) for router in routers}
         layers = len(costs[routers[0]].blocks)

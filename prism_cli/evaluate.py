@@ -14,6 +14,7 @@ from prism_cli.door import Reporter, command
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add, check_parent, table
 from prism_errors import GateError, InputError, UsageError
 from refactoring import open_refactored
+from routers import full_k
 
 RESULT = "evaluation.json"
 
@@ -116,8 +117,7 @@ def _request(model: Checkpoint, choices: str | None, router: str, allocated: boo
         routers = ["stock"]
     if allocated and "two-level" not in routers:
         raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
-    sub_experts = recipe["sub_experts"]
-    full = sub_experts * recipe["source"][recipe["top_k"]]
+    sub_experts, full = recipe["sub_experts"], full_k(model.config)
     return routers, _choices(choices, full) if choices else list(range(sub_experts, full + 1, sub_experts))
 
 

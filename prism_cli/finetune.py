@@ -19,7 +19,7 @@ from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add
 from prism_errors import InputError, UsageError
 from refactoring import open_refactored
-from routers import EXPERTS, LOSSES, ROUTER_FILE, Curriculum, Training, attach, moe_gates, recorded
+from routers import EXPERTS, LOSSES, ROUTER_FILE, Curriculum, Training, attach, full_k, moe_gates, recorded
 
 # The last part of the rows chooses the best state.
 HELD_OUT = 16
@@ -66,7 +66,7 @@ def main(
     recipe = checkpoint.config.prism
     if router == "two-level" and recipe["router"] != "linear":
         raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; use --router stock")
-    full = recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
+    full = full_k(checkpoint.config)
     most = full - 1 if router == "two-level" else full
     first, last = first_k or max(1, full // 4), last_k or max(1, full * 3 // 4)
     if not first <= last <= most:

@@ -45,12 +45,13 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
         collected = _drawing(collected, drawn)
     summaries = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), collected)
     if page is not None:
+        shown = [layer | {"own_quarter": summary.top_quarter_share} for layer, summary in zip(drawn, summaries, strict=True)]
         source = {
             "name": checkpoint.path.resolve().name,
             "model_type": checkpoint.config.model_type,
             "fingerprint": checkpoint.fingerprint(),
         }
-        write_page(page, profile_page(source, calibration.recorded(rows), drawn))
+        write_page(page, profile_page(source, calibration.recorded(rows), shown))
     reporter.close()
     for summary in summaries:
         if summary.unrouted:
@@ -69,7 +70,6 @@ def _drawing(layers: Iterable[LayerStatistics], drawn: list[dict[str, Any]]) -> 
             {
                 "layer": statistics.layer,
                 "tokens": statistics.tokens_routed.tolist(),
-                "own_quarter": statistics.top_quarter_share(),
                 "fixed_quarter": statistics.fixed_quarter_share(),
                 "expert": expert,
                 "picture": statistics.coactivation_picture(expert, ACTIVE_SHARE).numpy(),

@@ -14,7 +14,7 @@ from checkpoints import MANIFEST, Checkpoint, LayeredModel, moe_block, names_on_
 from prism_errors import InputError, first_line
 from refactoring.pipeline import MODELING_FILE, copied_name
 from refactoring.plan import block_name, moe_layers
-from routers import ROUTER_FILE, attach_block, router_tensors
+from routers import ROUTER_FILE, attach_block, full_k, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
 LOGIT_TOLERANCE = 1e-3
@@ -151,7 +151,7 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     if kind in ("linear", "calibrated-proxy"):
         shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
         shapes["compensation"] = (2, experts, sub_experts, hidden)
-        shapes["scale"] = (config.prism["source"][config.prism["top_k"]] * sub_experts,)
+        shapes["scale"] = (full_k(config),)
     original = {f"original.{leaf}": value for leaf, value in before.gate.state_dict().items()}
     if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
         name: tuple(value.shape) for name, value in original.items()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from routers.modeling_prism import moe_gates, set_active
+from routers.modeling_prism import full_k, moe_gates, set_active
 
 LOSSES = ("cross-entropy", "distill")
 # Told (step, loss, k) after every step and (step, None, perplexity) after every evaluation.
@@ -112,7 +112,7 @@ class Training:
     @torch.no_grad()
     def _teacher(self, batch: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the untrained model at full k, which is the original."""
-        set_active(self.model, _full_k(self.model))
+        set_active(self.model, full_k(self.model.config))
         with self._values(self.original):
             return self.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
 
@@ -164,11 +164,6 @@ class Training:
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if own:
                 self.optimizer.state[parameter] = {key: value.to(parameter.device) if value.dim() else value for key, value in own.items()}
-
-
-def _full_k(model: Any) -> int:
-    recipe = model.config.prism
-    return recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
 
 
 def _make_trainable(model: Any) -> dict[str, nn.Parameter]:

@@ -220,6 +220,12 @@ def operating_points(folder):
     return {point["mean_k"]: point["k"] for point in points}
 
 
+def full_k(config):
+    """Sub-experts per token at which a refactored model is the original: N times the original top-k."""
+    recipe = config.prism
+    return recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
+
+
 def set_active(model, k):
     """Run a refactored model, stock or two-level, with k sub-experts per token from now on.
 
@@ -231,7 +237,7 @@ def set_active(model, k):
         ValueError: k is not between 1 and N times the original top-k, or has not one number per MoE layer.
     """
     recipe, gates = model.config.prism, moe_gates(model)
-    most = recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
+    most = full_k(model.config)
     per_layer = [k] * len(gates) if isinstance(k, int) else list(k)
     if len(per_layer) != len(gates):
         raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {len(gates)} MoE layers")

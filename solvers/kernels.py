@@ -252,6 +252,14 @@ def _members(labels, num_groups):
 
 
 @njit(cache=True)
+def _label(labels, members):
+    """Write `labels` from the neurons of each group: undoes `_members`."""
+    for n in range(members.shape[0]):
+        for i in range(members.shape[1]):
+            labels[members[n, i]] = n
+
+
+@njit(cache=True)
 def swap_descent(by_neuron, labels, num_groups, kept):
     """Carry out improving swaps of two neurons, in place, until there is none: every pair of every two groups has been tried since."""
     tokens = by_neuron.shape[1]
@@ -290,9 +298,7 @@ def swap_descent(by_neuron, labels, num_groups, kept):
                 settled[p, q] = swaps
         if swaps == before:
             break
-    for n in range(num_groups):
-        for i in range(members.shape[1]):
-            labels[members[n, i]] = n
+    _label(labels, members)
 
 
 @njit(cache=True)
@@ -357,6 +363,4 @@ def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling
         if gained > best + threshold:
             best = gained
             best_members[:] = members
-    for n in range(num_groups):
-        for i in range(size):
-            labels[best_members[n, i]] = n
+    _label(labels, best_members)
