@@ -7,11 +7,10 @@ at a quarter, half and three quarters of the active parameters, over the same wi
 Japanese document, on which the model is better with fewer experts). WORK_DIR keeps the statistics and what is measured
 (quality.json, every combination); a stopped run goes on from there. Hours on two cores: `--sub-experts N` does one N at a time.
 
-Routers. On the stock gate: `replicate` (rows repeated), `tilted`, `finetuned` (`prism-finetune --router stock`, default partition only).
-Two-level: `proxy` (the paper's gate neurons), `calibrated` (the improved proxy), `linear` (the default), `refined` (default partition
-only: the linear rows trained layer by layer on the output error of a soft top-k), `oracle` (true norms). All two-level ones but the
-paper's have the compensation fitted for them; `linear -` and `oracle -` are without it: selection alone. Saliencies other than the default
-are only run with `tilted`, `linear -` and `linear`.
+Routers. On the stock gate: `replicate` (rows repeated), `tilted`, `finetuned` (`prism-finetune --router stock`). Two-level: `proxy` (the
+paper's gate neurons), `calibrated` (the improved proxy), `linear` (the default), `refined` (the linear rows trained layer by layer on
+the output error of a soft top-k), `oracle` (true norms). All two-level ones but the paper's have the compensation fitted for them;
+`linear -` and `oracle -` are without it: selection alone.
 """
 
 import argparse
@@ -42,9 +41,7 @@ from routers.runtime import by_expert, sub_expert_activations, sub_expert_output
 
 PARTITIONS = ("contiguous", "random", "greedy", "annealing", "ascent", "genetic")
 SHARES = (1 / 4, 1 / 2, 3 / 4)
-EVERYWHERE = ("replicate", "tilted", "proxy", "calibrated", "linear -", "linear", "oracle -", "oracle")
-OTHER_SALIENCIES = ("tilted", "linear -", "linear")
-DEFAULT_ONLY = ("finetuned", "refined")
+ROUTERS = ("tilted", "replicate", "finetuned", "proxy", "calibrated", "linear -", "linear", "refined", "oracle -", "oracle")
 DEFAULT = (Recipe().solver, Recipe().saliency)
 BATCH, TEMPERATURE, STEPS, LEARNING_RATE = 2048, 0.1, 200, 1e-3
 FINETUNING = ["--router", "stock", "--steps", "40", "--num-samples", "128", "--max-seq-length", "256", "--quiet"]
@@ -155,8 +152,6 @@ class Ablation:
             run(profile, EXAMPLE, folder / "statistics", "--quiet")
 
     def measure(self, name: str, model: Any, choices: list[int], set_active: Callable[[Any, int], None]) -> None:
-        if name in self.found:
-            return
         found = []
         for k in choices:
             set_active(model, k)
@@ -165,6 +160,8 @@ class Ablation:
         self.path.write_text(json.dumps(self.found, indent=1))
 
     def original(self) -> None:
+        if "original" in self.found:
+            return
         model = load(EXAMPLE)
 
         def set_active(model: Any, k: int) -> None:
@@ -175,24 +172,24 @@ class Ablation:
 
     def partition(self, sub_experts: int, solver: str, saliency: str) -> None:
         """All routers on one partition."""
-        wanted = EVERYWHERE if saliency == DEFAULT[1] else OTHER_SALIENCIES
-        wanted += DEFAULT_ONLY if (solver, saliency) == DEFAULT else ()
-        names = {router: f"{sub_experts} {solver} {saliency} {router}" for router in wanted}
-        if not names.values() - self.found.keys():
+        names = {router: f"{sub_experts} {solver} {saliency} {router}" for router in ROUTERS}
+        missing = {router for router, name in names.items() if name not in self.found}
+        if not missing:
             return
         target = self.folder / "refactored"
         options = ["--sub-experts", sub_experts, "--solver", solver, "--saliency", saliency, "--stats", self.folder / "statistics"]
         run(refactor, EXAMPLE, target, *options, "--overwrite", "--quiet")
         full = 4 * sub_experts
         choices = [round(share * full) for share in SHARES]
-        for router, model in self._models(target, wanted, sub_experts):
+        for router, model in self._models(target, missing, sub_experts):
             self.measure(names[router], model, choices, routers.set_active)
         shutil.rmtree(target)
 
-    def _models(self, target: Path, wanted: tuple[str, ...], sub_experts: int) -> Iterator[tuple[str, Any]]:
-        """(router, model that runs it), one after the other; some share a model."""
+    def _models(self, target: Path, wanted: set[str], sub_experts: int) -> Iterator[tuple[str, Any]]:
+        """(router, model that runs it) for the wanted routers, one after the other; some share a model."""
         model = load(target)
-        yield "tilted", model
+        if "tilted" in wanted:
+            yield "tilted", model
         tensors = routers.router_tensors(target / routers.ROUTER_FILE)
         for name, parts in tensors.items():
             model.get_submodule(name).gate.weight.data = parts["original.weight"].float().repeat_interleave(sub_experts, 0)
@@ -204,8 +201,8 @@ class Ablation:
             yield "finetuned", load(tuned)
             shutil.rmtree(tuned)
         routers.attach(model, target)
-        for router in wanted:
-            if router not in ("tilted", "replicate", "finetuned"):
+        for router in ROUTERS:
+            if router in wanted - {"tilted", "replicate", "finetuned"}:
                 for (name, parts), layer in zip(tensors.items(), Statistics(self.folder / "statistics", Checkpoint(EXAMPLE)), strict=True):
                     block = model.get_submodule(name)
                     block.gate.two_level = block.experts.two_level = self._router(router, block, model.config, parts, layer)
@@ -250,9 +247,7 @@ def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
 
     solver, saliency = DEFAULT
     blocks = {
-        f"router ({solver} partition, {saliency})": {
-            router: f"{{}} {solver} {saliency} {router}" for router in (*EVERYWHERE, *DEFAULT_ONLY)
-        },
+        f"router ({solver} partition, {saliency})": {router: f"{{}} {solver} {saliency} {router}" for router in ROUTERS},
         f"partition ({saliency}), linear router": {each: f"{{}} {each} {saliency} linear" for each in PARTITIONS},
         f"partition ({saliency}), oracle": {each: f"{{}} {each} {saliency} oracle" for each in PARTITIONS},
         f"saliency ({solver} partition), linear router": {each: f"{{}} {solver} {each} linear" for each in SALIENCIES},
