@@ -14,19 +14,22 @@ from solvers.problem import Problem
 
 POPULATION = 8
 OFFSPRING = 8
-# Generations without gain that end the search: more in problems of fewer neurons than this, where a generation costs next to nothing.
-PATIENCE, LARGE = 3, 256
+# Generations without gain that end the search: at least so many, more with more groups and in problems of fewer neurons than the
+# second, where a generation costs next to nothing.
+PATIENCE, SMALL = 3, 256
 GENERATIONS_PER_PATIENCE = 4
 # Each generation without gain doubles the annealing of the next, up to this many times.
-DOUBLINGS = 5
+DOUBLINGS = 2
 CROSSOVER_PROBABILITY = 0.8
 MUTATION_PROBABILITY = 0.2
-MUTATED_SHARE = 0.1
-# Annealing of offspring: swaps tried per neuron, in runs of this many between two groups.
-SWAPS_PER_NEURON, RUN = 20, 200
+MUTATED_SHARE = 0.03
+# Swaps tried in the annealing of offspring: so many per neuron, and up to 4 times as many below 1,024 neurons.
+SWAPS_PER_NEURON, MOST_SWAPS_PER_NEURON, NEURONS = 20, 80, 1024
+# Swaps per neuron in the annealing of the final partition. Swaps in a row between the same two groups.
+FINAL_SWAPS_PER_NEURON, RUN = 600, 50
 # Temperatures, in units of (mean difference between two neurons' saliency) x sqrt(tokens), about what a swap of two neurons changes by
-# chance. Offspring: from a random one between the first two down to the third; the final partition: from the third to the fourth.
-WARMEST, WARM, COLD, COLDEST = 10.0, 0.3, 0.03, 0.001
+# chance. Offspring: from a random one between the first two down to the third; the final partition: from the second to the fourth.
+WARMEST, WARM, COLD, COLDEST = 3.0, 0.3, 0.03, 0.001
 # A smaller relative gain is none.
 GAIN = 1e-7
 
@@ -67,7 +70,7 @@ def _mate(first, second, num_groups: int, rng: np.random.Generator):
 
 
 def _mutate(individual, num_groups: int, rng: np.random.Generator):
-    """Take a tenth of the neurons, at least two, out of their groups and deal them out again."""
+    """Take a few of the neurons, at least two, out of their groups and deal them out again."""
     individual[rng.permutation(len(individual))[: max(2, round(MUTATED_SHARE * len(individual)))]] = -1
     _fill(individual, num_groups, rng)
     return (individual,)
@@ -87,7 +90,8 @@ class _Evaluation:
         self.problem, self.rng = problem, rng
         shifted = problem.by_neuron[rng.permutation(problem.neurons)]
         self.scale = float(np.abs(problem.by_neuron - shifted).mean(dtype=np.float64)) * len(problem.saliency) ** 0.5
-        self.swaps = SWAPS_PER_NEURON * problem.neurons
+        self.fewest_swaps = min(max(problem.neurons, NEURONS) * SWAPS_PER_NEURON, problem.neurons * MOST_SWAPS_PER_NEURON)
+        self.swaps = self.fewest_swaps
 
     def ascended(self, individual: np.ndarray) -> tuple[float]:
         """After alternating ascent."""
@@ -100,18 +104,18 @@ class _Evaluation:
         return self.ascended(individual)
 
     def polished(self, labels: np.ndarray) -> np.ndarray:
-        """A swap-optimal partition near `labels`: swaps at hardly any temperature leave little to the exhaustive descent."""
+        """A swap-optimal partition near `labels`: a long, cool annealing leaves little to the exhaustive descent."""
         problem = self.problem
         labels = labels.copy()
-        self._anneal(labels, COLD, COLDEST)
+        self.swaps = FINAL_SWAPS_PER_NEURON * problem.neurons
+        self._anneal(labels, WARM, COLDEST)
         kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
         kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
         return labels
 
     def _anneal(self, labels: np.ndarray, start: float, end: float) -> None:
         problem, cooling = self.problem, (end / start) ** (1 / self.swaps)
-        seed = int(self.rng.integers(2**32))
-        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, self.swaps, start * self.scale, cooling, RUN, seed)
+        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, self.swaps, start * self.scale, cooling, RUN, self.rng)
 
 
 def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator) -> base.Toolbox:
@@ -138,7 +142,7 @@ def genetic(
     """Evolve partitions that are each a local optimum of the alternating ascent, and make the best of them swap-optimal.
 
     A (mu + lambda) scheme built from DEAP's own parts: mates match their groups by overlap and keep what both place alike; mutants
-    have a tenth of their neurons dealt out again; every child is annealed from a random temperature and ascended. It starts from what
+    have a few of their neurons dealt out again; every child is annealed from a random temperature and ascended. It starts from what
     the cheap methods find (`methods.ascent`'s starts, `greedy`, the paper's `annealing`), so it is never worse than they are from the
     same seed. Restores the caller's `random` state.
 
@@ -148,7 +152,7 @@ def genetic(
         population: partitions kept.
         offspring: partitions made per generation.
         generations: at most so many; None is four times the patience.
-        patience: stop after so many without gain; None is 3, and more in small problems.
+        patience: stop after so many without gain; None is 3, and more with more groups than 6 or fewer than 86 neurons.
         seconds: stop after the generation that passes this time.
         statistics: filled with the generations' best and mean kept sums, and the seconds since the start.
 
@@ -156,7 +160,7 @@ def genetic(
         int32 [C] labels.
     """
     begin = time.perf_counter()
-    patience = patience or max(PATIENCE, LARGE // problem.neurons)
+    patience = patience or max(PATIENCE, problem.num_groups // 2, SMALL // problem.neurons)
     generations = generations or GENERATIONS_PER_PATIENCE * patience
     rng = np.random.default_rng(seed)
     starts = _starts(problem, seed, rng, population)
@@ -180,7 +184,7 @@ def genetic(
             individuals = toolbox.select(individuals + children, population)
             stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
             # What short annealings no longer better may need a longer one.
-            evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * SWAPS_PER_NEURON * problem.neurons
+            evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * evaluation.fewest_swaps
             if stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
                 break
     return evaluation.polished(np.array(hall_of_fame[0]))

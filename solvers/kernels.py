@@ -1,20 +1,38 @@
-"""Compiled inner loops of the partitioners: group sums, top-m selection, exchange-graph assignment, swaps of two neurons.
+"""Inner loops of the partitioners: group sums, top-m selection, exchange-graph assignment, swaps of two neurons.
 
 Single-threaded, in a fixed order, so results depend neither on BLAS nor on the number of workers. Sums that decide what is kept are
 float64; the float32 sums that screen swaps and value assignments only propose, and what they propose is measured in float64.
 Shapes: B tokens, C neurons, N groups; `by_neuron` is the saliency, float32 [C, B]; `labels` is int32 [C] with C / N neurons of each
 value; `kept` is m.
+
+Compiled by numba; with NUMBA_DISABLE_JIT=1 the inner loops are those of `solvers.plain` in NumPy, tested equal and much slower.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-from numba import njit
+from numba import config, njit
+
+from solvers import plain
 
 # A change must gain more than this share of the whole saliency to count. Every token's terms are rounded to float32, at most 6e-8 of its
 # saliency each, and a gain is made of four of them: what passes is a gain in truth, so descents end.
 TOLERANCE = 2.5e-7
 
 
-@njit(cache=True)
+def _inner_loop(fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An inner loop: compiled, or its namesake in `solvers.plain`. `fastmath` lets sums be vectorised, in an order of their own."""
+
+    def choose(function: Callable[..., Any]) -> Callable[..., Any]:
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return getattr(plain, function.__name__)
+        return njit(cache=True, fastmath=fastmath)(function)
+
+    return choose
+
+
+@_inner_loop(fastmath=False)
 def group_sums(by_neuron, labels, num_groups):
     """Sum of each token's saliency inside each group: float64 [N, B]."""
     sums = np.zeros((num_groups, by_neuron.shape[1]))
@@ -25,20 +43,83 @@ def group_sums(by_neuron, labels, num_groups):
     return sums
 
 
+@_inner_loop(fastmath=True)
+def copy(source, target):
+    """target[:] = source, of another type."""
+    for b in range(source.shape[0]):
+        target[b] = source[b]
+
+
+@_inner_loop(fastmath=True)
+def exchange(upper, lower):
+    """The larger of each two values to `upper`, the smaller to `lower`, in place."""
+    for b in range(upper.shape[0]):
+        first, second = upper[b], lower[b]
+        upper[b] = max(first, second)
+        lower[b] = min(first, second)
+
+
+@njit(cache=True)
+def order_groups(sums, ordered):
+    """Sort every token's group sums, falling, into `ordered` ([N, B]): Batcher's merge exchange, whole rows at a time."""
+    num_groups = sums.shape[0]
+    for n in range(num_groups):
+        copy(sums[n], ordered[n])
+    top = 1
+    while 2 * top < num_groups:
+        top *= 2
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            for n in range(num_groups - d):
+                if n & p == r:
+                    exchange(ordered[n], ordered[n + d])
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+
+
+@_inner_loop(fastmath=True)
+def mark_above(row, threshold, mask, room):
+    """mask[:] = row > threshold; takes what is marked out of `room` (float64 [B])."""
+    for b in range(row.shape[0]):
+        above = np.float32(row[b] > threshold[b])
+        mask[b] = above
+        room[b] -= above
+
+
+@_inner_loop(fastmath=True)
+def mark_equal(row, threshold, mask, room):
+    """Mark also what equals the threshold, where there is room."""
+    for b in range(row.shape[0]):
+        equal = np.float32((row[b] == threshold[b]) & (room[b] > 0))
+        mask[b] += equal
+        room[b] -= equal
+
+
+@_inner_loop(fastmath=True)
+def dot(first, second):
+    """Inner product, in the type of the products."""
+    total = first[0] * second[0]
+    for b in range(1, first.shape[0]):
+        total += first[b] * second[b]
+    return total
+
+
 @njit(cache=True)
 def keep_largest(sums, kept, mask):
     """Mark in `mask` (float32 [N, B]) the `kept` largest groups of every token (ties: the lower index); returns their sum."""
-    num_groups, tokens = sums.shape
-    mask[:] = 0
+    ordered = np.empty_like(sums)
+    order_groups(sums, ordered)
+    threshold, room = ordered[kept - 1], np.full(sums.shape[1], float(kept))
+    for n in range(sums.shape[0]):
+        mark_above(sums[n], threshold, mask[n], room)
     total = 0.0
-    for b in range(tokens):
-        for _ in range(kept):
-            best = -1
-            for n in range(num_groups):
-                if mask[n, b] == 0 and (best < 0 or sums[n, b] > sums[best, b]):
-                    best = n
-            mask[best, b] = 1
-            total += sums[best, b]
+    for n in range(sums.shape[0]):
+        mark_equal(sums[n], threshold, mask[n], room)
+        total += dot(sums[n], mask[n])
     return total
 
 
@@ -49,25 +130,17 @@ def kept_sum(by_neuron, labels, num_groups, kept):
     return keep_largest(group_sums(by_neuron, labels, num_groups), kept, mask)
 
 
-@njit(cache=True, fastmath=True)
-def _dot(first, second):
-    total = np.float32(0)
-    for b in range(first.shape[0]):
-        total += first[b] * second[b]
-    return total
-
-
 @njit(cache=True)
 def group_values(by_neuron, mask, values):
     """values[n, c] (float64 [N, C]): saliency of neuron c over the tokens that keep group n, from a `keep_largest` mask."""
     for c in range(by_neuron.shape[0]):
         for n in range(mask.shape[0]):
-            values[n, c] = _dot(mask[n], by_neuron[c])
+            values[n, c] = dot(mask[n], by_neuron[c])
 
 
-@njit(cache=True)
-def _refresh_best_moves(values, labels, group, gain, mover):
-    """Recompute, for one source group, the neuron whose move to each other group gains most."""
+@_inner_loop(fastmath=False)
+def best_moves(values, labels, group, gain, mover):
+    """Of the neurons in `group`, the one whose move to each other group gains most, into `gain` and `mover` ([N, N], from x to)."""
     num_groups, neurons = values.shape
     for target in range(num_groups):
         gain[group, target] = -np.inf
@@ -123,7 +196,7 @@ def improve_assignment(values, labels):
     cycle = np.empty(num_groups, dtype=np.int64)
     tolerance = 1e-12 * max(1e-300, np.abs(values).max())
     for group in range(num_groups):
-        _refresh_best_moves(values, labels, group, gain, mover)
+        best_moves(values, labels, group, gain, mover)
     while True:
         length = _positive_cycle(gain, tolerance, cycle)
         if length == 0:
@@ -134,7 +207,7 @@ def improve_assignment(values, labels):
             source = cycle[(i + 1) % length]
             labels[mover[source, target]] = target
         for i in range(length):
-            _refresh_best_moves(values, labels, cycle[i], gain, mover)
+            best_moves(values, labels, cycle[i], gain, mover)
 
 
 @njit(cache=True)
@@ -156,56 +229,52 @@ def ascend(by_neuron, labels, num_groups, kept):
 
 
 @njit(cache=True)
-def rank_groups(sums, order, rank):
-    """Bring `order` (int64 [B, N]: each token's groups by falling sum; any permutation before) and its inverse `rank` up to date."""
-    num_groups, tokens = sums.shape
-    for b in range(tokens):
-        own = order[b]
-        # Insertion sort: next to nothing to do after a swap.
-        for i in range(1, num_groups):
-            group = own[i]
-            value = sums[group, b]
-            place = i
-            while place > 0 and sums[own[place - 1], b] < value:
-                own[place] = own[place - 1]
-                place -= 1
-            own[place] = group
-        for i in range(num_groups):
-            rank[b, own[i]] = i
-
-
-@njit(cache=True)
-def pair_terms(sums, order, rank, p, q, kept, half, floor):
+def pair_terms(sums, ordered, p, q, kept, half, floor):
     """What decides the value of swaps between groups p and q, written to `half` and `floor` (float32 [B]).
 
     Moving delta of a token's saliency from q to p leaves the sum of both as it is, so the token's kept sum, as a function of delta, is
     a constant plus max(floor, |half + delta|): it keeps both groups, neither, or the larger one beside the best m - 1 others.
 
     Args:
-        order, rank: see `rank_groups`, up to date.
+        ordered: see `order_groups`, up to date.
     """
-    num_groups, tokens = sums.shape
-    for b in range(tokens):
-        first, second = min(rank[b, p], rank[b, q]), max(rank[b, p], rank[b, q])
-        middle = (sums[p, b] + sums[q, b]) / 2
-        least = 0.0
-        # The m-th and the (m - 1)-th largest of the other groups, if there are as many.
-        if kept <= num_groups - 2:
-            place = kept - 1
-            place += first <= place
-            place += second <= place
-            least = max(least, sums[order[b, place], b] - middle)
-        if kept >= 2:
-            place = kept - 2
-            place += first <= place
-            place += second <= place
-            least = max(least, middle - sums[order[b, place], b])
-        half[b] = (sums[p, b] - sums[q, b]) / 2
-        floor[b] = least
+    halve(sums[p], sums[q], half)
+    floor[:] = 0
+    # The floor is set by the m-th and the (m - 1)-th largest of the other groups, if there are as many.
+    if kept <= sums.shape[0] - 2:
+        raise_floor(sums[p], sums[q], ordered[kept - 1 : kept + 2], np.float32(1), floor)
+    if kept >= 2:
+        raise_floor(sums[p], sums[q], ordered[kept - 2 : kept + 1], np.float32(-1), floor)
 
 
-@njit(cache=True, fastmath=True)
-def _swapped(half, floor, gone, came):
+@_inner_loop(fastmath=True)
+def halve(first, second, half):
+    """half[:] = (first - second) / 2, in float32."""
+    for b in range(half.shape[0]):
+        half[b] = (np.float32(first[b]) - np.float32(second[b])) / 2
+
+
+@_inner_loop(fastmath=True)
+def raise_floor(first, second, ordered, sign, floor):
+    """Raise `floor` to sign * (the group that comes first in `ordered` without the groups p and q, minus the mean of p and q).
+
+    Args:
+        first, second: float64 [B], the sums of p and q.
+        ordered: float32 [3, B], three neighbours of every token's sorted sums.
+    """
+    v0, v1, v2 = ordered[0], ordered[1], ordered[2]
+    for b in range(floor.shape[0]):
+        a, c = np.float32(first[b]), np.float32(second[b])
+        larger, smaller = max(a, c), min(a, c)
+        # Take the larger out of the row, then the smaller.
+        w0 = v1[b] if larger >= v0[b] else v0[b]
+        w1 = v2[b] if larger >= v1[b] else v1[b]
+        other = w1 if smaller >= w0 else w0
+        floor[b] = max(floor[b], sign * (other - (a + c) / 2))
+
+
+@_inner_loop(fastmath=True)
+def swapped(half, floor, gone, came):
     """Sum over tokens of max(floor, |half + came - gone|), in float32: the value of one swap up to a constant."""
     total = np.float32(0)
     for b in range(half.shape[0]):
@@ -213,7 +282,7 @@ def _swapped(half, floor, gone, came):
     return total
 
 
-@njit(cache=True)
+@_inner_loop(fastmath=True)
 def swap_gain(half, floor, gone, came):
     """Growth of the kept sum when neuron `gone` of p and neuron `came` of q (their rows of `by_neuron`) change places; float64."""
     total = 0.0
@@ -222,22 +291,14 @@ def swap_gain(half, floor, gone, came):
     return total
 
 
-@njit(cache=True)
-def _swap(sums, p, q, half, gone, came):
-    """Carry a swap out on the sums and on `half`."""
+@_inner_loop(fastmath=True)
+def swap(first, second, half, gone, came):
+    """Carry a swap out on the sums of p and q (float64 [B]) and on `half`."""
     for b in range(half.shape[0]):
         shift = np.float64(came[b]) - gone[b]
-        sums[p, b] += shift
-        sums[q, b] -= shift
-        half[b] = (sums[p, b] - sums[q, b]) / 2
-
-
-@njit(cache=True)
-def _unranked(tokens, num_groups):
-    """Room for `rank_groups`."""
-    order = np.empty((tokens, num_groups), dtype=np.int64)
-    order[:] = np.arange(num_groups)
-    return order, np.empty((tokens, num_groups), dtype=np.int64)
+        first[b] += shift
+        second[b] -= shift
+        half[b] = (np.float32(first[b]) - np.float32(second[b])) / 2
 
 
 @njit(cache=True)
@@ -265,7 +326,7 @@ def swap_descent(by_neuron, labels, num_groups, kept):
     tokens = by_neuron.shape[1]
     sums = group_sums(by_neuron, labels, num_groups)
     members = _members(labels, num_groups)
-    order, rank = _unranked(tokens, num_groups)
+    ordered = np.empty((num_groups, tokens), dtype=np.float32)
     half, floor = np.empty(tokens, dtype=np.float32), np.empty(tokens, dtype=np.float32)
     threshold = TOLERANCE * max(sums.sum(), 1e-300)
     nothing = np.zeros(tokens, dtype=np.float32)
@@ -277,21 +338,21 @@ def swap_descent(by_neuron, labels, num_groups, kept):
             for q in range(p + 1, num_groups):
                 if settled[p, q] == swaps:
                     continue
-                rank_groups(sums, order, rank)
-                pair_terms(sums, order, rank, p, q, kept, half, floor)
+                order_groups(sums, ordered)
+                pair_terms(sums, ordered, p, q, kept, half, floor)
                 improving = True
                 while improving:
                     improving = False
                     for i in range(members.shape[1]):
                         gone = by_neuron[members[p, i]]
-                        best, place = _swapped(half, floor, nothing, nothing), -1
+                        best, place = swapped(half, floor, nothing, nothing), -1
                         for j in range(members.shape[1]):
-                            value = _swapped(half, floor, gone, by_neuron[members[q, j]])
+                            value = swapped(half, floor, gone, by_neuron[members[q, j]])
                             if value > best:
                                 best, place = value, j
                         if place < 0 or swap_gain(half, floor, gone, by_neuron[members[q, place]]) <= threshold:
                             continue
-                        _swap(sums, p, q, half, gone, by_neuron[members[q, place]])
+                        swap(sums[p], sums[q], half, gone, by_neuron[members[q, place]])
                         members[p, i], members[q, place] = members[q, place], members[p, i]
                         swaps += 1
                         improving = True
@@ -302,7 +363,7 @@ def swap_descent(by_neuron, labels, num_groups, kept):
 
 
 @njit(cache=True)
-def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling, stay, seed):
+def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling, stay, rng):
     """Simulated annealing with swaps of two neurons of different groups, in place (MoE-Prism, offline solver).
 
     A swap is accepted when the kept sum grows by `gain` > 0 or with probability exp(gain / T); T is multiplied by `cooling` each
@@ -311,26 +372,25 @@ def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling
     Args:
         iterations: swaps drawn; one whose two neurons share their group counts, as in the paper.
         stay: draws in a row from the same two groups: 1 is the paper's uniform draw; more saves the pair's terms.
-        seed: of the draws.
+        rng: np.random.Generator of the draws.
     """
-    np.random.seed(seed)
     tokens = by_neuron.shape[1]
     sums = group_sums(by_neuron, labels, num_groups)
     members = _members(labels, num_groups)
     size = members.shape[1]
-    order, rank = _unranked(tokens, num_groups)
+    ordered = np.empty((num_groups, tokens), dtype=np.float32)
     halves = np.empty((num_groups, num_groups, tokens), dtype=np.float32)
     floors = np.empty((num_groups, num_groups, tokens), dtype=np.float32)
     values = np.zeros((num_groups, num_groups), dtype=np.float32)
     # Swaps so far, and how many there had been when the terms of two groups were last written.
-    swaps, written, ranked = 1, np.zeros((num_groups, num_groups), dtype=np.int64), 0
+    swaps, written, sorted_at = 1, np.zeros((num_groups, num_groups), dtype=np.int64), 0
     threshold = TOLERANCE * max(sums.sum(), 1e-300)
     nothing = np.zeros(tokens, dtype=np.float32)
     gained, best, best_members = 0.0, 0.0, members.copy()
     p = q = 0
     for iteration in range(iterations):
         if iteration % stay == 0:
-            p, q = np.random.randint(num_groups), np.random.randint(num_groups)
+            p, q = rng.integers(0, num_groups), rng.integers(0, num_groups)
             if p > q:
                 p, q = q, p
         temperature = max(temperature * cooling, 1e-12)
@@ -338,26 +398,27 @@ def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling
             continue
         half, floor = halves[p, q], floors[p, q]
         if written[p, q] != swaps:
-            if ranked != swaps:
-                rank_groups(sums, order, rank)
-                ranked = swaps
-            pair_terms(sums, order, rank, p, q, kept, half, floor)
-            values[p, q] = _swapped(half, floor, nothing, nothing)
+            if sorted_at != swaps:
+                order_groups(sums, ordered)
+                sorted_at = swaps
+            pair_terms(sums, ordered, p, q, kept, half, floor)
+            values[p, q] = swapped(half, floor, nothing, nothing)
             written[p, q] = swaps
-        i, j = np.random.randint(size), np.random.randint(size)
+        i, j = rng.integers(0, size), rng.integers(0, size)
         first, second = by_neuron[members[p, i]], by_neuron[members[q, j]]
-        demanded = temperature * np.log(max(np.random.random(), 1e-300))
+        demanded = temperature * np.log(max(rng.random(), 1e-300))
         # Rounding of a float32 sum over the tokens.
         doubt = 1e-6 * values[p, q]
-        if _swapped(half, floor, first, second) - values[p, q] < demanded - doubt:
+        value = swapped(half, floor, first, second)
+        if value - values[p, q] < demanded - doubt:
             continue
         gain = swap_gain(half, floor, first, second)
         if gain <= demanded or abs(gain) <= threshold:
             continue
-        _swap(sums, p, q, half, first, second)
+        swap(sums[p], sums[q], half, first, second)
         members[p, i], members[q, j] = members[q, j], members[p, i]
         swaps += 1
-        values[p, q] = _swapped(half, floor, nothing, nothing)
+        values[p, q] = value
         written[p, q] = swaps
         gained += gain
         if gained > best + threshold:

@@ -63,7 +63,7 @@ def annealing(problem: Problem, seed: int) -> np.ndarray:
         ANNEALING_TEMPERATURE,
         ANNEALING_COOLING,
         1,
-        seed % 2**32,
+        np.random.default_rng(seed),
     )
     return labels
 

@@ -1,6 +1,9 @@
 import importlib.util
 import itertools
+import json
+import os
 import random
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 import solvers
 from prism_errors import UsageError
-from solvers import kernels
+from solvers import kernels, plain
 
 PROPERTIES = settings(max_examples=25, deadline=None)
 METHODS = [name for name in solvers.SOLVERS if name != "metis" or importlib.util.find_spec("pymetis")]
@@ -82,12 +85,11 @@ def test_gain_of_a_swap_is_the_naive_difference(problem, seed):
     sums = kernels.group_sums(instance.by_neuron, labels, num_groups)
     assert sums == pytest.approx(np.stack([saliency[:, labels == n].sum(1) for n in range(num_groups)]), rel=1e-5)
     tokens = len(saliency)
-    order = np.tile(rng.permutation(num_groups), (tokens, 1))
-    rank = np.empty_like(order)
-    kernels.rank_groups(sums, order, rank)
-    assert (np.take_along_axis(sums.T, order, 1) == -np.sort(-sums.T, axis=1)).all()
+    ordered = np.empty(sums.shape, np.float32)
+    kernels.order_groups(sums, ordered)
+    assert (ordered == -np.sort(-sums.astype(np.float32), axis=0)).all()
     half, floor = np.empty(tokens, np.float32), np.empty(tokens, np.float32)
-    kernels.pair_terms(sums, order, rank, p, q, kept, half, floor)
+    kernels.pair_terms(sums, ordered, p, q, kept, half, floor)
     gain = kernels.swap_gain(half, floor, instance.by_neuron[gone], instance.by_neuron[came])
     swapped = labels.copy()
     swapped[[gone, came]] = q, p
@@ -128,6 +130,62 @@ def test_weights_multiply_the_saliency(problem, seed):
     weights = np.random.default_rng(seed).random(saliency.shape[1], dtype=np.float32)
     weighted = solvers.solve(saliency, num_groups, kept, "ascent", seed, weights)
     assert (weighted.labels == solvers.solve(saliency * weights, num_groups, kept, "ascent", seed).labels).all()
+
+
+def test_inner_loops_are_the_same_in_numpy():
+    rng = np.random.default_rng(0)
+    tokens, neurons, num_groups = 33, 12, 4
+
+    def row(dtype=np.float32):
+        # Whole numbers: many ties, and sums without rounding.
+        return rng.integers(0, 6, tokens).astype(dtype)
+
+    labels = rng.permutation(np.repeat(np.arange(num_groups, dtype=np.int32), neurons // num_groups))
+    ordered = -np.sort(-np.stack([row(), row(), row()]), axis=0)
+    pair = np.stack([ordered[1], ordered[rng.integers(3)]]).astype(np.float64)
+    flags, room = np.zeros(tokens, np.float32), rng.integers(0, 2, tokens).astype(np.float64)
+    square = np.zeros((num_groups, num_groups))
+    arguments = {
+        "group_sums": [np.stack([row() for _ in range(neurons)]), labels, num_groups],
+        "copy": [row(np.float64), row()],
+        "exchange": [row(), row()],
+        "mark_above": [row(np.float64), row(np.float64), flags, room],
+        "mark_equal": [row(np.float64), row(np.float64), flags, room],
+        "dot": [row(), row()],
+        "best_moves": [rng.random((num_groups, neurons)), labels, 2, square, square.astype(np.int64)],
+        "halve": [row(np.float64), row(np.float64), row()],
+        "raise_floor": [*pair, ordered, np.float32(-1), row()],
+        "swapped": [row(), row(), row(), row()],
+        "swap_gain": [row(), row(), row(), row()],
+        "swap": [row(np.float64), row(np.float64), row(), row(), row()],
+    }
+    assert set(arguments) == {name for name, value in vars(plain).items() if callable(value)}
+    for name, given_arguments in arguments.items():
+        outcomes = []
+        for module in (kernels, plain):
+            copies = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in given_arguments]
+            outcomes.append([getattr(module, name)(*copies), *copies])
+        for compiled, numpy in zip(*outcomes, strict=True):
+            assert (compiled is None) == (numpy is None), name
+            assert compiled is None or np.array_equal(compiled, numpy), name
+        assert outcomes[0][0] is not None or any(
+            not np.array_equal(before, after) for before, after in zip(given_arguments, outcomes[0][1:], strict=True)
+        ), f"{name} did nothing"
+
+
+def test_without_a_compiler_every_method_ends_where_it_does_with_one():
+    script = """
+import json, numpy, solvers
+saliency = numpy.abs(numpy.random.default_rng(0).standard_t(2, (60, 16))).astype(numpy.float32)
+options = {name: {} for name in solvers.SOLVERS if name != "metis"} | {"genetic": {"generations": 1}}
+print(json.dumps({name: solvers.solve(saliency, 4, 2, name, 5, **given).loss for name, given in options.items()}))
+"""
+    losses = []
+    for disabled in ("0", "1"):
+        environment = {**os.environ, "NUMBA_DISABLE_JIT": disabled}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        losses.append(json.loads(done.stdout))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_genetic_takes_a_budget_and_reports_its_generations():
