@@ -2,8 +2,9 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from deap import algorithms, base, creator, tools
@@ -20,13 +21,11 @@ PATIENCE, SMALL = 3, 256
 GENERATIONS_PER_PATIENCE = 4
 # Each generation without gain doubles the annealing of the next, up to this many times.
 DOUBLINGS = 2
-CROSSOVER_PROBABILITY = 0.8
-MUTATION_PROBABILITY = 0.2
+CROSSOVER = 0.8
 MUTATED_SHARE = 0.03
-# Swaps tried in the annealing of offspring: so many per neuron, and up to 4 times as many below 1,024 neurons.
-SWAPS_PER_NEURON, MOST_SWAPS_PER_NEURON, NEURONS = 20, 80, 1024
-# Swaps per neuron in the annealing of the final partition. Swaps in a row between the same two groups.
-FINAL_SWAPS_PER_NEURON, RUN = 600, 50
+# Swaps tried in the annealing of offspring, and in that of the final partition, per neuron and group; so many in a row between the same
+# two groups.
+SWAPS, FINAL_SWAPS, RUN = 5, 150, 50
 # Temperatures, in units of (mean difference between two neurons' saliency) x sqrt(tokens), about what a swap of two neurons changes by
 # chance. Offspring: from a random one between the first two down to the third; the final partition: from the second to the fourth.
 WARMEST, WARM, COLD, COLDEST = 3.0, 0.3, 0.03, 0.001
@@ -86,12 +85,10 @@ def _select_distinct(individuals, count: int):
 class _Evaluation:
     """Lamarckian fitness: improves a partition in place and returns what it keeps, as DEAP wants it."""
 
-    def __init__(self, problem: Problem, rng: np.random.Generator):
-        self.problem, self.rng = problem, rng
+    def __init__(self, problem: Problem, swaps: int, rng: np.random.Generator):
+        self.problem, self.swaps, self.rng = problem, swaps, rng
         shifted = problem.by_neuron[rng.permutation(problem.neurons)]
         self.scale = float(np.abs(problem.by_neuron - shifted).mean(dtype=np.float64)) * len(problem.saliency) ** 0.5
-        self.fewest_swaps = min(max(problem.neurons, NEURONS) * SWAPS_PER_NEURON, problem.neurons * MOST_SWAPS_PER_NEURON)
-        self.swaps = self.fewest_swaps
 
     def ascended(self, individual: np.ndarray) -> tuple[float]:
         """After alternating ascent."""
@@ -99,7 +96,7 @@ class _Evaluation:
         return (kernels.ascend(problem.by_neuron, individual.view(np.ndarray), problem.num_groups, problem.kept),)
 
     def annealed(self, individual: np.ndarray) -> tuple[float]:
-        """After an annealing of `self.swaps` swaps from a random temperature, then ascent."""
+        """After an annealing of `self.swaps` swaps per neuron and group from a random temperature, then ascent."""
         self._anneal(individual.view(np.ndarray), WARM * (WARMEST / WARM) ** self.rng.random(), COLD)
         return self.ascended(individual)
 
@@ -107,15 +104,17 @@ class _Evaluation:
         """A swap-optimal partition near `labels`: a long, cool annealing leaves little to the exhaustive descent."""
         problem = self.problem
         labels = labels.copy()
-        self.swaps = FINAL_SWAPS_PER_NEURON * problem.neurons
+        self.swaps = FINAL_SWAPS
         self._anneal(labels, WARM, COLDEST)
         kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
         kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
         return labels
 
     def _anneal(self, labels: np.ndarray, start: float, end: float) -> None:
-        problem, cooling = self.problem, (end / start) ** (1 / self.swaps)
-        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, self.swaps, start * self.scale, cooling, RUN, self.rng)
+        problem = self.problem
+        swaps = self.swaps * problem.neurons * problem.num_groups
+        cooling = (end / start) ** (1 / swaps)
+        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, swaps, start * self.scale, cooling, RUN, self.rng)
 
 
 def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator) -> base.Toolbox:
@@ -137,6 +136,9 @@ def genetic(
     generations: int | None = None,
     patience: int | None = None,
     seconds: float | None = None,
+    crossover: float = CROSSOVER,
+    swaps: int = SWAPS,
+    operators: Mapping[str, Callable[..., Any]] | None = None,
     statistics: tools.Logbook | None = None,
 ) -> np.ndarray:
     """Evolve partitions that are each a local optimum of the alternating ascent, and make the best of them swap-optimal.
@@ -152,20 +154,27 @@ def genetic(
         population: partitions kept.
         offspring: partitions made per generation.
         generations: at most so many; None is four times the patience.
-        patience: stop after so many without gain; None is 3, and more with more groups than 6 or fewer than 86 neurons.
+        patience: stop after so many without gain; None is 3, and more with more than 15 groups or fewer than 86 neurons.
         seconds: stop after the generation that passes this time.
+        crossover: share of the children that have two parents; the others are mutants.
+        swaps: tried in the annealing of a child, per neuron and group.
+        operators: DEAP operators to register in place of ours, by their names in the toolbox: `mate` (two individuals to two, the
+            first is the child), `mutate` (one to a tuple of one), `select` (individuals and a number to as many), all on int32 [C]
+            arrays that stay balanced.
         statistics: filled with the generations' best and mean kept sums, and the seconds since the start.
 
     Returns:
         int32 [C] labels.
     """
     begin = time.perf_counter()
-    patience = patience or max(PATIENCE, problem.num_groups // 2, SMALL // problem.neurons)
+    patience = patience or max(PATIENCE, problem.num_groups // 4, SMALL // problem.neurons)
     generations = generations or GENERATIONS_PER_PATIENCE * patience
     rng = np.random.default_rng(seed)
     starts = _starts(problem, seed, rng, population)
-    evaluation = _Evaluation(problem, rng)
+    evaluation = _Evaluation(problem, swaps, rng)
     toolbox = _toolbox(problem, evaluation, rng)
+    for name, operator in (operators or {}).items():
+        toolbox.register(name, operator)
     hall_of_fame = tools.HallOfFame(1, similar=np.array_equal)
     figures = tools.Statistics(lambda individual: individual.fitness.values[0])
     figures.register("best", np.max)
@@ -179,12 +188,12 @@ def genetic(
             if statistics is not None:
                 statistics.record(generation=generation, seconds=time.perf_counter() - begin, **figures.compile(individuals))
             before = hall_of_fame[0].fitness.values[0]
-            children = algorithms.varOr(individuals, toolbox, offspring, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
+            children = algorithms.varOr(individuals, toolbox, offspring, crossover, 1 - crossover)
             _evaluate(children, toolbox.evaluate, hall_of_fame)
             individuals = toolbox.select(individuals + children, population)
             stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
             # What short annealings no longer better may need a longer one.
-            evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * evaluation.fewest_swaps
+            evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * swaps
             if stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
                 break
     return evaluation.polished(np.array(hall_of_fame[0]))

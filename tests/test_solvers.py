@@ -200,6 +200,20 @@ def test_genetic_takes_a_budget_and_reports_its_generations():
     assert len(short) == 1
 
 
+def test_genetic_takes_the_callers_operators():
+    calls = []
+
+    def mutate(individual):
+        calls.append(individual.copy())
+        individual[:] = individual[::-1].copy()
+        return (individual,)
+
+    saliency = clustered(100, 16, 4)
+    partition = solvers.solve(saliency, 4, 1, "genetic", 0, crossover=0.0, generations=2, operators={"mutate": mutate})
+    assert len(calls) == 2 * 8
+    assert (np.bincount(partition.labels) == 4).all()
+
+
 def test_metis_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymetis", None)
     with pytest.raises(UsageError, match=r"prism-refactor\[metis\]"):
