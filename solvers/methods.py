@@ -3,8 +3,6 @@
 import warnings
 
 import numpy as np
-from sklearn.cluster import KMeans, SpectralClustering
-from sklearn.exceptions import ConvergenceWarning
 
 from prism_errors import UsageError
 from solvers import kernels
@@ -70,6 +68,9 @@ def annealing(problem: Problem, seed: int) -> np.ndarray:
 
 def kmeans(problem: Problem, seed: int) -> np.ndarray:
     """scikit-learn KMeans on the neurons' activation profiles (unit length), re-balanced by optimal assignment to the centres."""
+    from sklearn.cluster import KMeans  # noqa: PLC0415  (slow to import, and worker processes hardly ever need it)
+    from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
+
     profiles = _profiles(problem)
     with warnings.catch_warnings():
         # Fewer distinct profiles than groups is no concern here: the groups are re-balanced anyway.
@@ -82,6 +83,8 @@ def kmeans(problem: Problem, seed: int) -> np.ndarray:
 
 def spectral(problem: Problem, seed: int) -> np.ndarray:
     """scikit-learn SpectralClustering of the co-activation graph (cosine of the neurons' profiles), re-balanced exactly."""
+    from sklearn.cluster import SpectralClustering  # noqa: PLC0415  (as above)
+
     graph = _coactivation(problem)
     if problem.neurons <= problem.num_groups + 1:
         # Too small for the eigenvectors that scikit-learn asks for.
