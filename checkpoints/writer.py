@@ -128,6 +128,17 @@ def free_disk(target: Path) -> int:
 
 
 @contextmanager
+def output_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place if the block ends well and is removed if it does not."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def output_folder(target: Path) -> Iterator[Path]:
     """A temporary folder `TARGET.partial` that becomes TARGET if the block ends well and is removed if it does not.
 

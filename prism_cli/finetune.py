@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from calibration import DTYPES, Calibration
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, names_on_disk, output_folder, save_tensors, write_json
+from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, names_on_disk, output_file, output_folder, save_tensors, write_json
 from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
+from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add
+from prism_cli.report import PAGE
 from prism_errors import InputError, UsageError
 from refactoring import open_refactored
 from routers import EXPERTS, LOSSES, ROUTER_FILE, Curriculum, Training, attach, full_k, moe_gates, recorded
@@ -126,10 +128,9 @@ class _Store:
     def write(self, state: dict[str, torch.Tensor]) -> None:
         """Replace the state; whatever interrupts this, the old or the new one is there."""
         self.folder.mkdir(exist_ok=True)
-        partial = self.folder / f"{STATE}.partial"
-        save_tensors(state, partial)
-        write_json(self.folder / STATE_INDEX, self.identity)
-        partial.replace(self.folder / STATE)
+        with output_file(self.folder / STATE) as partial:
+            save_tensors(state, partial)
+            write_json(self.folder / STATE_INDEX, self.identity)
 
     def remove(self) -> None:
         """Delete the state of a finished run."""
@@ -171,7 +172,7 @@ def _write(
             shards = {ROUTER_FILE}
         for path in sorted(checkpoint.path.rglob("*")):
             relative = path.relative_to(checkpoint.path)
-            if path.is_dir() or relative.parts[0] in (MANIFEST, "evaluation.json", "report.html") or relative.parts[0].startswith("."):
+            if path.is_dir() or relative.parts[0] in (MANIFEST, RESULT, PAGE) or relative.parts[0].startswith("."):
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) in shards:

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerStatistics, LayerSummary, estimated_bytes, profile, write_statistics
-from checkpoints import Checkpoint, check_disk, check_target
+from checkpoints import Checkpoint, check_disk, check_target, output_file
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
-from reporting import profile_page, write_page
+from reporting import profile_page
 
 # Share of a token's neurons that count as active in the pictures of --html.
 ACTIVE_SHARE = 1 / 8
@@ -51,7 +51,8 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
             "model_type": checkpoint.config.model_type,
             "fingerprint": checkpoint.fingerprint(),
         }
-        write_page(page, profile_page(source, calibration.recorded(rows), shown))
+        with output_file(page) as partial:
+            partial.write_text(profile_page(source, calibration.recorded(rows), shown), encoding="utf-8")
     reporter.close()
     for summary in summaries:
         if summary.unrouted:

@@ -12,14 +12,14 @@ from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from checkpoints import MANIFEST
+from checkpoints import MANIFEST, output_file
 from prism_cli.door import Reporter, command
 from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, check_parent
 from prism_errors import InputError, first_line
 from refactoring import open_refactored
 from refactoring.pipeline import PICTURE_FILE
-from reporting import report_page, write_page
+from reporting import report_page
 
 PAGE = "report.html"
 # What reading a file raises that lacks a field or has one of another type.
@@ -40,7 +40,8 @@ def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     evaluation, pictures = _evaluation(out_dir / RESULT), _pictures(out_dir / PICTURE_FILE)
     with _broken(f"{out_dir}: {MANIFEST}, {RESULT} or {PICTURE_FILE}", "refactor and evaluate again"):
         page = report_page(manifest, evaluation, pictures)
-    write_page(target, page)
+    with output_file(target) as partial:
+        partial.write_text(page, encoding="utf-8")
     if evaluation is None:
         reporter.line(f"no {RESULT} in {out_dir}: prism-eval MODEL_DIR {out_dir} --save measures the quality curve", missing=RESULT)
     click.echo(str(target))

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -493,13 +492,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
     first = max((place for place, tick in enumerate(ticks) if tick <= low), default=0)
     last = min((place for place, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)
     return ticks[first : last + 1]
-
-
-def write_page(target: Path, page: str) -> None:
-    """Write a page; it appears only when complete."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
