@@ -79,7 +79,7 @@ def refactor_layer(
     column_norm = torch.stack([matrix.float().norm(dim=0) for matrix in down])
     if not (torch.isfinite(column_norm).all() and torch.isfinite(source.gate.weight).all()):
         raise InputError("a weight of its experts' down_proj or of its gate is not finite; check the checkpoint")
-    partitions = _partition(statistics, column_norm, recipe, workers, on_expert)
+    partitions = partition_experts(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
     order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
     gate = source.gate.weight.data
@@ -191,10 +191,18 @@ def _weights(column_norm: torch.Tensor, recipe: Recipe) -> np.ndarray | None:
     return (column_norm.square() if recipe.saliency == "energy" else column_norm).numpy()
 
 
-def _partition(
+def partition_experts(
     statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, workers: int, on_expert: OnExpert | None
 ) -> list[solvers.Partition]:
-    """Partition every expert; each task has its own seed, so the number of workers changes nothing."""
+    """Partition every expert of a layer.
+
+    Args:
+        statistics: `layer` and `activations` ([tokens, neurons] per expert) are read.
+        column_norm: float32 [experts, neurons], norms of down_proj's columns.
+        recipe: solver, sub-experts, saliency and seed; each expert's seed is its own, so the number of workers changes nothing.
+        workers: processes.
+        on_expert: called with the number of experts done.
+    """
 
     def tasks() -> Iterator[Any]:
         for expert in range(len(statistics.activations)):

@@ -1,0 +1,66 @@
+"""Many experts side by side, as prism-refactor partitions them: seconds with one and with two processes, and what the processes cost.
+
+    python benchmarks/partition_experts.py [--experts 64] [--family clustered]
+
+Layers of generated experts, each with its own saliency, partitioned with the defaults. `overhead` is the share of the two processes' time
+that is not spent as the single process spends it: starting them, importing, passing arrays, waiting for the last, and sharing caches.
+The size of OLMoE-1B-7B has 1,024 such experts; the last column extrapolates to them.
+"""
+
+import argparse
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from common import print_provenance
+from joblib.externals.loky import get_reusable_executor
+from partitioners import generated
+
+import solvers
+from prism_cli.options import table
+from refactoring import Recipe
+from refactoring.layer import partition_experts
+
+# Neurons and tokens of an expert: a tiny model, examples/olmoe-tiny, OLMoE-1B-7B.
+SIZES = ((64, 512), (256, 1024), (1024, 2048))
+OLMOE = 1024
+
+
+def layer(experts: int, family: str, neurons: int, tokens: int) -> Any:
+    """What `partition_experts` reads of a layer's statistics: experts alike in kind, none equal."""
+    saliency = generated(family, neurons, tokens)
+    activations = [torch.from_numpy(saliency[:, np.random.default_rng(expert).permutation(neurons)]) for expert in range(experts)]
+    return cast(Any, SimpleNamespace(layer=0, activations=activations))
+
+
+def main(experts: int, family: str) -> None:
+    recipe = Recipe()
+    solvers.solve(generated(family, 32, 64), recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    rows = []
+    for neurons, tokens in SIZES:
+        statistics = layer(experts, family, neurons, tokens)
+        seconds, labels = [], []
+        for workers in (1, 2):
+            # Processes start anew, as in a run of the command.
+            get_reusable_executor().shutdown(wait=True)
+            start = time.perf_counter()
+            found = partition_experts(statistics, torch.ones(experts, neurons), recipe, workers, None)
+            seconds.append(time.perf_counter() - start)
+            labels.append(np.stack([partition.labels for partition in found]))
+        assert (labels[0] == labels[1]).all()
+        one, two = seconds
+        olmoe = f"{two * OLMOE / experts / 60:.1f} min" if neurons == OLMOE else "-"
+        rows.append([neurons, tokens, f"{one:.2f}", f"{two:.2f}", f"{100 * (1 - one / (2 * two)):.0f} %", olmoe])
+    print(f"{experts} {family} experts, N = {recipe.sub_experts}, m = {recipe.kept}, {recipe.solver}")
+    print(table(["neurons", "tokens", "1 process, s", "2 processes, s", "overhead", f"{OLMOE} experts"], rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--family", default="clustered")
+    options = parser.parse_args()
+    print_provenance()
+    main(options.experts, options.family)
