@@ -27,7 +27,6 @@ from common import EXAMPLE, print_provenance
 import solvers
 from calibration import Calibration, profile
 from checkpoints import Checkpoint
-from prism_cli.options import table
 from solvers import methods
 
 TOKENS, PUBLISHED, SEEDS = 2048, 300, 3
@@ -134,17 +133,22 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def markdown(headers: list[str], rows: list[list[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [headers, ["---"] * len(headers), *rows])
+
+
 def report(results: dict[str, Any]) -> str:
-    """A row per problem; per method how far above the best it ends, and for some its seconds."""
+    """A row per problem: how far above the best every method ends, and for some the seconds."""
     timed = ("genetic", "annealing", "ascent")
-    headers = ["problem", "best", *(f"{name} + | s" for name in timed), *(name for name in METHODS if name not in timed), "published s"]
+    others = [method for method in METHODS if method not in timed]
+    headers = ["problem", "best", *itertools.chain(*((f"{method} +", "s") for method in timed)), *(f"{method} +" for method in others)]
     rows = []
     for name, found in results.items():
         above = {method: f"{100 * (loss / found['best'] - 1):.2f} %" for method, (loss, _) in found["methods"].items()}
         seconds = {method: f"{value:.2f}" for method, (_, value) in found["methods"].items()}
-        rows.append([name, f"{found['best']:.5f}", *(f"{above[method]} | {seconds[method]}" for method in timed)])
-        rows[-1] += [*(above[method] for method in METHODS if method not in timed), f"{found['methods']['published'][1]:.1f}"]
-    return table(headers, rows)
+        rows.append([name, f"{found['best']:.5f}", *itertools.chain(*((above[method], seconds[method]) for method in timed))])
+        rows[-1] += [*(above[method] for method in others), f"{found['methods']['published'][1]:.0f}"]
+    return markdown([*headers, "published s"], rows)
 
 
 def optima() -> str:
@@ -155,11 +159,11 @@ def optima() -> str:
         exact = optimum(saliency, count, kept)
         losses = [solvers.solve(saliency, count, kept, method, 0).loss for method in ("genetic", "annealing", "ascent")]
         rows.append([family, count, kept, f"{exact:.6f}", *(f"{loss:.6f}" for loss in losses)])
-    return table(["family", "N", "m", "optimum", "genetic", "annealing", "ascent"], rows)
+    return markdown(["family", "N", "m", "optimum", "genetic", "annealing", "ascent"], rows)
 
 
 def defaults() -> str:
-    """`genetic` with one default changed at a time: dropped share (mean of `SEEDS` seeds) | seconds."""
+    """`genetic` with one default changed at a time: dropped share (mean of `SEEDS` seeds) in so many seconds."""
     module = importlib.import_module("solvers.genetic")
     problems = {
         "real 16/8": (real(), 16, 8),
@@ -186,11 +190,11 @@ def defaults() -> str:
         for saliency, groups, kept in problems.values():
             start = time.process_time()
             losses = [solvers.solve(saliency, groups, kept, "genetic", seed, **options).loss for seed in range(SEEDS)]
-            cells.append(f"{np.mean(losses):.5f} | {(time.process_time() - start) / SEEDS:.2f}")
+            cells.append(f"{np.mean(losses):.5f} in {(time.process_time() - start) / SEEDS:.2f} s")
         rows.append([name, *cells])
         for key, value in before.items():
             setattr(module, key, value)
-    return table(["", *problems], rows)
+    return markdown(["", *problems], rows)
 
 
 def main(path: Path, neurons: list[int], groups: list[int], families: list[str], picture: Path | None) -> None:
