@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import print_provenance
 from joblib.externals.loky import get_reusable_executor
-from partitioners import generated
+from partitioners import FAMILIES, generated
 
 import solvers
 from prism_cli.options import table
@@ -60,7 +60,7 @@ def main(experts: int, family: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--family", default="clustered")
+    parser.add_argument("--family", choices=FAMILIES[1:], default="clustered")
     options = parser.parse_args()
     print_provenance()
     main(options.experts, options.family)

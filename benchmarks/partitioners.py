@@ -1,13 +1,14 @@
-"""Every partitioner on real and generated saliency, in one run and on one core: dropped share and processor seconds.
+"""Every partitioner on real and generated saliency, on one core: dropped share and processor seconds.
 
     python benchmarks/partitioners.py RESULTS [--neurons 1024] [--groups 4 16] [--families real clustered heavy dense] [--plot loss.png]
     python benchmarks/partitioners.py --defaults
 
 RESULTS (a JSON file) keeps what is measured; a stopped run goes on from there. `published` is the paper's annealing as its authors
 describe it (greedy start, 100,000 swaps, each re-evaluating the [tokens, groups] sums with torch); its seconds are extrapolated from
-`PUBLISHED` swaps, and its dropped share is that of `annealing`, which is the same walk compiled. `best` is the best of all methods and
-of `genetic` with `SEEDS` other seeds; `+` is how far above it a method ends, relative. The last table has problems small enough
-for the exact optimum. `--defaults` varies what `genetic` takes as default. (A script named solvers.py here would hide the package.)
+`PUBLISHED` swaps; its dropped share is taken to be that of `annealing`, the same walk compiled, with other draws. `best` is the best of
+all methods and of `genetic` with `SEEDS` other seeds; `+` is how far above it a method ends, relative. The last table has problems
+small enough for the exact optimum. `--defaults` varies what `genetic` takes as default. (A script named solvers.py here would hide the
+package.)
 """
 
 import argparse
@@ -26,11 +27,12 @@ from common import EXAMPLE, print_provenance
 
 import solvers
 from calibration import Calibration, profile
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, output_file
 from solvers import methods
 
 TOKENS, PUBLISHED, SEEDS = 2048, 300, 3
 METHODS = tuple(solvers.SOLVERS)
+FAMILIES = ("real", "clustered", "heavy", "dense")
 
 
 def real() -> np.ndarray:
@@ -203,12 +205,13 @@ def main(path: Path, neurons: list[int], groups: list[int], families: list[str],
         for width in [256] if family == "real" else neurons:
             saliency = real() if family == "real" else generated(family, width)
             for count in groups:
-                for kept in sorted({1, max(1, count // 4), count // 2, 3 * count // 4} - {0, count}):
+                for kept in sorted({1, max(1, count // 4), count // 2, 3 * count // 4}):
                     name = f"{family}, C = {width}, N = {count}, m = {kept}"
                     if name not in results:
                         found, best = measure(saliency, count, kept)
                         results[name] = {"best": best, "methods": found}
-                        path.write_text(json.dumps(results, indent=1))
+                        with output_file(path) as partial:
+                            partial.write_text(json.dumps(results, indent=1))
     print(report(results), end="\n\n")
     print("C = 12, 200 tokens: the exact optimum")
     print(optima())
@@ -222,7 +225,7 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path, nargs="?", default=Path("partitioners.json"))
     parser.add_argument("--neurons", type=int, nargs="+", default=[256, 1024, 2048])
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--families", nargs="+", default=["real", "clustered", "heavy", "dense"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--defaults", action="store_true", help="only vary the defaults of `genetic`")
     options = parser.parse_args()

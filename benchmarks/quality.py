@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 import routers
 from calibration import EVALUATION_TEXT, Statistics, load_tokenizer
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, output_file
 from evaluation import read_windows
 from prism_cli import door, finetune, profile, refactor
 from refactoring import SALIENCIES, Recipe
@@ -157,7 +157,8 @@ class Ablation:
             set_active(model, k)
             found.append(math.exp(summed_loss(model, self.windows) / self.windows.tokens))
         self.found[name] = found
-        self.path.write_text(json.dumps(self.found, indent=1))
+        with output_file(self.path) as partial:
+            partial.write_text(json.dumps(self.found, indent=1))
 
     def original(self) -> None:
         if "original" in self.found:
@@ -197,6 +198,8 @@ class Ablation:
             yield "replicate", model
         if "finetuned" in wanted:
             tuned = target.with_name("finetuned")
+            # What a stopped run left.
+            shutil.rmtree(target.with_name("finetuned.finetune"), ignore_errors=True)
             run(finetune, target, tuned, *FINETUNING, "--overwrite")
             yield "finetuned", load(tuned)
             shutil.rmtree(tuned)
@@ -240,10 +243,13 @@ def run(module: Any, *arguments: Any) -> None:
 
 
 def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
-    """What was measured, as Markdown: routers on the default partition, partitions under two routers, saliencies under the default."""
+    """What was measured, as Markdown: one part varied at a time, then everything at a quarter of the active experts."""
 
     def cell(name: str) -> str:
         return " / ".join(f"{value:.2f}" for value in found[name]) if name in found else "-"
+
+    def quarter(name: str) -> str:
+        return f"{found[name][0]:.2f}" if name in found else "-"
 
     solver, saliency = DEFAULT
     blocks = {
@@ -258,6 +264,13 @@ def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
         lines.append("|---" * (len(sub_experts) + 1) + "|")
         for name, pattern in rows.items():
             lines.append(f"| {name} | {' | '.join(cell(pattern.format(count)) for count in sub_experts)} |")
+        lines.append("")
+    for count in sub_experts:
+        lines.append(f"| N = {count}, 1/4: {' / '.join(SALIENCIES)} | {' | '.join(PARTITIONS)} |")
+        lines.append("|---" * (len(PARTITIONS) + 1) + "|")
+        for router in ROUTERS:
+            cells = [" / ".join(quarter(f"{count} {each} {saliency} {router}") for saliency in SALIENCIES) for each in PARTITIONS]
+            lines.append(f"| {router} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -10,13 +10,14 @@ import numpy as np
 from deap import algorithms, base, creator, tools
 from scipy.optimize import linear_sum_assignment
 
+from prism_errors import UsageError
 from solvers import kernels, methods
 from solvers.problem import Problem
 
 POPULATION = 8
 OFFSPRING = 8
-# Generations without gain that end the search: at least so many, more with more groups and in problems of fewer neurons than the
-# second, where a generation costs next to nothing.
+# Generations without gain that end the search: so many at least, N / 4 with many groups, and 256 / C in problems so small that a
+# generation costs next to nothing.
 PATIENCE, SMALL = 3, 256
 GENERATIONS_PER_PATIENCE = 4
 # Each generation without gain doubles the annealing of the next, up to this many times.
@@ -76,7 +77,7 @@ def _mutate(individual, num_groups: int, rng: np.random.Generator):
 
 
 def _select_distinct(individuals, count: int):
-    """The best `count` individuals, no two of equal fitness while others remain: equal loss means the same partition."""
+    """The best `count` individuals, no two of equal fitness while others remain: ties aside, equal loss means the same partition."""
     distinct = {individual.fitness.values: individual for individual in reversed(individuals)}
     chosen = tools.selBest(list(distinct.values()), count)
     return chosen + tools.selBest(individuals, count - len(chosen))
@@ -154,21 +155,30 @@ def genetic(
         population: partitions kept.
         offspring: partitions made per generation.
         generations: at most so many; None is four times the patience.
-        patience: stop after so many without gain; None is 3, and more with more than 15 groups or fewer than 86 neurons.
+        patience: stop after so many without gain; None is 3, or N / 4, or 256 / C, whichever is most.
         seconds: stop after the generation that passes this time.
         crossover: share of the children that have two parents; the others are mutants.
         swaps: tried in the annealing of a child, per neuron and group.
         operators: DEAP operators to register in place of ours, by their names in the toolbox: `mate` (two individuals to two, the
             first is the child), `mutate` (one to a tuple of one), `select` (individuals and a number to as many), all on int32 [C]
             arrays that stay balanced.
-        statistics: filled with the generations' best and mean kept sums, and the seconds since the start.
+        statistics: filled with the best and mean kept sums of the start (generation 0) and of every generation, and the seconds so far.
 
     Returns:
         int32 [C] labels.
+
+    Raises:
+        UsageError: an option out of range, an unknown operator, or one that returned an unbalanced partition.
     """
     begin = time.perf_counter()
-    patience = patience or max(PATIENCE, problem.num_groups // 4, SMALL // problem.neurons)
-    generations = generations or GENERATIONS_PER_PATIENCE * patience
+    if patience is None:
+        patience = max(PATIENCE, problem.num_groups // 4, SMALL // problem.neurons)
+    if generations is None:
+        generations = GENERATIONS_PER_PATIENCE * patience
+    if population < 2 or min(offspring, generations, patience, swaps) < 1 or not 0 <= crossover <= 1:
+        raise UsageError("genetic: population must be at least 2, offspring, generations, patience and swaps 1, crossover within 0 and 1")
+    if unknown := set(operators or {}) - {"mate", "mutate", "select"}:
+        raise UsageError(f"genetic: no operator '{min(unknown)}'; there are mate, mutate and select")
     rng = np.random.default_rng(seed)
     starts = _starts(problem, seed, rng, population)
     evaluation = _Evaluation(problem, swaps, rng)
@@ -184,18 +194,20 @@ def genetic(
         _evaluate(individuals, toolbox.start, hall_of_fame)
         individuals = toolbox.select(individuals, population)
         stalled = 0
-        for generation in range(generations):
+        for generation in range(generations + 1):
             if statistics is not None:
                 statistics.record(generation=generation, seconds=time.perf_counter() - begin, **figures.compile(individuals))
+            if generation == generations or stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
+                break
             before = hall_of_fame[0].fitness.values[0]
             children = algorithms.varOr(individuals, toolbox, offspring, crossover, 1 - crossover)
+            if operators:
+                _check_balance(children, problem)
             _evaluate(children, toolbox.evaluate, hall_of_fame)
             individuals = toolbox.select(individuals + children, population)
             stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
             # What short annealings no longer better may need a longer one.
             evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * swaps
-            if stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
-                break
     return evaluation.polished(np.array(hall_of_fame[0]))
 
 
@@ -203,6 +215,13 @@ def _starts(problem: Problem, seed: int, rng: np.random.Generator, population: i
     """The starts of `methods.ascent` from this seed (the first draws of `rng`), more for a larger population, and two better ones."""
     randoms = [problem.random(rng) for _ in range(max(methods.ASCENT_STARTS, population))]
     return [*randoms, methods.greedy(problem, seed), methods.annealing(problem, seed)]
+
+
+def _check_balance(individuals, problem: Problem) -> None:
+    """The kernels trust every group to be full."""
+    for individual in individuals:
+        if not np.array_equal(np.sort(individual), problem.contiguous()):
+            raise UsageError("genetic: an operator returned an unbalanced partition")
 
 
 def _evaluate(individuals, evaluate, hall_of_fame: tools.HallOfFame) -> None:

@@ -45,7 +45,7 @@ def group_sums(by_neuron, labels, num_groups):
 
 @_inner_loop(fastmath=True)
 def copy(source, target):
-    """target[:] = source, of another type."""
+    """target[:] = source, whatever their types."""
     for b in range(source.shape[0]):
         target[b] = source[b]
 
@@ -222,7 +222,7 @@ def ascend(by_neuron, labels, num_groups, kept):
         candidate = labels.copy()
         improve_assignment(values, candidate)
         total = keep_largest(group_sums(by_neuron, candidate, num_groups), kept, mask)
-        if total <= best * (1 + 1e-9):
+        if not total > best * (1 + 1e-9):
             return best
         labels[:] = candidate
         best = total
@@ -366,8 +366,8 @@ def swap_descent(by_neuron, labels, num_groups, kept):
 def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling, stay, rng):
     """Simulated annealing with swaps of two neurons of different groups, in place (MoE-Prism, offline solver).
 
-    A swap is accepted when the kept sum grows by `gain` > 0 or with probability exp(gain / T); T is multiplied by `cooling` each
-    iteration. Ends with the best partition seen.
+    A swap is accepted when the kept sum grows by `gain` > 0 or with probability exp(gain / T), but not when it changes no more than
+    rounding could; T is multiplied by `cooling` each iteration. Ends with the best partition seen.
 
     Args:
         iterations: swaps drawn; one whose two neurons share their group counts, as in the paper.
@@ -393,7 +393,7 @@ def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling
             p, q = rng.integers(0, num_groups), rng.integers(0, num_groups)
             if p > q:
                 p, q = q, p
-        temperature = max(temperature * cooling, 1e-12)
+        temperature = max(temperature * cooling, 1e-300)
         if p == q:
             continue
         half, floor = halves[p, q], floors[p, q]

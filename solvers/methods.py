@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from prism_errors import UsageError
 from solvers import kernels
@@ -50,7 +51,7 @@ def ascent(problem: Problem, seed: int) -> np.ndarray:
 
 
 def annealing(problem: Problem, seed: int) -> np.ndarray:
-    """The paper's solver: greedy start, 100,000 neuron swaps, T0 = 100, cooling 0.995 a swap. Compiled."""
+    """The paper's solver: greedy start, 100,000 neuron swaps, T0 = 100, cooling 0.995 a swap. Compiled; draws of its own."""
     labels = greedy(problem, seed)
     kernels.anneal(
         problem.by_neuron,
@@ -72,7 +73,8 @@ def kmeans(problem: Problem, seed: int) -> np.ndarray:
     from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
 
     profiles = _profiles(problem)
-    with warnings.catch_warnings():
+    # Its import loads the threads it brings, which the limit in `solve` came too early for.
+    with threadpool_limits(1), warnings.catch_warnings():
         # Fewer distinct profiles than groups is no concern here: the groups are re-balanced anyway.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = KMeans(problem.num_groups, n_init=2, random_state=seed % 2**32).fit(profiles)
@@ -85,11 +87,11 @@ def spectral(problem: Problem, seed: int) -> np.ndarray:
     """scikit-learn SpectralClustering of the co-activation graph (cosine of the neurons' profiles), re-balanced exactly."""
     from sklearn.cluster import SpectralClustering  # noqa: PLC0415  (as above)
 
-    graph = _coactivation(problem)
     if problem.neurons <= problem.num_groups + 1:
         # Too small for the eigenvectors that scikit-learn asks for.
         return problem.random(np.random.default_rng(seed))
-    with warnings.catch_warnings():
+    graph = _coactivation(problem)
+    with threadpool_limits(1), warnings.catch_warnings():
         # A graph that falls apart is what clustering hopes for.
         warnings.simplefilter("ignore")
         model = SpectralClustering(problem.num_groups, affinity="precomputed", assign_labels="cluster_qr", random_state=seed % 2**32)
@@ -111,6 +113,7 @@ def metis(problem: Problem, seed: int) -> np.ndarray:
     strongest = np.argsort(-graph, axis=1, kind="stable")[:, : min(METIS_NEIGHBOURS, problem.neurons - 1)]
     edges = np.zeros_like(graph, dtype=bool)
     np.put_along_axis(edges, strongest, True, axis=1)
+    np.fill_diagonal(edges, False)
     edges |= edges.T
     weights = np.maximum(1, np.rint(graph / max(graph.max(), 1e-30) * METIS_WEIGHT)).astype(np.int64)
     adjacency = pymetis.CSRAdjacency(np.concatenate([[0], np.cumsum(edges.sum(1))]), np.nonzero(edges)[1])
@@ -127,7 +130,7 @@ def _profiles(problem: Problem) -> np.ndarray:
 def _coactivation(problem: Problem) -> np.ndarray:
     """Cosines of the neurons' profiles, [C, C], without the neurons themselves."""
     profiles = _profiles(problem)
-    graph = np.maximum(profiles @ profiles.T, 0)
+    graph = profiles @ profiles.T
     np.fill_diagonal(graph, 0)
     return graph
 

@@ -38,11 +38,11 @@ def best_moves(values, labels, group, gain, mover):
 
 def dot(first, second):
     """Inner product, in the type of the products."""
-    return first @ second
+    return (first * second).sum()
 
 
 def copy(source, target):
-    """target[:] = source, of another type."""
+    """target[:] = source, whatever their types."""
     target[:] = source
 
 

@@ -49,6 +49,8 @@ class Problem:
             if weights.shape != saliency.shape[1:] or not np.isfinite(weights).all() or weights.min() < 0:
                 raise UsageError(f"weights must be {saliency.shape[1]} finite and non-negative numbers, one per neuron")
             saliency = saliency * weights
+            if not np.isfinite(saliency).all():
+                raise UsageError("saliency times weights is beyond float32")
         object.__setattr__(self, "saliency", saliency)
         object.__setattr__(self, "by_neuron", np.ascontiguousarray(saliency.T))
 
@@ -88,7 +90,7 @@ class Partition:
 
     @classmethod
     def of(cls, problem: Problem, labels: np.ndarray) -> "Partition":
-        """Number the groups by falling total saliency, so that equal partitions have equal labels, and attach the loss."""
+        """Number the groups by falling total saliency, so that equal partitions have equal labels (ties aside), and attach the loss."""
         weight = np.bincount(labels, problem.saliency.sum(0, dtype=np.float64), problem.num_groups)
         rank = np.empty(problem.num_groups, dtype=np.int32)
         rank[np.argsort(-weight, kind="stable")] = np.arange(problem.num_groups, dtype=np.int32)

@@ -11,6 +11,7 @@ import pytest
 from deap import tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import config
 from scipy.optimize import linear_sum_assignment
 
 import solvers
@@ -24,7 +25,7 @@ METHODS = [name for name in solvers.SOLVERS if name != "metis" or importlib.util
 def naive_loss(saliency, labels, num_groups, kept):
     sums = np.stack([saliency[:, labels == group].astype(np.float64).sum(1) for group in range(num_groups)], axis=1)
     dropped = np.sort(sums, axis=1)[:, : num_groups - kept].sum()
-    return dropped / saliency.astype(np.float64).sum()
+    return dropped / max(saliency.astype(np.float64).sum(), 1e-30)
 
 
 @st.composite
@@ -33,8 +34,10 @@ def problems(draw):
     neurons = num_groups * draw(st.integers(1, 6))
     kept = draw(st.integers(1, num_groups - 1))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    saliency = np.abs(rng.standard_t(2, (draw(st.integers(1, 40)), neurons))).astype(np.float32) + 1e-3
-    return saliency, num_groups, kept
+    shape = (draw(st.integers(1, 40)), neurons)
+    # Heavy tails, or small whole numbers with their ties and zeros.
+    saliency = np.abs(rng.standard_t(2, shape)) if draw(st.booleans()) else rng.integers(0, 3, shape)
+    return saliency.astype(np.float32), num_groups, kept
 
 
 def clustered(tokens, neurons, clusters, seed=0):
@@ -132,6 +135,7 @@ def test_weights_multiply_the_saliency(problem, seed):
     assert (weighted.labels == solvers.solve(saliency * weights, num_groups, kept, "ascent", seed).labels).all()
 
 
+@pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")
 def test_inner_loops_are_the_same_in_numpy():
     rng = np.random.default_rng(0)
     tokens, neurons, num_groups = 33, 12, 4
@@ -193,7 +197,7 @@ def test_genetic_takes_a_budget_and_reports_its_generations():
     log = tools.Logbook()
     solvers.solve(saliency, 8, 2, "genetic", 0, generations=3, patience=5, population=4, statistics=log)
     best = log.select("best")
-    assert len(best) == 3
+    assert len(best) == 1 + 3
     assert best == sorted(best)
     short = tools.Logbook()
     solvers.solve(saliency, 8, 2, "genetic", 0, patience=50, generations=50, seconds=0.0, statistics=short)
@@ -208,10 +212,25 @@ def test_genetic_takes_the_callers_operators():
         individual[:] = individual[::-1].copy()
         return (individual,)
 
+    def unbalance(individual):
+        individual[:] = 0
+        return (individual,)
+
     saliency = clustered(100, 16, 4)
     partition = solvers.solve(saliency, 4, 1, "genetic", 0, crossover=0.0, generations=2, operators={"mutate": mutate})
     assert len(calls) == 2 * 8
     assert (np.bincount(partition.labels) == 4).all()
+    for bad, message in (({"mutat": mutate}, "no operator 'mutat'"), ({"mutate": unbalance}, "unbalanced")):
+        with pytest.raises(UsageError, match=message):
+            solvers.solve(saliency, 4, 1, "genetic", 0, crossover=0.0, operators=bad)
+
+
+@pytest.mark.parametrize(
+    "option", [{"population": 1}, {"offspring": 0}, {"generations": 0}, {"patience": 0}, {"swaps": 0}, {"crossover": 2}]
+)
+def test_genetic_refuses_options_out_of_range(option):
+    with pytest.raises(UsageError, match=next(iter(option))):
+        solvers.solve(clustered(20, 16, 4), 4, 1, "genetic", 0, **option)
 
 
 def test_metis_says_what_to_install(monkeypatch):
