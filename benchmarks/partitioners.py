@@ -32,6 +32,7 @@ from solvers import methods
 
 TOKENS, PUBLISHED, SEEDS = 2048, 300, 3
 METHODS = tuple(solvers.SOLVERS)
+MARKERS = dict(zip((*METHODS, "published"), "o^sDv<>Pp*", strict=True))
 FAMILIES = ("real", "clustered", "heavy", "dense")
 
 
@@ -128,11 +129,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for method in (*METHODS, "published"):
             seconds = np.exp(np.mean([np.log(max(found["methods"][method][1], 1e-4)) for found in chosen]))
             excess = 100 * max(np.mean([found["methods"][method][0] / found["best"] - 1 for found in chosen]), 1e-4)
-            axes.plot(seconds, excess, "o")
-            axes.annotate(method, (seconds, excess), xytext=(5, 4), textcoords="offset points", fontsize="small")
+            axes.plot(seconds, excess, MARKERS[method], label=method)
         axes.set(xscale="log", yscale="log", title=f"{family} ({len(chosen)} problems)", xlabel="seconds per expert, one core")
     panels[0, 0].set_ylabel("dropped share above the best known, %")
-    figure.savefig(path, dpi=100)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right")
+    with pyplot.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, dpi=100)
 
 
 def markdown(headers: list[str], rows: list[list[Any]]) -> str:
