@@ -22,6 +22,11 @@ def print_provenance() -> None:
     print(f"{date.today()}, {len(os.sched_getaffinity(0))} x {model}: python {' '.join(sys.argv)}\n")
 
 
+def markdown(headers: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [headers, ["---"] * len(headers), *rows])
+
+
 @torch.inference_mode()
 def summed_loss(model: Any, windows: Windows, batch: int = 8) -> float:
     """Summed loss of the scored tokens, as transformers computes it; nats."""

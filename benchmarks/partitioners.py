@@ -23,11 +23,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from common import EXAMPLE, print_provenance
+from common import EXAMPLE, markdown, print_provenance
 
 import solvers
 from calibration import Calibration, profile
-from checkpoints import Checkpoint, output_file
+from checkpoints import Checkpoint, write_json
 from solvers import methods
 
 TOKENS, PUBLISHED, SEEDS = 2048, 300, 3
@@ -137,10 +137,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=100)
 
 
-def markdown(headers: list[str], rows: list[list[Any]]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [headers, ["---"] * len(headers), *rows])
-
-
 def report(results: dict[str, Any]) -> str:
     """A row per problem: how far above the best every method ends, and for some the seconds."""
     timed = ("genetic", "annealing", "ascent")
@@ -153,6 +149,17 @@ def report(results: dict[str, Any]) -> str:
         rows.append([name, f"{found['best']:.5f}", *itertools.chain(*((above[method], seconds[method]) for method in timed))])
         rows[-1] += [*(above[method] for method in others), f"{found['methods']['published'][1]:.0f}"]
     return markdown([*headers, "published s"], rows)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A row per family: how many problems `genetic` ends within 0.1 % of the best on, and how far above it methods end."""
+    rows = []
+    for family in dict.fromkeys(name.split(",")[0] for name in results):
+        chosen = [found for name, found in results.items() if name.startswith(f"{family},")]
+        above = {name: [100 * (found["methods"][name][0] / found["best"] - 1) for found in chosen] for name in METHODS}
+        cells = [f"{np.mean(above[name]):.2f} % ({max(above[name]):.2f})" for name in ("genetic", "annealing", "ascent")]
+        rows.append([family, len(chosen), sum(value <= 0.1 for value in above["genetic"]), *cells])
+    return markdown(["family", "problems", "genetic within 0.1 %", "genetic +, mean (worst)", "annealing +", "ascent +"], rows)
 
 
 def optima() -> str:
@@ -212,8 +219,8 @@ def main(path: Path, neurons: list[int], groups: list[int], families: list[str],
                     if name not in results:
                         found, best = measure(saliency, count, kept)
                         results[name] = {"best": best, "methods": found}
-                        with output_file(path) as partial:
-                            partial.write_text(json.dumps(results, indent=1))
+                        write_json(path, results)
+    print(summary(results), end="\n\n")
     print(report(results), end="\n\n")
     print("C = 12, 200 tokens: the exact optimum")
     print(optima())

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import EXAMPLE, print_provenance, summed_loss
+from common import EXAMPLE, markdown, print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import routers
 from calibration import EVALUATION_TEXT, Statistics, load_tokenizer
-from checkpoints import Checkpoint, output_file
+from checkpoints import Checkpoint, write_json
 from evaluation import read_windows
 from prism_cli import door, finetune, profile, refactor
 from refactoring import SALIENCIES, Recipe
@@ -157,8 +157,7 @@ class Ablation:
             set_active(model, k)
             found.append(math.exp(summed_loss(model, self.windows) / self.windows.tokens))
         self.found[name] = found
-        with output_file(self.path) as partial:
-            partial.write_text(json.dumps(self.found, indent=1))
+        write_json(self.path, self.found)
 
     def original(self) -> None:
         if "original" in self.found:
@@ -245,11 +244,8 @@ def run(module: Any, *arguments: Any) -> None:
 def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
     """What was measured, as Markdown: one part varied at a time, then everything at a quarter of the active experts."""
 
-    def cell(name: str) -> str:
-        return " / ".join(f"{value:.2f}" for value in found[name]) if name in found else "-"
-
-    def quarter(name: str) -> str:
-        return f"{found[name][0]:.2f}" if name in found else "-"
+    def cell(name: str, shares: int = len(SHARES)) -> str:
+        return " / ".join(f"{value:.2f}" for value in found[name][:shares]) if name in found else "-"
 
     solver, saliency = DEFAULT
     blocks = {
@@ -258,21 +254,17 @@ def tables(found: dict[str, list[float]], sub_experts: list[int]) -> str:
         f"partition ({saliency}), oracle": {each: f"{{}} {each} {saliency} oracle" for each in PARTITIONS},
         f"saliency ({solver} partition), linear router": {each: f"{{}} {solver} {each} linear" for each in SALIENCIES},
     }
-    lines = []
-    for title, rows in blocks.items():
-        lines.append(f"| {title} | {' | '.join(f'N = {count}' for count in sub_experts)} |")
-        lines.append("|---" * (len(sub_experts) + 1) + "|")
-        for name, pattern in rows.items():
-            lines.append(f"| {name} | {' | '.join(cell(pattern.format(count)) for count in sub_experts)} |")
-        lines.append("")
+    parts = []
+    for title, patterns in blocks.items():
+        rows = [[name, *(cell(pattern.format(count)) for count in sub_experts)] for name, pattern in patterns.items()]
+        parts.append(markdown([title, *(f"N = {count}" for count in sub_experts)], rows))
     for count in sub_experts:
-        lines.append(f"| N = {count}, 1/4: {' / '.join(SALIENCIES)} | {' | '.join(PARTITIONS)} |")
-        lines.append("|---" * (len(PARTITIONS) + 1) + "|")
+        rows = []
         for router in ROUTERS:
-            cells = [" / ".join(quarter(f"{count} {each} {saliency} {router}") for saliency in SALIENCIES) for each in PARTITIONS]
-            lines.append(f"| {router} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+            cells = [" / ".join(cell(f"{count} {each} {saliency} {router}", 1) for saliency in SALIENCIES) for each in PARTITIONS]
+            rows.append([router, *cells])
+        parts.append(markdown([f"N = {count}, 1/4: {' / '.join(SALIENCIES)}", *PARTITIONS], rows))
+    return "\n\n".join(parts)
 
 
 def main(folder: Path, sub_experts: list[int], tokens: int, measured: bool) -> None:

@@ -69,9 +69,21 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+@contextmanager
+def output_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place if the block ends well and is removed if it does not."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
-    """Indented, key order as given, newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Indented, key order as given, newline at the end; appears only when complete."""
+    with output_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def side_files(source: Path) -> list[Path]:
@@ -125,17 +137,6 @@ def check_disk(target: Path, needed: int) -> None:
 def free_disk(target: Path) -> int:
     """Bytes free where `target` will be."""
     return shutil.disk_usage(target.resolve().parent).free
-
-
-@contextmanager
-def output_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its place if the block ends well and is removed if it does not."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

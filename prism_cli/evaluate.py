@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
-from checkpoints import MANIFEST, Checkpoint, output_file, write_json
+from checkpoints import MANIFEST, Checkpoint, write_json
 from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
 from prism_cli.door import Reporter, command
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add, check_parent, table
@@ -91,8 +91,7 @@ def main(
         if allocated:
             _store_points(model, found, result["text"])
         if save:
-            with output_file(model.path / RESULT) as partial:
-                write_json(partial, result)
+            write_json(model.path / RESULT, result)
     reporter.close()
     if plot is not None:
         plot_curves(evaluation.original, curves, plot)
@@ -159,8 +158,7 @@ def _store_points(model: Checkpoint, curves: list[Curve], text: dict[str, Any]) 
         k = point.k if better else [mean] * len(manifest["layers"])
         points.append({"mean_k": mean, "k": k, "perplexity": min(point.perplexity, uniform[mean]), "uniform": uniform[mean]})
     manifest["operating_points"] = {"text": text, "points": points}
-    with output_file(path) as partial:
-        write_json(partial, manifest)
+    write_json(path, manifest)
 
 
 def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:

@@ -1,5 +1,6 @@
 """The default partitioner: a memetic genetic algorithm on DEAP."""
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,7 @@ class _Evaluation:
     """Lamarckian fitness: improves a partition in place and returns what it keeps, as DEAP wants it."""
 
     def __init__(self, problem: Problem, swaps: int, rng: np.random.Generator):
+        # Swaps per neuron and group in the annealing of the next child.
         self.problem, self.swaps, self.rng = problem, swaps, rng
         shifted = problem.by_neuron[rng.permutation(problem.neurons)]
         self.scale = float(np.abs(problem.by_neuron - shifted).mean(dtype=np.float64)) * len(problem.saliency) ** 0.5
@@ -98,24 +100,23 @@ class _Evaluation:
 
     def annealed(self, individual: np.ndarray) -> tuple[float]:
         """After an annealing of `self.swaps` swaps per neuron and group from a random temperature, then ascent."""
-        self._anneal(individual.view(np.ndarray), WARM * (WARMEST / WARM) ** self.rng.random(), COLD)
+        self._anneal(individual.view(np.ndarray), self.swaps, WARM * (WARMEST / WARM) ** self.rng.random(), COLD)
         return self.ascended(individual)
 
     def polished(self, labels: np.ndarray) -> np.ndarray:
         """A swap-optimal partition near `labels`: a long, cool annealing leaves little to the exhaustive descent."""
         problem = self.problem
         labels = labels.copy()
-        self.swaps = FINAL_SWAPS
-        self._anneal(labels, WARM, COLDEST)
+        self._anneal(labels, FINAL_SWAPS, WARM, COLDEST)
         kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
         kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
         return labels
 
-    def _anneal(self, labels: np.ndarray, start: float, end: float) -> None:
+    def _anneal(self, labels: np.ndarray, swaps: int, start: float, end: float) -> None:
         problem = self.problem
-        swaps = self.swaps * problem.neurons * problem.num_groups
-        cooling = (end / start) ** (1 / swaps)
-        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, swaps, start * self.scale, cooling, RUN, self.rng)
+        total = swaps * problem.neurons * problem.num_groups
+        cooling = (end / start) ** (1 / total)
+        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, total, start * self.scale, cooling, RUN, self.rng)
 
 
 def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator) -> base.Toolbox:
@@ -177,13 +178,14 @@ def genetic(
         generations = GENERATIONS_PER_PATIENCE * patience
     if population < 2 or min(offspring, generations, patience, swaps) < 1 or not 0 <= crossover <= 1:
         raise UsageError("genetic: population must be at least 2, offspring, generations, patience and swaps 1, crossover within 0 and 1")
-    if unknown := set(operators or {}) - {"mate", "mutate", "select"}:
+    operators = operators or {}
+    if unknown := set(operators) - {"mate", "mutate", "select"}:
         raise UsageError(f"genetic: no operator '{min(unknown)}'; there are mate, mutate and select")
     rng = np.random.default_rng(seed)
     starts = _starts(problem, seed, rng, population)
     evaluation = _Evaluation(problem, swaps, rng)
     toolbox = _toolbox(problem, evaluation, rng)
-    for name, operator in (operators or {}).items():
+    for name, operator in operators.items():
         toolbox.register(name, operator)
     hall_of_fame = tools.HallOfFame(1, similar=np.array_equal)
     figures = tools.Statistics(lambda individual: individual.fitness.values[0])
@@ -194,7 +196,7 @@ def genetic(
         _evaluate(individuals, toolbox.start, hall_of_fame)
         individuals = toolbox.select(individuals, population)
         stalled = 0
-        for generation in range(generations + 1):
+        for generation in itertools.count():
             if statistics is not None:
                 statistics.record(generation=generation, seconds=time.perf_counter() - begin, **figures.compile(individuals))
             if generation == generations or stalled == patience or (seconds is not None and time.perf_counter() - begin > seconds):
