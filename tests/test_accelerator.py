@@ -1,0 +1,84 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLE, FAST, files
+
+STANDIN = Path(__file__).with_name("accelerator.py")
+SHORT = ["--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--learning-rate", "1e-3"]
+FINETUNE = [*SHORT, "--steps", "4", "--evaluate-every", "1"]
+
+
+def on_device(*arguments):
+    return subprocess.Popen(
+        [sys.executable, STANDIN, *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=STANDIN.parents[1]
+    )
+
+
+def finished(*arguments):
+    process = on_device(*arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def refactored(tmp_path_factory):
+    out = tmp_path_factory.mktemp("device") / "out"
+    finished("prism-refactor", EXAMPLE, out, *FAST, "--dtype", "float32")
+    return out
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses():
+    lines = [
+        "import torch, accelerator",
+        "accelerator.install()",
+        "with accelerator.Installed():",
+        "    there, here = torch.ones(2, device='standin'), torch.ones(2)",
+        "    assert (there + there.sum().item()).device.type == 'standin' and there.cpu().device.type == 'cpu'",
+        "    for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()], there.numpy):",
+        "        try: mixed()",
+        "        except (RuntimeError, TypeError) as error: print(type(error).__name__)",
+    ]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=STANDIN.parent, check=False)
+    assert result.stdout.split() == ["RuntimeError"] * 3 + ["TypeError"], result.stderr
+
+
+def losses(folder):
+    layers = json.loads((folder / "prism.json").read_text())["layers"]
+    return torch.tensor([expert["loss_after"] for layer in layers for expert in layer["experts"]])
+
+
+def test_refactoring_on_a_device_is_that_on_the_cpu(tmp_path, refactored, command):
+    assert command("prism-refactor", EXAMPLE, tmp_path / "out", *FAST, "--dtype", "float32").code == 0
+    # Attention's kernels are others, and with them the last bits.
+    assert torch.allclose(losses(refactored), losses(tmp_path / "out"), atol=0.01)
+    assert "ok" in finished("prism-verify", EXAMPLE, refactored, "--num-samples", "2", "--max-seq-length", "64")
+
+
+def test_evaluation_on_a_device_is_that_on_the_cpu(refactored, command):
+    options = ["--num-tokens", "256", "--dtype", "float32", "--router", "both", "--allocate", "--quiet", "--json"]
+    found = [finished("prism-eval", EXAMPLE, refactored, *options), command("prism-eval", EXAMPLE, refactored, *options).out]
+    device, cpu = (json.loads(each) for each in found)
+    assert len(device["refactored"]) == 2
+    for there, here in zip([device["original"], *device["refactored"]], [cpu["original"], *cpu["refactored"]], strict=True):
+        assert [point["perplexity"] for point in there["points"]] == pytest.approx(
+            [point["perplexity"] for point in here["points"]], rel=1e-3
+        )
+
+
+def test_fine_tuning_runs_and_resumes_on_a_device(tmp_path, refactored):
+    process = on_device("prism-finetune", refactored, tmp_path / "out", *FINETUNE)
+    for line in process.stderr:
+        if "step 2 of 4" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    assert process.wait() == 130, process.stderr.read()
+    finished("prism-finetune", refactored, tmp_path / "out", *FINETUNE, "--resume")
+    finished("prism-finetune", refactored, tmp_path / "whole", *FINETUNE)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert "step" in finished("prism-finetune", refactored, tmp_path / "stock", *FINETUNE, "--router", "stock", "--loss", "distill")
