@@ -20,7 +20,7 @@ OFFSPRING = 8
 # Generations without gain that end the search: so many at least, N / 4 with many groups, and 256 / C in problems so small that a
 # generation costs next to nothing.
 PATIENCE, SMALL = 3, 256
-GENERATIONS_PER_PATIENCE = 4
+GENERATIONS_PER_PATIENCE = 3
 # Each generation without gain doubles the annealing of the next, up to this many times.
 DOUBLINGS = 2
 CROSSOVER = 0.8
@@ -30,7 +30,7 @@ MUTATED_SHARE = 0.03
 SWAPS, FINAL_SWAPS, RUN = 5, 150, 50
 # Temperatures, in units of (mean difference between two neurons' saliency) x sqrt(tokens), about what a swap of two neurons changes by
 # chance. Offspring: from a random one between the first two down to the third; the final partition: from the second to the fourth.
-WARMEST, WARM, COLD, COLDEST = 3.0, 0.3, 0.03, 0.001
+WARMEST, WARM, COLD, COLDEST = 0.6, 0.3, 0.03, 0.001
 # A smaller relative gain is none.
 GAIN = 1e-7
 
@@ -155,7 +155,7 @@ def genetic(
         seed: equal seeds give equal bytes, unless `seconds` cuts in.
         population: partitions kept.
         offspring: partitions made per generation.
-        generations: at most so many; None is four times the patience.
+        generations: at most so many; None is three times the patience.
         patience: stop after so many without gain; None is 3, or N / 4, or 256 / C, whichever is most.
         seconds: stop after the generation that passes this time.
         crossover: share of the children that have two parents; the others are mutants.
