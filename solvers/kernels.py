@@ -330,7 +330,8 @@ def swap_descent(by_neuron, labels, num_groups, kept):
     half, floor = np.empty(tokens, dtype=np.float32), np.empty(tokens, dtype=np.float32)
     threshold = TOLERANCE * max(sums.sum(), 1e-300)
     nothing = np.zeros(tokens, dtype=np.float32)
-    # Swaps so far, and how many there had been when two groups were last found without one.
+    # Swaps so far, and how many there had been when a pass over two groups found none. One pass at a time: to repeat it until there is
+    # none takes longer, and the other groups change what it found.
     swaps, settled = 1, np.zeros((num_groups, num_groups), dtype=np.int64)
     while True:
         before = swaps
@@ -340,23 +341,21 @@ def swap_descent(by_neuron, labels, num_groups, kept):
                     continue
                 order_groups(sums, ordered)
                 pair_terms(sums, ordered, p, q, kept, half, floor)
-                improving = True
-                while improving:
-                    improving = False
-                    for i in range(members.shape[1]):
-                        gone = by_neuron[members[p, i]]
-                        best, place = swapped(half, floor, nothing, nothing), -1
-                        for j in range(members.shape[1]):
-                            value = swapped(half, floor, gone, by_neuron[members[q, j]])
-                            if value > best:
-                                best, place = value, j
-                        if place < 0 or swap_gain(half, floor, gone, by_neuron[members[q, place]]) <= threshold:
-                            continue
-                        swap(sums[p], sums[q], half, gone, by_neuron[members[q, place]])
-                        members[p, i], members[q, place] = members[q, place], members[p, i]
-                        swaps += 1
-                        improving = True
-                settled[p, q] = swaps
+                found = swaps
+                for i in range(members.shape[1]):
+                    gone = by_neuron[members[p, i]]
+                    best, place = swapped(half, floor, nothing, nothing), -1
+                    for j in range(members.shape[1]):
+                        value = swapped(half, floor, gone, by_neuron[members[q, j]])
+                        if value > best:
+                            best, place = value, j
+                    if place < 0 or swap_gain(half, floor, gone, by_neuron[members[q, place]]) <= threshold:
+                        continue
+                    swap(sums[p], sums[q], half, gone, by_neuron[members[q, place]])
+                    members[p, i], members[q, place] = members[q, place], members[p, i]
+                    swaps += 1
+                if swaps == found:
+                    settled[p, q] = swaps
         if swaps == before:
             break
     _label(labels, members)
