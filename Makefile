@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test docs lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ demo: setup ## refactor the example checkpoint, verify it, measure its quality a
 
 test: setup ## run the tests
 	@$(BIN)/pytest
+
+docs: setup ## write docs/architectures.md
+	@$(BIN)/python -m prism_cli.architectures > docs/architectures.md
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

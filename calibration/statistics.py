@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from checkpoints import expert_shape
 from prism_errors import InputError
 from routers.proxy import coactive_marks
 from routers.runtime import expert_activations, experts_forward
@@ -104,7 +105,7 @@ class LayerCollector:
     def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
-        count, _, neurons = weight.shape
+        count, _, neurons = expert_shape(experts)
         priority = torch.from_numpy(np.random.default_rng([seed, layer]).random(total_tokens))
         self._priority = priority.to(weight.device)
         self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)

@@ -82,7 +82,7 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> None:
 def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
     """Size of the statistics folder, at most: input and activation samples and co-activation of every layer."""
     architecture, config = checkpoint.architecture, checkpoint.config
-    experts, _, neurons = architecture.sizes(config).values()
+    experts, _, neurons, *_ = architecture.sizes(config).values()
     width = calibration.resolved_dtype(checkpoint).itemsize
     tokens = calibration.num_samples * calibration.sequence_length(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)

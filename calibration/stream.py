@@ -122,14 +122,25 @@ class LayerStream:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Materialise the final norm and the output embedding; gives hidden states [..., H] -> logits [..., V]."""
+        """Materialise everything outside the layers; gives hidden states [T, H] -> logits [T, V] by the model's own forward.
+
+        What a family does to logits (granitemoe divides them) is done; its layers are stood in for.
+        """
         outer = [name for name, module in self.model.named_children() if module is not self.model.base_model]
         prefix = self.model.base_model_prefix
         parts = outer + [f"{prefix}.{name}" for name, module in self.model.base_model.named_children() if module is not self.layered.layers]
         owned = [part for part in parts if self.layered.tensors_under(part)]
         with self.layered.loaded(*owned):
             self.model.tie_weights()
+
+            def logits(hidden: torch.Tensor) -> torch.Tensor:
+                for layer in self.layered.layers:
+                    layer.forward = lambda *_, **__: hidden[None]
+                return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
             try:
-                yield lambda hidden: self.model.lm_head(self.model.base_model.norm(hidden))
+                yield logits
             finally:
+                for layer in self.layered.layers:
+                    layer.__dict__.pop("forward", None)
                 self.model.get_output_embeddings().to("meta")

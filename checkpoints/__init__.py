@@ -1,9 +1,18 @@
 """Read a Mixture-of-Experts checkpoint lazily, describe its architecture, split its experts, write a new one."""
 
-from checkpoints.architectures import ARCHITECTURES, Architecture, moe_block
+from checkpoints.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    Architecture,
+    expert_shape,
+    moe_block,
+    replaced_parts,
+    router_name,
+    routing_state,
+)
 from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
 from checkpoints.reader import Checkpoint
-from checkpoints.split import split_experts
+from checkpoints.split import repeat_routing, split_experts
 from checkpoints.writer import (
     MANIFEST,
     ShardWriter,
@@ -21,6 +30,7 @@ from checkpoints.writer import (
 __all__ = [
     "ARCHITECTURES",
     "MANIFEST",
+    "REFUSED",
     "Architecture",
     "Checkpoint",
     "LayeredModel",
@@ -28,12 +38,17 @@ __all__ = [
     "build_meta_model",
     "check_disk",
     "check_target",
+    "expert_shape",
     "free_disk",
     "gib",
     "moe_block",
     "names_on_disk",
     "output_file",
     "output_folder",
+    "repeat_routing",
+    "replaced_parts",
+    "router_name",
+    "routing_state",
     "save_tensors",
     "side_files",
     "split_experts",

@@ -90,12 +90,12 @@ class LayeredModel:
         return dict(sources)
 
     def tensors_under(self, prefix: str) -> list[str]:
-        """Names of the checkpoint tensors that make up the part of the model called `prefix`."""
-        return [name for target, names in self._sources.items() if target.startswith(prefix + ".") for name in names]
+        """Names of the checkpoint tensors that make up the part of the model called `prefix`, a module or a buffer."""
+        return [name for target, names in self._sources.items() if f"{target}.".startswith(f"{prefix}.") for name in names]
 
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:
-        """Materialise parts of the model (dotted module names) for the duration of a `with` block.
+        """Materialise parts of the model (dotted names of modules or buffers) for the duration of a `with` block.
 
         Raises:
             InputError: a tensor is missing or has another shape than the config says.
@@ -106,27 +106,43 @@ class LayeredModel:
             yield
         finally:
             for part in parts:
-                self.model.get_submodule(part).to("meta")
+                owner, leaf = self._owner(part)
+                if leaf in owner._buffers:
+                    owner._buffers[leaf] = owner._buffers[leaf].to("meta")
+                else:
+                    self.model.get_submodule(part).to("meta")
             _return_freed_memory()
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        """The module that holds what is called `name`, and what it calls it."""
+        owner, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(owner), leaf
 
     def _load(self, part: str) -> None:
         names = self.tensors_under(part)
         if self.dtype is None:
             self._adopt_dtypes(part)
-        config = LoadStateDictConfig(dtype=self.dtype or torch.float32, weight_mapping=self._mapping, device_map={"": self.device})
+        config = LoadStateDictConfig(
+            dtype=self.dtype or torch.float32,
+            # What the family computes in float32 whatever the type of the model.
+            dtype_plan=self.model._get_dtype_plan(self.dtype) if self.dtype else {},
+            weight_mapping=self._mapping,
+            device_map={"": self.device},
+        )
         with _lean_loading(), self.checkpoint.slices(names) as slices:
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         wrong = sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
-        wrong += [f"{part}.{name}" for name, value in self.model.get_submodule(part).state_dict().items() if value.is_meta]
+        owner, leaf = self._owner(part)
+        state = {part: owner._buffers[leaf]} if leaf in owner._buffers else self.model.get_submodule(part).state_dict(prefix=f"{part}.")
+        wrong += [name for name, value in state.items() if value.is_meta]
         if wrong:
             raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
 
     def _adopt_dtypes(self, part: str) -> None:
         """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
         for target, names in self._sources.items():
-            if target.startswith(part + "."):
-                owner_name, _, leaf = target.rpartition(".")
-                owner = self.model.get_submodule(owner_name)
+            if f"{target}.".startswith(f"{part}."):
+                owner, leaf = self._owner(target)
                 dtypes = {self.checkpoint.dtypes[name] for name in names}
                 dtype = dtypes.pop()
                 if dtype is None or dtypes:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints import Checkpoint, LayeredModel, moe_block
+from checkpoints import Checkpoint, LayeredModel, expert_shape, moe_block
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CostModel:
         """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
         assert self.recipe is not None
         sub_experts = self.recipe["sub_experts"]
-        total, hidden, _ = block.experts.down_proj.shape
+        total, hidden, _ = expert_shape(block.experts)
         full = self.recipe["source"][self.recipe["top_k"]] * sub_experts
         gate = total // sub_experts * hidden
         if k == full:

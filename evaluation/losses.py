@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from calibration import LayerStream
 from checkpoints import Checkpoint, moe_block
 from evaluation.windows import Windows
-from routers import EXPERTS, ROUTER_FILE, attach_block, router_tensors, two_level_output
+from routers import EXPERTS, ROUTER_FILE, attach_block, router_of, router_tensors, two_level_output
 
 # Tokens that the output errors of a layer are measured on.
 JUDGED = 4096
@@ -83,9 +83,9 @@ def stream_losses(
                 handle = None
                 if found is not None:
                     block = found[1]
-                    if point.router == "two-level" and not hasattr(block.gate, "two_level"):
+                    if point.router == "two-level" and not hasattr(router_of(block), "two_level"):
                         attach_block(block, checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
-                    block.gate.top_k = point.k[moe_layers]
+                    router_of(block).top_k = point.k[moe_layers]
                     if measure_layers and number == 0:
                         handle = block.register_forward_pre_hook(lambda _, inputs, judged=judged: judged.append(inputs[0].flatten(0, 1)))
                 stream.advance(index, state=number)
@@ -102,7 +102,7 @@ def stream_losses(
 
 def _layer_errors(block: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the inputs [T, H]."""
-    router = block.gate.two_level
+    router = router_of(block).two_level
     chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long()
     inputs = inputs[chosen.to(inputs.device)]
     full = router.original.top_k * router.sub_experts

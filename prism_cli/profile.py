@@ -10,6 +10,7 @@ import click
 
 from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerStatistics, LayerSummary, estimated_bytes, profile, write_statistics
 from checkpoints import Checkpoint, check_disk, check_target, output_file
+from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
 from reporting import profile_page
@@ -24,6 +25,15 @@ ACTIVE_SHARE = 1 / 8
 @add(CALIBRATION_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Replace an existing STATS_DIR that this command wrote.")
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Also show the statistics as an HTML page, here.")
+@click.option(
+    "--explain",
+    type=FOLDER,
+    is_eager=True,
+    expose_value=False,
+    callback=explain,
+    metavar="MODEL_DIR",
+    help="Say how the checkpoint in MODEL_DIR can be split, or why it cannot, and exit.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, page: Path | None, as_json: bool, **options: Any) -> None:
     """Run text through the checkpoint in MODEL_DIR, one layer in memory at a time, and write what its experts' neurons did to STATS_DIR.

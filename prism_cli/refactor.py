@@ -13,6 +13,7 @@ from click.core import ParameterSource
 import solvers
 from calibration import Calibration, LayerStatistics, Statistics, profile
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib
+from prism_cli.architectures import list_architectures
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
@@ -81,6 +82,14 @@ RECIPE_OPTIONS = (
     show_default=False,
 )
 @click.option("--strict", is_flag=True, help="Fail when an expert saw no token.")
+@click.option(
+    "--list-architectures",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=list_architectures,
+    help="Print the families that can be split and exit.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR that this command wrote.")
 @click.pass_context

@@ -1,7 +1,7 @@
 """The offline engine: plan a run, refactor a checkpoint, verify the result."""
 
 from refactoring.pipeline import refactor
-from refactoring.plan import Plan, make_plan, partition_seconds, profile_seconds
+from refactoring.plan import Plan, Splits, make_plan, partition_seconds, possible_splits, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
 
@@ -13,12 +13,14 @@ __all__ = [
     "Comparison",
     "Plan",
     "Recipe",
+    "Splits",
     "compare_files",
     "compare_logits",
     "compare_tensors",
     "make_plan",
     "open_refactored",
     "partition_seconds",
+    "possible_splits",
     "profile_seconds",
     "refactor",
 ]

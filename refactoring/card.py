@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from checkpoints import ARCHITECTURES
+
 _STOCK = """## Load it
 
 Stock, as a plain `{model_type}`, at any k from 1 to {most} active sub-experts per token:
@@ -36,7 +38,7 @@ routers.set_active(model, {half})
 def model_card(manifest: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
     source, recipe = manifest["source"], manifest["recipe"]
-    top_k = next(key for key in manifest["result"] if key.endswith("per_tok"))
+    top_k = ARCHITECTURES[source["model_type"]].top_k
     most = manifest["result"][top_k]
     values = {"model_type": source["model_type"], "most": most, "half": most // 2}
     experts = [expert for layer in manifest["layers"] for expert in layer["experts"]]

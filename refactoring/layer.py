@@ -1,7 +1,6 @@
 """Refactor one MoE layer: partition its experts, fit its router, split its weights."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 
 import solvers
 from calibration import LayerStatistics
-from checkpoints import split_experts
+from checkpoints import ARCHITECTURES, repeat_routing, router_name, routing_state, split_experts
 from prism_errors import InputError
 from refactoring.recipe import Recipe
 from routers import (
@@ -24,7 +23,9 @@ from routers import (
     fit_linear,
     fit_proxy,
     gate_neurons,
+    in_float32,
     relative_error,
+    router_of,
     stock_output,
     two_level_output,
     two_level_router,
@@ -40,8 +41,8 @@ class RefactoredLayer:
     """One layer's result.
 
     Attributes:
-        state: parameters of the refactored block, by name inside the block ('gate.weight', 'experts.gate_up_proj', ...).
-        router: its entries of the router file, by name inside the block's gate.
+        state: tensors of the refactored block, by name inside the block ('gate.weight', 'experts.gate_up_proj', ...).
+        router: its entries of the router file, by name inside the block's router.
         picture: co-activation of its busiest expert's neurons, 'before' in stored order and 'after' by sub-expert, float32 [P, P]:
             mean over blocks of neurons of how often two are active together, relative to chance.
         report: for the manifest: tilt, output errors, and tokens and losses per expert.
@@ -75,38 +76,35 @@ def refactor_layer(
         tilt_bound: full-k error that the tilt of the stock gate may cause, see `routers.choose_tilt`.
         on_expert: told the number of experts partitioned so far.
     """
-    gate_up, down = source.experts.gate_up_proj.data, source.experts.down_proj.data
-    column_norm = torch.stack([matrix.float().norm(dim=0) for matrix in down])
-    if not (torch.isfinite(column_norm).all() and torch.isfinite(source.gate.weight).all()):
-        raise InputError("a weight of its experts' down_proj or of its gate is not finite; check the checkpoint")
+    output_axis = 1 if source.experts.is_transposed else 0
+    column_norm = torch.stack([matrix.float().norm(dim=output_axis) for matrix in source.experts.down_proj.data])
+    if not all(torch.isfinite(value).all() for value in (column_norm, *routing_state(source).values())):
+        raise InputError("a weight of its experts' down_proj or of its router is not finite; check the checkpoint")
     partitions = partition_experts(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
     order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
-    gate = source.gate.weight.data
-    new_gate_up, new_down = split_experts(gate_up, down, order, recipe.sub_experts)
-    target.experts.gate_up_proj = nn.Parameter(new_gate_up, requires_grad=False)
-    target.experts.down_proj = nn.Parameter(new_down, requires_grad=False)
-    target.gate.weight = nn.Parameter(gate.repeat_interleave(recipe.sub_experts, 0), requires_grad=False)
-    fitting, held_out = Routed.by(source.gate, statistics.inputs).split()
-    router = {f"original.{name}": value for name, value in source.gate.state_dict().items()} | {"neuron_sub_expert": labels.int()}
-    original = {name: value.float() for name, value in router.items() if name.startswith("original.")}
-    with _in_float32(target):
+    state = repeat_routing(source, ARCHITECTURES[config.model_type], recipe.sub_experts)
+    split = split_experts(source.experts, order, recipe.sub_experts, config.prism["factor"])
+    state |= {f"experts.{name}": value for name, value in split.items()}
+    _fill(target, state)
+    fitting, held_out = Routed.by(source, statistics.inputs).split()
+    router = original_routing(source) | {"neuron_sub_expert": labels.int()}
+    original = {name: value.float() for name, value in original_routing(source).items()}
+    with in_float32(target):
         router |= _fit_router(target, config, original, statistics, labels, fitting, recipe)
     # The paper's proxies and replicate leave the stock gate as it was.
-    rows, tilt = target.gate.weight.data, {"tilt": 0.0, "full_k_error": 0.0}
+    row_name = f"{router_name(source)}.weight"
+    tilt = {"tilt": 0.0, "full_k_error": 0.0}
     if recipe.router == "linear":
-        rows, tilt = choose_tilt(target, gate, router["weight"], held_out.inputs, tilt_bound)
-    errors = _output_errors(source, target, config, router | original, rows, held_out.inputs[:JUDGED], recipe)
+        rows = router_of(source).weight.data
+        state[row_name], tilt = choose_tilt(target, rows, router["weight"], held_out.inputs, tilt_bound)
+    errors = _output_errors(source, target, config, router | original, state[row_name], held_out.inputs[:JUDGED], recipe)
     experts = [
         {"tokens": tokens, "loss_before": round(partition.stored_loss, 6), "loss_after": round(partition.loss, 6)}
         for tokens, partition in zip(statistics.tokens_routed.tolist(), partitions, strict=True)
     ]
     return RefactoredLayer(
-        state={
-            "gate.weight": rows,
-            "experts.gate_up_proj": new_gate_up,
-            "experts.down_proj": new_down,
-        },
+        state=state,
         router=router,
         picture=_coactivation_picture(statistics, order, recipe),
         report={"layer": statistics.layer, **tilt, "output_error": errors, "unrouted": statistics.unrouted, "experts": experts},
@@ -143,7 +141,8 @@ def _output_errors(
     source: Any, target: Any, config: Any, router: dict[str, torch.Tensor], rows: torch.Tensor, inputs: torch.Tensor, recipe: Recipe
 ) -> dict[str, list[Any]]:
     """Squared relative error of the layer's output at k = N, 2 N, ... K N sub-experts and at as many whole experts of the original."""
-    stored, top_k = source.gate.weight, source.gate.top_k
+    original_router = router_of(source)
+    stored, top_k = original_router.weight, original_router.top_k
     experts = range(1, top_k + 1)
     exact = stock_output(source, stored.data, inputs, top_k)
     outputs: dict[str, Iterable[torch.Tensor]] = {
@@ -151,23 +150,32 @@ def _output_errors(
         "stock": (stock_output(target, rows, inputs, recipe.sub_experts * k) for k in experts),
     }
     if recipe.router != "replicate":
-        with _in_float32(target):
+        with in_float32(target):
             two_level = two_level_router(target, config, router)
         outputs["two-level"] = (two_level_output(two_level, target.experts, inputs, recipe.sub_experts * k) for k in experts)
     errors = {name: [round(relative_error(output, exact), 8) for output in each] for name, each in outputs.items()}
-    source.gate.weight, source.gate.top_k = stored, top_k
+    original_router.weight, original_router.top_k = stored, top_k
     return {"k": [recipe.sub_experts * k for k in experts]} | errors
 
 
-@contextmanager
-def _in_float32(block: Any) -> Iterator[None]:
-    """Let a block's gate compute in float32 for a while; the experts follow their input's type."""
-    stored = block.gate.weight
-    block.gate.weight = nn.Parameter(stored.float(), requires_grad=False)
-    try:
-        yield
-    finally:
-        block.gate.weight = stored
+def original_routing(block: Any) -> dict[str, torch.Tensor]:
+    """What the router file keeps of the original block: its router's state as 'original.*', and the 'correction' it holds itself."""
+    router = f"{router_name(block)}."
+    return {
+        f"original.{name.removeprefix(router)}" if name.startswith(router) else "correction": value.detach()
+        for name, value in routing_state(block).items()
+    }
+
+
+def _fill(block: Any, state: dict[str, torch.Tensor]) -> None:
+    """Give the tensors of a block on the meta device their values."""
+    for name, value in state.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = block.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        else:
+            setattr(owner, leaf, value)
 
 
 def _coactivation_picture(statistics: LayerStatistics, order: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:

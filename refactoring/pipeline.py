@@ -17,9 +17,9 @@ from checkpoints import (
     LayeredModel,
     ShardWriter,
     build_meta_model,
-    moe_block,
     names_on_disk,
     output_folder,
+    replaced_parts,
     save_tensors,
     side_files,
     write_json,
@@ -119,6 +119,8 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         values |= dict.fromkeys(names or {key}, value)
     values["prism"] = {
         "sub_experts": recipe.sub_experts,
+        # What down_proj is multiplied with.
+        "factor": architecture.factor(checkpoint.config, recipe.sub_experts),
         "router": recipe.router,
         "top_k": architecture.top_k,
         "source": plan.before,
@@ -157,11 +159,9 @@ def _refactor_layer(
     """Refactor one layer and queue its tensors; adds to `router` and `pictures`, returns the layer's report."""
     index = statistics.layer
     name = block_name(source, index)
-    found = moe_block(target_model.base_model.layers[index])
-    assert found is not None
-    _, target_block = found
+    target_block = target_model.get_submodule(name)
     total = len(statistics.activations)
-    parts = (f"{name}.gate", f"{name}.experts")
+    parts = replaced_parts(name, target_block)
     with source.loaded(*parts):
         try:
             result = refactor_layer(
@@ -177,7 +177,7 @@ def _refactor_layer(
         except InputError as error:
             raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
         # Clones: leaving the block sends the source's own tensors back to the meta device.
-        router |= {f"{name}.gate.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+        router |= {f"{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
     pictures |= {f"layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
     target_block.to("meta")
     converted = {tensor for part in parts for tensor in source.tensors_under(part)}

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,7 +11,7 @@ import torch
 
 import solvers
 from calibration import INPUT_SAMPLE, Calibration
-from checkpoints import Checkpoint, LayeredModel, free_disk, moe_block, names_on_disk
+from checkpoints import Checkpoint, LayeredModel, expert_shape, free_disk, moe_block, names_on_disk, replaced_parts, routing_state
 from prism_errors import InputError, UsageError
 from refactoring.recipe import Recipe
 
@@ -55,25 +56,27 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     architecture, config = checkpoint.architecture, checkpoint.config
     after = architecture.refactored_sizes(config, recipe.sub_experts)
     layered = LayeredModel(checkpoint, None)
-    layers = moe_layers(layered)
-    if not layers:
-        raise InputError(f"{checkpoint.path}: none of its layers has experts")
-    extra = 0
+    layers = _checked_layers(layered)
+    extra_bytes = extra_tensors = 0
     for index in layers:
-        _check_names(layered, index)
         block = block_name(layered, index)
-        extra += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in layered.tensors_under(f"{block}.gate"))
+        for part in replaced_parts(block, layered.model.get_submodule(block)):
+            names = layered.tensors_under(part)
+            repeated = [name for name in names if not part.endswith(".experts") or "down_proj_bias" in name]
+            extra_bytes += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in repeated)
+            # Families store a tensor per expert, or one for all.
+            if part.endswith(".experts") and len(names) > len(layered.model.get_submodule(part).state_dict()):
+                extra_tensors += (recipe.sub_experts - 1) * len(names)
     before = architecture.sizes(config)
-    _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe)
-    expert_tensors = 3 * before[architecture.num_experts] * len(layers)
-    bytes_out = sum(checkpoint.sizes.values()) + extra
+    _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe.sub_experts)
+    bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
     router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
     return Plan(
         before=before,
         after=after,
         moe_layers=layers,
         tensors_in=len(checkpoint.sizes),
-        tensors_out=len(checkpoint.sizes) + (recipe.sub_experts - 1) * expert_tensors,
+        tensors_out=len(checkpoint.sizes) + extra_tensors,
         bytes_out=bytes_out,
         disk_needed=bytes_out + 4 * router_bytes,
         disk_free=free_disk(target),
@@ -81,6 +84,56 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         memory_free=psutil.virtual_memory().available,
         compute=_compute(layered, layers, calibration),
     )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How a checkpoint can be split.
+
+    Attributes:
+        layers: decoder layers.
+        moe_layers: indices of those with experts.
+        dtype: of the experts' weights as stored.
+        possible: numbers of sub-experts that fit.
+        reason: why the next one does not.
+    """
+
+    layers: int
+    moe_layers: list[int]
+    dtype: str
+    possible: list[int]
+    reason: str
+
+
+def possible_splits(checkpoint: Checkpoint) -> Splits:
+    """Into how many sub-experts the experts of a checkpoint can be split.
+
+    Raises:
+        InputError: its tensors are not named as transformers names them for this family, or it has no MoE layer.
+    """
+    layered = LayeredModel(checkpoint, None)
+    layers = _checked_layers(layered)
+    block = block_name(layered, layers[0])
+    dtype = checkpoint.dtypes[layered.tensors_under(f"{block}.experts")[0]]
+    possible: list[int] = []
+    sub_experts = 2
+    while True:
+        try:
+            width = checkpoint.architecture.refactored_sizes(checkpoint.config, sub_experts)[checkpoint.architecture.width]
+            _check_row_bytes(checkpoint, block, layered, width, sub_experts)
+        except UsageError as error:
+            return Splits(len(layered.layers), layers, str(dtype).removeprefix("torch."), possible, str(error))
+        possible.append(sub_experts)
+        sub_experts *= 2
+
+
+def _checked_layers(layered: LayeredModel) -> list[int]:
+    layers = moe_layers(layered)
+    if not layers:
+        raise InputError(f"{layered.checkpoint.path}: none of its layers has experts")
+    for index in layers:
+        _check_names(layered, index)
+    return layers
 
 
 def moe_layers(layered: LayeredModel) -> list[int]:
@@ -99,9 +152,8 @@ def _check_names(layered: LayeredModel, index: int) -> None:
     """The MoE tensors must be named on disk as transformers would name them, or the output could not be read back."""
     name = block_name(layered, index)
     block = layered.model.get_submodule(name)
-    state = {f"{name}.{part}": value for part, value in block.state_dict().items() if part.startswith(("gate.", "experts."))}
-    expected = set(names_on_disk(layered.model, state))
-    found = set(layered.tensors_under(f"{name}.gate") + layered.tensors_under(f"{name}.experts"))
+    expected = set(names_on_disk(layered.model, replaced_state(name, block)))
+    found = {tensor for part in replaced_parts(name, block) for tensor in layered.tensors_under(part)}
     if expected != found:
         example = sorted(expected ^ found)[0]
         state_of = "missing" if example in expected else "not named as transformers names it"
@@ -110,12 +162,18 @@ def _check_names(layered: LayeredModel, index: int) -> None:
         )
 
 
-def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, width: int, recipe: Recipe) -> None:
+def replaced_state(name: str, block: Any) -> dict[str, torch.Tensor]:
+    """The state of what a refactoring replaces in the MoE block called `name`, by its names in the model."""
+    state = routing_state(block) | block.experts.state_dict(prefix="experts.")
+    return {f"{name}.{leaf}": value for leaf, value in state.items()}
+
+
+def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, width: int, sub_experts: int) -> None:
     """torch.grouped_mm, which transformers runs experts with, takes rows of whole 16-byte units only."""
     dtype = checkpoint.dtypes[layered.tensors_under(f"{block}.experts")[0]]
     if dtype is not None and width * dtype.itemsize % 16:
         raise UsageError(
-            f"--sub-experts {recipe.sub_experts}: sub-experts of {width} neurons in {dtype} are too narrow for transformers' grouped "
+            f"--sub-experts {sub_experts}: sub-experts of {width} neurons in {dtype} are too narrow for transformers' grouped "
             f"kernel, which needs a multiple of {16 // dtype.itemsize}; use fewer"
         )
 
@@ -124,7 +182,7 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     width = torch.finfo(calibration.resolved_dtype(layered.checkpoint)).bits // 8
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
-    count, hidden, neurons = experts.down_proj.shape
+    count, hidden, neurons = expert_shape(experts)
     tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
     store = tokens * hidden * width
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
@@ -135,7 +193,7 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
     block = layered.model.get_submodule(block_name(layered, layers[0]))
-    count, hidden, neurons = block.experts.down_proj.shape
+    count, hidden, neurons = expert_shape(block.experts)
     active = getattr(config, architecture.top_k) * 3 * hidden * neurons
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
     return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
@@ -155,7 +213,7 @@ def profile_seconds(plan: Plan) -> float:
 
 def partition_seconds(plan: Plan, recipe: Recipe, tokens: int, workers: int) -> float:
     """Estimated time of partitioning with `tokens` per expert, from one random problem with an eighth of them."""
-    num_experts, _, width = plan.before.values()
+    num_experts, _, width, *_ = plan.before.values()
     few = max(16, tokens // 8)
     saliency = np.random.default_rng(0).random((few, width), dtype=np.float32) ** 4
     solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)

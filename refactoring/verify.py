@@ -10,10 +10,25 @@ import torch
 from safetensors import SafetensorError
 
 from calibration import LayerStream
-from checkpoints import MANIFEST, Checkpoint, LayeredModel, moe_block, names_on_disk, side_files, split_experts
+from checkpoints import (
+    ARCHITECTURES,
+    MANIFEST,
+    Checkpoint,
+    LayeredModel,
+    expert_shape,
+    moe_block,
+    names_on_disk,
+    repeat_routing,
+    replaced_parts,
+    router_name,
+    routing_state,
+    side_files,
+    split_experts,
+)
 from prism_errors import InputError, first_line
+from refactoring.layer import original_routing
 from refactoring.pipeline import MODELING_FILE, copied_name
-from refactoring.plan import block_name, moe_layers
+from refactoring.plan import block_name, moe_layers, replaced_state
 from routers import ROUTER_FILE, attach_block, full_k, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
@@ -87,7 +102,8 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
     """
     old = LayeredModel(source, None)
     blocks = {index: block_name(old, index) for index in moe_layers(old)}
-    split = {tensor for name in blocks.values() for part in ("gate", "experts") for tensor in old.tensors_under(f"{name}.{part}")}
+    parts = [part for name in blocks.values() for part in replaced_parts(name, old.model.get_submodule(name))]
+    split = {tensor for part in parts for tensor in old.tensors_under(part)}
     kept = set(source.weight_map) - split
     missing = sorted(kept - set(result.weight_map))
     if missing:
@@ -98,11 +114,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
         return [str(error)]
     expected: dict[str, tuple[int, ...]] = {}
     for name in blocks.values():
-        state = {
-            f"{name}.{leaf}": value
-            for leaf, value in new.model.get_submodule(name).state_dict().items()
-            if leaf.startswith(("gate.", "experts."))
-        }
+        state = replaced_state(name, new.model.get_submodule(name))
         expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
     names = kept | set(expected)
     problems = [f"missing tensor {name}" for name in sorted(names - set(result.weight_map))]
@@ -126,7 +138,7 @@ def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | N
     problems = []
     for index in moe_layers(old):
         name = block_name(old, index)
-        parts = (f"{name}.gate", f"{name}.experts")
+        parts = replaced_parts(name, old.model.get_submodule(name))
         with old.loaded(*parts), new.loaded(*parts):
             before, after = old.model.get_submodule(name), new.model.get_submodule(name)
             found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config)
@@ -139,7 +151,7 @@ def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | N
 def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any) -> list[str]:
     """What is wrong with one refactored MoE block and its entries of the router file."""
     sub_experts, kind = config.prism["sub_experts"], config.prism["router"]
-    experts, hidden, neurons = before.experts.down_proj.shape
+    experts, hidden, neurons = expert_shape(before.experts)
     shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
     if kind == "linear":
         shapes["weight"] = (experts, sub_experts, hidden)
@@ -152,24 +164,29 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
         shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
         shapes["compensation"] = (2, experts, sub_experts, hidden)
         shapes["scale"] = (full_k(config),)
-    original = {f"original.{leaf}": value for leaf, value in before.gate.state_dict().items()}
+    original = original_routing(before)
     if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
         name: tuple(value.shape) for name, value in original.items()
     }:
         return [f"{ROUTER_FILE} does not hold the tensors of a '{kind}' router"]
     problems = []
-    if not all(torch.isfinite(value).all() for value in [*router.values(), after.gate.weight]):
+    stock = routing_state(after)
+    if not all(torch.isfinite(value).all() for value in [*router.values(), *stock.values()]):
         problems.append(f"a router tensor of {ROUTER_FILE} or of the stock gate is not finite")
     if not all(torch.equal(value, router[name]) for name, value in original.items()):
         problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
-    if kind != "linear" and not torch.equal(after.gate.weight, before.gate.weight.repeat_interleave(sub_experts, 0)):
+    repeated = repeat_routing(before, ARCHITECTURES[config.model_type], sub_experts)
+    if kind == "linear":
+        # Its rows are tilted.
+        del repeated[f"{router_name(before)}.weight"]
+    if not all(torch.equal(stock[name], value) for name, value in repeated.items()):
         problems.append("the stock gate is not the source's repeated")
     groups = router["neuron_sub_expert"]
     if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
         return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
     order = groups.argsort(dim=1, stable=True)
-    gate_up, down = split_experts(before.experts.gate_up_proj.data, before.experts.down_proj.data, order, sub_experts)
-    if not (torch.equal(gate_up, after.experts.gate_up_proj) and torch.equal(down, after.experts.down_proj)):
+    expected = split_experts(before.experts, order, sub_experts, config.prism["factor"])
+    if not all(torch.equal(value, getattr(after.experts, name)) for name, value in expected.items()):
         problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
     return problems
 

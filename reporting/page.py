@@ -11,6 +11,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.image import imsave
 
+from checkpoints import ARCHITECTURES
+
 # The charts' coordinates; 420 wide, so that the text is readable on a phone.
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 408, 26, 232
@@ -107,16 +109,15 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _counts(sizes: dict[str, Any]) -> tuple[int, int]:
-    """(experts, active per token) under whatever names the architecture gives them."""
-    top_k = next(key for key in sizes if key.endswith("per_tok"))
-    experts = next(key for key in sizes if key.endswith("experts"))
-    return sizes[experts], sizes[top_k]
+def _counts(manifest: dict[str, Any], which: str) -> tuple[int, int]:
+    """(experts, active per token) of the 'source' or the 'result' under whatever names the architecture gives them."""
+    architecture = ARCHITECTURES[manifest["source"]["model_type"]]
+    return manifest[which][architecture.num_experts], manifest[which][architecture.top_k]
 
 
 def _head(manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    experts, top_k = _counts(manifest["source"])
-    sub_experts, most = _counts(manifest["result"])
+    experts, top_k = _counts(manifest, "source")
+    sub_experts, most = _counts(manifest, "result")
     losses = [expert for layer in manifest["layers"] for expert in layer["experts"]]
     before, after = (float(np.mean([expert[key] for expert in losses])) for key in ("loss_before", "loss_after"))
     figures = [
@@ -250,7 +251,7 @@ def _operating(manifest: dict[str, Any]) -> dict[str, Any] | None:
     found = manifest.get("operating_points")
     if found is None:
         return None
-    _, most = _counts(manifest["result"])
+    _, most = _counts(manifest, "result")
     rows = []
     for point in found["points"]:
         gain = point["perplexity"] - point["uniform"]

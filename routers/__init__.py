@@ -11,13 +11,14 @@ from routers.modeling_prism import (
     full_k,
     moe_gates,
     operating_points,
+    router_of,
     router_tensors,
     set_active,
     two_level_router,
 )
 from routers.output import relative_error, stock_output, two_level_output
 from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
-from routers.routed import Routed
+from routers.routed import Routed, in_float32
 from routers.runtime import EXPERTS, experts_forward
 from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
@@ -42,10 +43,12 @@ __all__ = [
     "fit_proxy",
     "full_k",
     "gate_neurons",
+    "in_float32",
     "moe_gates",
     "operating_points",
     "recorded",
     "relative_error",
+    "router_of",
     "router_tensors",
     "set_active",
     "stock_output",

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
 _SMALLEST = 1e-30
+_ROUTER_NAMES = ("gate", "router")
 
 
 class TwoLevelRouter(nn.Module):
@@ -29,19 +30,22 @@ class TwoLevelRouter(nn.Module):
     Args:
         original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K]).
         sub_experts: N.
+        factor: what `down_proj` is multiplied with; the weights are divided by it.
         kind: how sizes are predicted, see `tensors`.
-        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]. 'proxy', the paper's gate neurons: gate and
-            up rows [E, N, r, H]. 'calibrated-proxy': those with coefficient [E, N, r], bias and ceiling [E, N]. All but the paper's:
-            compensation [2, E, N, H] and scale [K * N].
+        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]. 'proxy', the paper's gate neurons: their rows
+            [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. 'calibrated-proxy': these with
+            coefficient [E, N, r], bias and ceiling [E, N]. All but the paper's: compensation [2, E, N, H] and scale [K * N]. Where the
+            family corrects scores by a tensor outside its router: correction [E].
         activation: the experts' gating function, for the proxies.
     """
 
-    def __init__(self, original, sub_experts, kind, tensors, activation=None):
+    def __init__(self, original, sub_experts, factor, kind, tensors, activation=None):
         super().__init__()
-        for name, parameter in list(original.named_parameters(recurse=False)):
-            delattr(original, name)
-            original.register_buffer(name, parameter.detach(), persistent=False)
-        self.original, self.sub_experts, self.kind, self.activation = original, sub_experts, kind, activation
+        for module in original.modules():
+            for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                delattr(module, name)
+                module.register_buffer(name, value.detach(), persistent=False)
+        self.original, self.sub_experts, self.factor, self.kind, self.activation = original, sub_experts, factor, kind, activation
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         # What the dropped sub-experts of the last forward would have added, until the experts module has run.
@@ -54,18 +58,24 @@ class TwoLevelRouter(nn.Module):
             predicted = torch.minimum(rows.view(-1, *self.bias.shape), self.ceiling)
             return predicted.gather(1, experts[..., None].expand(-1, -1, self.sub_experts))
         predicted = torch.empty(*experts.shape, self.sub_experts, device=experts.device)
-        for expert in range(len(self.gate)):
+        for expert in range(len(self.rows)):
             tokens, slots = torch.where(experts == expert)
             if len(tokens):
                 predicted[tokens, slots] = self._proxy(hidden_states[tokens], expert)
         return predicted
 
     def _proxy(self, inputs, expert):
-        rows = torch.cat([self.gate[expert].flatten(0, 1), self.up[expert].flatten(0, 1)]).to(inputs.dtype)
-        magnitude = self.activation(F.linear(inputs, rows)).abs().float().view(-1, *self.gate.shape[1:3])
+        bias = self.row_bias[expert].flatten().to(inputs.dtype) if hasattr(self, "row_bias") else None
+        both = F.linear(inputs, self.rows[expert].flatten(0, 1).to(inputs.dtype), bias)
+        magnitude = self.activation(both.unflatten(-1, self.rows.shape[1:3])).abs().float()
         if self.kind == "proxy":
             return magnitude.mean(-1).clamp_min(_SMALLEST).log()
         return torch.minimum((magnitude * self.coefficient[expert]).sum(-1) + self.bias[expert], self.ceiling[expert])
+
+    def route(self, hidden_states):
+        """The original routing: (weights [T, K], experts int64 [T, K])."""
+        correction = (self.correction,) if hasattr(self, "correction") else ()
+        return self.original(hidden_states, *correction)[1:]
 
     def rank(self, hidden_states):
         """Original routing and the value by which its sub-experts are ranked.
@@ -73,7 +83,7 @@ class TwoLevelRouter(nn.Module):
         Returns:
             (weights [T, K], experts int64 [T, K], log of weight x predicted size, float32 [T, K * N]), for MoE inputs [T, H].
         """
-        _, weights, experts = self.original(hidden_states)
+        weights, experts = self.route(hidden_states)
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
         return weights, experts, value.flatten(1)
 
@@ -85,21 +95,21 @@ class TwoLevelRouter(nn.Module):
             k: sub-experts per token, at most K * N.
 
         Returns:
-            (weights [T, k], indices int64 [T, k]); the weights are divided by N because `down_proj` carries the factor N.
+            (weights [T, k], indices int64 [T, k]); the weights are divided by the factor that `down_proj` carries.
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         self.missing = None
         if k == self.original.top_k * self.sub_experts:
-            _, weights, experts = self.original(hidden_states)
+            weights, experts = self.route(hidden_states)
             indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
-            return weights.repeat_interleave(self.sub_experts, 1) / self.sub_experts, indices.flatten(1)
+            return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1)
         weights, experts, value = self.rank(hidden_states)
         compensated = hasattr(self, "compensation")
         order = value.topk(value.shape[1] if compensated else k, dim=-1).indices
         slots = order // self.sub_experts
         indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
         shares = weights.gather(1, slots)
-        kept = shares[:, :k] / self.sub_experts
+        kept = shares[:, :k] / self.factor
         if compensated:
             size = value.gather(1, order[:, k:]).exp()
             self.missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
@@ -128,50 +138,65 @@ def _compensation_hook(experts, arguments, output):
     return output if missing is None else output + missing.view_as(output)
 
 
-def _original_gate(gate, config):
-    """A router of the same class with the original number of experts; `config.prism` has the original sizes."""
+def _original_router(router, config, state):
+    """A router of the same class with the original number of experts and tensors, in the types of the one it stands for."""
     sizes = {key: getattr(config, key) for key in config.prism["source"]}
     for key, value in config.prism["source"].items():
         setattr(config, key, value)
     try:
-        return type(gate)(config).to(device=gate.weight.device, dtype=gate.weight.dtype)
+        original = type(router)(config)
     finally:
         for key, value in sizes.items():
             setattr(config, key, value)
+    original.load_state_dict({name: state[name].to(own.device, own.dtype) for name, own in router.state_dict().items()}, assign=True)
+    return original.eval()
 
 
 def _gate_neuron_rows(experts, neurons):
-    """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, as (gate, up), each [E, N, r, H]."""
-    width = experts.gate_up_proj.shape[1] // 2
-    rows = experts.gate_up_proj.detach().view(*neurons.shape[:2], 2 * width, -1)
-    index = neurons.to(rows.device)[..., None].expand(-1, -1, -1, rows.shape[-1])
-    return {"gate": rows.gather(2, index), "up": rows.gather(2, index + width)}
+    """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, in the order of the experts' own: [E, N, 2r, H]."""
+    rows = experts.gate_up_proj.detach()
+    rows = rows.transpose(1, 2) if experts.is_transposed else rows
+    neurons = neurons.to(rows.device)
+    # A neuron's gate and up rows are C / N apart, or neighbours.
+    index = torch.cat([neurons, neurons + rows.shape[1] // 2], -1)
+    if not experts.is_concatenated:
+        index = torch.stack([2 * neurons, 2 * neurons + 1], -1).flatten(2)
+    found = {"rows": rows.unflatten(0, neurons.shape[:2]).gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))}
+    if experts.has_bias:
+        found["row_bias"] = experts.gate_up_proj_bias.detach().unflatten(0, neurons.shape[:2]).gather(2, index)
+    return found
 
 
 def two_level_router(block, config, tensors):
-    """The two-level router of one MoE block (with `gate` and `experts`, weights loaded) of a refactored model.
+    """The two-level router of one MoE block (with a router and `experts`, weights loaded) of a refactored model.
 
     Args:
         block: the MoE block.
         config: the refactored model's config.
         tensors: the block's entries of the router file.
     """
-    gate, device = block.gate, block.gate.weight.device
-    original = _original_gate(gate, config)
-    original.load_state_dict({name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")})
-    parts = {name: value.to(device) for name, value in tensors.items() if name in _SUB_ROUTER}
+    router, recipe = router_of(block), config.prism
+    state = {name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")}
+    parts = {name: value.to(router.weight.device) for name, value in tensors.items() if name in _SUB_ROUTER}
     if "gate_neurons" in tensors:
         parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"])
-    return TwoLevelRouter(original, config.prism["sub_experts"], config.prism["router"], parts, block.experts._apply_gate)
+    original = _original_router(router, config, state)
+    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, block.experts._apply_gate)
 
 
-_SUB_ROUTER = ("weight", "bias", "ceiling", "coefficient", "compensation", "scale")
+_SUB_ROUTER = ("weight", "bias", "ceiling", "coefficient", "compensation", "scale", "correction")
+
+
+def router_of(block):
+    """The router of a MoE block, whatever its family calls it; None if there is none."""
+    return next((module for name in _ROUTER_NAMES if isinstance(module := getattr(block, name, None), nn.Module)), None)
 
 
 def attach_block(block, config, tensors):
     """Install the two-level router on one MoE block; arguments as for `two_level_router`."""
-    block.gate.two_level = block.experts.two_level = two_level_router(block, config, tensors)
-    block.gate.register_forward_hook(_two_level_hook)
+    router = router_of(block)
+    router.two_level = block.experts.two_level = two_level_router(block, config, tensors)
+    router.register_forward_hook(_two_level_hook)
     block.experts.register_forward_hook(_compensation_hook)
 
 
@@ -180,8 +205,8 @@ def router_tensors(path):
     blocks = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
-            gate, _, leaf = name.partition(".gate.")
-            blocks.setdefault(gate, {})[leaf] = file.get_tensor(name)
+            block, _, leaf = next(parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1])
+            blocks.setdefault(block, {})[leaf] = file.get_tensor(name)
     return blocks
 
 
@@ -205,12 +230,9 @@ def attach(model, folder):
 
 
 def moe_gates(model):
-    """The gates of a model's MoE blocks, in the order of its layers."""
-    return [
-        module.gate
-        for module in model.modules()
-        if isinstance(getattr(module, "gate", None), nn.Module) and isinstance(getattr(module, "experts", None), nn.Module)
-    ]
+    """The routers of a model's MoE blocks, in the order of its layers."""
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+    return [router for block in blocks if (router := router_of(block)) is not None]
 
 
 def operating_points(folder):

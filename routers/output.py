@@ -5,15 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from routers.modeling_prism import TwoLevelRouter
+from routers.modeling_prism import TwoLevelRouter, router_of
+from routers.routed import in_float32, route
 from routers.runtime import experts_forward
 
 
 @torch.inference_mode()
 def stock_output(block: Any, rows: torch.Tensor, inputs: torch.Tensor, k: int) -> torch.Tensor:
-    """Output [T, H] of a block's experts at top-k with gate rows [E, H]; leaves them and k in the block's gate."""
-    block.gate.weight, block.gate.top_k = nn.Parameter(rows.float(), requires_grad=False), k
-    _, weights, indices = block.gate(inputs)
+    """Output [T, H] of a block's experts at top-k with router rows [E, H]; leaves them and k in the block's router."""
+    router = router_of(block)
+    router.weight, router.top_k = nn.Parameter(rows, requires_grad=False), k
+    with in_float32(block):
+        weights, indices = route(block, inputs)
     return experts_forward(block.experts, inputs, indices, weights)
 
 

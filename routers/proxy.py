@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from checkpoints import expert_shape
 from routers.linear import Moments, log_sizes, ridge
 from routers.routed import Routed
 from routers.runtime import sub_expert_activations, sub_expert_outputs
@@ -60,7 +61,7 @@ def fit_proxy(experts: Any, routed: Routed, num_experts: int, sub_experts: int, 
     """
     fitted: dict[str, list[torch.Tensor]] = {"gate_neurons": [], "coefficient": [], "bias": [], "ceiling": []}
     for expert in range(num_experts):
-        width = experts.down_proj.shape[2]
+        width = expert_shape(experts)[2]
         moments = [Moments.empty(width, 1) for _ in range(sub_experts)]
         ceiling = torch.full((sub_experts,), -torch.inf)
         for inputs in routed.inputs_of(expert):

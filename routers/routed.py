@@ -1,15 +1,44 @@
 """Sampled MoE inputs with their routing: what the routers of one layer are fitted on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from routers.modeling_prism import router_of
 
 # An expert with fewer sampled tokens is fitted on the layer's inputs instead, whatever their expert, at most this many of them.
 FEWEST_TOKENS, STAND_IN_TOKENS = 16, 1024
 # The last eighth of the sample, other text than the rest, judges what was fitted on the rest.
 HELD_OUT = 8
 CHUNK = 2048
+
+
+@contextmanager
+def in_float32(block: Any) -> Iterator[None]:
+    """Let the routing of a MoE block compute in float32 for a while; the experts follow their input's type."""
+    router = router_of(block)
+    tensors = [*router.parameters(), *router.buffers(), *_own_tensors(block)]
+    stored = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, stored, strict=True):
+            tensor.data = value
+
+
+def route(block: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's weights [T, k] and experts int64 [T, k] for inputs [T, H]; it is given what its block keeps for it."""
+    _, weights, experts = router_of(block)(inputs, *_own_tensors(block))
+    return weights, experts
+
+
+def _own_tensors(block: Any) -> list[torch.Tensor]:
+    return [*block.parameters(recurse=False), *block.buffers(recurse=False)]
 
 
 @dataclass(frozen=True)
@@ -28,16 +57,11 @@ class Routed:
 
     @classmethod
     @torch.inference_mode()
-    def by(cls, gate: Any, inputs: torch.Tensor) -> "Routed":
-        """Route inputs [T, H] with the original gate, which computes in float32 here."""
+    def by(cls, block: Any, inputs: torch.Tensor) -> "Routed":
+        """Route inputs [T, H] with the original block's router, which computes in float32 here."""
         inputs = inputs.float()
-        rows = gate.weight
-        try:
-            gate.weight = torch.nn.Parameter(rows.float(), requires_grad=False)
-            _, weights, experts = gate(inputs)
-        finally:
-            gate.weight = rows
-        return cls(inputs, weights, experts)
+        with in_float32(block):
+            return cls(inputs, *route(block, inputs))
 
     def split(self) -> tuple["Routed", "Routed"]:
         """(for fitting, held out)."""

@@ -17,9 +17,16 @@ EXPERTS = "prism"
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+def _rows(experts: Any, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A projection of some experts as [..., outputs, inputs], whichever way round they are stored, and its bias if there is one."""
+    weight = getattr(experts, name)[chosen].to(dtype)
+    bias = getattr(experts, f"{name}_bias")[chosen].to(dtype) if experts.has_bias else None
+    return weight.transpose(-1, -2) if experts.is_transposed else weight, bias
+
+
 def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
-    return experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert].to(inputs.dtype)))
+    return experts._apply_gate(F.linear(inputs, *_rows(experts, "gate_up_proj", expert, inputs.dtype)))
 
 
 def experts_forward(
@@ -34,7 +41,7 @@ def experts_forward(
     Computes in the type of `hidden_states`; weights of another type are converted one expert at a time.
 
     Args:
-        self: a fused experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]).
+        self: a fused experts module of transformers (`gate_up_proj` and `down_proj` of all experts, perhaps transposed or with biases).
         hidden_states: [T, H].
         top_k_index: int64 [T, k]; slots whose index is E are skipped.
         top_k_weights: [T, k].
@@ -46,7 +53,7 @@ def experts_forward(
         activations = expert_activations(self, expert, inputs)
         if on_expert is not None:
             on_expert(expert, tokens, inputs, activations)
-        weighted = F.linear(activations, self.down_proj[expert].to(inputs.dtype)) * top_k_weights[tokens, slots, None]
+        weighted = F.linear(activations, *_rows(self, "down_proj", expert, inputs.dtype)) * top_k_weights[tokens, slots, None]
         output.index_add_(0, tokens, weighted.to(output.dtype))
     return output
 
@@ -67,16 +74,18 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> list[tuple[int, to
 def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
     """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)
-    rows = experts.gate_up_proj[own].to(inputs.dtype)
-    return experts._apply_gate(F.linear(inputs, rows.flatten(0, 1)).unflatten(-1, rows.shape[:2]))
+    rows, bias = _rows(experts, "gate_up_proj", own, inputs.dtype)
+    both = F.linear(inputs, rows.flatten(0, 1), None if bias is None else bias.flatten())
+    return experts._apply_gate(both.unflatten(-1, rows.shape[:2]))
 
 
 def sub_expert_outputs(experts: Any, expert: int, activations: torch.Tensor) -> torch.Tensor:
     """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
     sub_experts = activations.shape[1]
-    down = experts.down_proj[expert * sub_experts : (expert + 1) * sub_experts].to(activations.dtype)
-    # The refactored down_proj carries the factor N.
-    return torch.einsum("tnc,nhc->tnh", activations, down) / sub_experts
+    own = slice(expert * sub_experts, (expert + 1) * sub_experts)
+    down, bias = _rows(experts, "down_proj", own, activations.dtype)
+    outputs = torch.einsum("tnc,nhc->tnh", activations, down)
+    return (outputs if bias is None else outputs + bias) / experts.config.prism["factor"]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

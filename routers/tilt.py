@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from routers.modeling_prism import router_of
 from routers.output import relative_error, stock_output
 
 # Tilts tried, as shares of the predicted difference of log sizes.
@@ -39,7 +40,7 @@ def choose_tilt(
     Only tilts that keep the full-k error within `bound` are considered; 0 always does.
 
     Args:
-        block: the refactored MoE block with its experts materialised; its gate is changed.
+        block: the refactored MoE block with its experts materialised; its router is changed.
         gate, weight: see `tilted_rows`.
         inputs: [T, H] MoE inputs that nothing was fitted on; the first `JUDGED` are used.
         bound: this layer's share of `FULL_K_BUDGET`.
@@ -47,7 +48,8 @@ def choose_tilt(
     Returns:
         The chosen rows, [E * N, H] in the type of `gate`, and {'tilt': ..., 'full_k_error': ...}.
     """
-    full = block.gate.top_k
+    router = router_of(block)
+    full = router.top_k
     inputs = inputs[:JUDGED].float()
     exact = stock_output(block, tilted_rows(gate, weight, 0.0), inputs, full)
     best = None
@@ -59,6 +61,6 @@ def choose_tilt(
         error = sum(relative_error(stock_output(block, rows, inputs, max(1, full * part // 4)), exact) for part in (1, 2, 3))
         if best is None or error < best[0]:
             best = (error, rows, {"tilt": tilt, "full_k_error": full_k_error})
-    block.gate.top_k = full
+    router.top_k = full
     assert best is not None
     return best[1], best[2]

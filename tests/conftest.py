@@ -27,6 +27,16 @@ SMALL = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
 }
+SHARED = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "num_key_value_heads": 4,
+}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": None}
 FAMILIES = {
     "olmoe": {"num_experts": 6, "intermediate_size": 16, "tie_word_embeddings": True},
     "olmoe-renormalised": {"model_type": "olmoe", "num_experts": 4, "intermediate_size": 16, "norm_topk_prob": True},
@@ -42,6 +52,27 @@ FAMILIES = {
     },
     "qwen3_moe": {"num_experts": 4, "intermediate_size": 48, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 8},
     "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
+    # Dense first layers, shared experts, groups of experts of which some are chosen.
+    "deepseek_v2": LATENT | SHARED | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+    "deepseek_v3": LATENT | SHARED | {"n_group": 1, "topk_group": 1, "q_lora_rank": 12, "norm_topk_prob": True},
+    "dots1": SHARED | {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "head_dim": 8},
+    # Its sigmoid scores are used as they are: no factor N.
+    "dots1-unnormalised": SHARED | {"model_type": "dots1", "norm_topk_prob": False, "routed_scaling_factor": 0.7, "head_dim": 8},
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1, "intermediate_size": 48},
+    "flex_olmo": {"num_experts": 4, "intermediate_size": 16, "pad_token_id": None},
+    "glm4_moe": SHARED | {"head_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": {"num_local_experts": 4, "intermediate_size": 32, "logits_scaling": 4.0, "embedding_multiplier": 2.0},
+    # A convolution and an attention layer; a dense one first.
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+    },
+    "minimax_m2": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 8},
 }
 # Enough calibration for a meaningful router, little enough for a test.
 FAST = ["--num-samples", "8", "--max-seq-length", "64", "--tokens-per-expert", "64", "--solver", "ascent", "--workers", "1"]
@@ -75,17 +106,31 @@ def build(family: str, folder: Path, **changes) -> Path:
     model_type = values.pop("model_type", family)
     set_seed(0)
     config = AutoConfig.for_model(model_type, **values)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        # Zero in a new model, and then nothing would show what becomes of them.
+        if name.endswith(("bias", "correction_bias")):
+            torch.nn.init.normal_(value, std=0.2)
+    model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(EXAMPLE / name, folder / name)
     return folder
 
 
+class Models(dict):
+    """Folder of a small random model of each family, made when it is first asked for."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = build(family, self.root / family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a small random model of each family."""
-    root = tmp_path_factory.mktemp("models")
-    return {family: build(family, root / family) for family in FAMILIES}
+    return Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -6,8 +7,19 @@ import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load
 from safetensors.torch import load_file, save_file
 
-from checkpoints import Checkpoint, LayeredModel, ShardWriter, check_target, output_folder, side_files, split_experts
+from checkpoints import (
+    Checkpoint,
+    LayeredModel,
+    ShardWriter,
+    check_target,
+    expert_shape,
+    moe_block,
+    output_folder,
+    side_files,
+    split_experts,
+)
 from prism_errors import InputError, UsageError
+from routers import experts_forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,26 +49,37 @@ def test_types_on_disk_are_kept_when_asked(tmp_path, models):
         assert torch.equal(block.experts.down_proj[1], tensors["model.layers.0.mlp.experts.1.down_proj.weight"])
 
 
-def test_split_experts_add_up_to_the_expert():
-    generator = torch.Generator().manual_seed(0)
-    gate_up, down = torch.randn(2, 24, 5, generator=generator), torch.randn(2, 5, 12, generator=generator)
-    order = torch.stack([torch.randperm(12, generator=generator) for _ in range(2)])
-    new_gate_up, new_down = split_experts(gate_up, down, order, 4)
-    inputs = torch.randn(7, 5, generator=generator)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sub_experts_add_up_to_the_expert(models, family):
+    """Whatever the layout, the biases and the factor: N sub-experts, each with 1 / factor of the weight, give the expert's output."""
+    layered = LayeredModel(Checkpoint(models[family]), torch.float32)
+    index = next(index for index, layer in enumerate(layered.layers) if moe_block(layer))
+    with layered.loaded(layered.layer_name(index)):
+        experts = moe_block(layered.layers[index])[1].experts
+        total, hidden, neurons = expert_shape(experts)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(total)])
+        factor = layered.checkpoint.architecture.factor(layered.checkpoint.config, 4)
+        parts = copy.deepcopy(experts)
+        for name, value in split_experts(experts, order, 4, factor).items():
+            setattr(parts, name, torch.nn.Parameter(value))
+        inputs = torch.randn(7, hidden, generator=generator)
+        parts.num_experts = 4 * total
+        for expert in range(total):
+            whole = experts_forward(experts, inputs, torch.full((7, 1), expert), torch.ones(7, 1))
+            chosen = (4 * expert + torch.arange(4)).expand(7, 4)
+            split = experts_forward(parts, inputs, chosen, torch.full((7, 4), 1 / factor))
+            torch.testing.assert_close(split, whole)
 
-    def run(gate_up, down):
-        gate, up = (inputs @ gate_up.T).chunk(2, -1)
-        return (torch.nn.functional.silu(gate) * up) @ down.T
 
-    for expert in range(2):
-        parts = sum(run(new_gate_up[4 * expert + part], new_down[4 * expert + part]) for part in range(4))
-        torch.testing.assert_close(parts / 4, run(gate_up[expert], down[expert]))
-
-
-def test_fp16_overflow_is_refused():
-    gate_up, down = torch.ones(1, 8, 2, dtype=torch.float16), torch.full((1, 2, 4), 4e4, dtype=torch.float16)
-    with pytest.raises(InputError, match="overflows"):
-        split_experts(gate_up, down, torch.arange(4)[None], 2)
+def test_fp16_overflow_is_refused(tmp_path):
+    folder = build("mixtral", tmp_path / "model")
+    layered = LayeredModel(Checkpoint(folder), torch.float16)
+    with layered.loaded(layered.layer_name(0)):
+        experts = moe_block(layered.layers[0])[1].experts
+        experts.down_proj.data.fill_(4e4)
+        with pytest.raises(InputError, match="overflows"):
+            split_experts(experts, torch.arange(32).repeat(4, 1), 2, 2)
 
 
 def truncate(folder):
@@ -101,7 +124,7 @@ DAMAGE = [
     ),
     (
         lambda folder: change_config(folder, model_type="llama"),
-        "model_type 'llama' is not a supported Mixture-of-Experts; supported: mixtral, olmoe",
+        "model_type 'llama' is not a supported Mixture-of-Experts; supported: deepseek_v2, deepseek_v3",
     ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import EXAMPLE, FAST
+from conftest import EXAMPLE, FAMILIES, FAST, build
+
+from checkpoints import ARCHITECTURES, REFUSED
+from prism_cli import architectures
 
 BIN = Path(sys.executable).parent
 ROOT = EXAMPLE.parents[1]
@@ -117,3 +121,46 @@ def test_the_example_trainer_makes_such_a_checkpoint(tmp_path, command):
     )
     result = command("prism-refactor", tmp_path / "model", tmp_path / "out", *FAST)
     assert result.code == 0, result.err
+
+
+def test_every_family_is_listed_documented_and_tested(command):
+    listed = command("prism-refactor", "--list-architectures")
+    assert listed.code == 0
+    assert all(family in listed.out for family in (*ARCHITECTURES, *REFUSED))
+    assert (ROOT / "docs" / "architectures.md").read_text() == f"{architectures.page()}\n"
+    assert set(ARCHITECTURES) == {values.get("model_type", family) for family, values in FAMILIES.items()}
+
+
+def test_explain_says_how_a_checkpoint_can_be_split(models, command):
+    result = command("prism-profile", "--explain", models["deepseek_v2"])
+    assert result.code == 0
+    facts = dict(line.strip().split("  ", 1) for line in result.out.splitlines()[1:])
+    assert facts["layers with experts"] == "2 of 3"
+    assert facts["n_shared_experts"] == "1"
+    assert facts["--sub-experts"] == "2, 4"
+    unnormalised = command("prism-profile", "--explain", models["dots1-unnormalised"]).out
+    assert "unchanged: copies keep the weight" in unnormalised
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "phimoe"}, "'phimoe' cannot be split: its router is hard-wired to two experts"),
+        ({"model_type": "hunyuan_v1_moe"}, "cannot be split: its shared MLP takes its width from the same key"),
+        ({"n_group": 4, "topk_group": 2}, "this dots1 cannot be split: n_group 4: its router adds the two best experts of every group"),
+        ({"model_type": "llama"}, "is not a supported Mixture-of-Experts; supported: deepseek_v2"),
+        ({"moe_intermediate_size": 6}, "no number of sub-experts fits its expert width"),
+    ],
+)
+def test_explain_says_why_it_cannot(tmp_path, models, command, changes, reason):
+    folder = tmp_path / "model"
+    if "moe_intermediate_size" in changes:
+        build("dots1", folder, **changes)
+    else:
+        shutil.copytree(models["dots1"], folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+    result = command("prism-profile", "--explain", folder)
+    assert result.code in (2, 3)
+    assert reason in result.err
+    assert result.err.count("\n") == 1
