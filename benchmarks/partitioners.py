@@ -26,7 +26,7 @@ import torch
 from common import EXAMPLE, markdown, print_provenance
 
 import solvers
-from calibration import Calibration, profile
+from calibration import Calibration, Profile
 from checkpoints import Checkpoint, write_json
 from solvers import methods
 
@@ -39,7 +39,7 @@ FAMILIES = ("real", "clustered", "heavy", "dense")
 def real() -> np.ndarray:
     """[TOKENS, 256]: |activation| of the busiest expert of layer 2 of the example."""
     checkpoint, calibration = Checkpoint(EXAMPLE), Calibration(num_samples=64)
-    layer = next(layer for layer in profile(checkpoint, calibration, calibration.rows(checkpoint)) if layer.layer == 2)
+    layer = next(layer for layer in Profile(checkpoint, calibration, calibration.rows(checkpoint)) if layer.layer == 2)
     return layer.activations[int(layer.tokens_routed.argmax())].float().abs().numpy()
 
 

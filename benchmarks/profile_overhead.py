@@ -16,7 +16,7 @@ from common import EXAMPLE, print_provenance
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from calibration import Calibration, profile
+from calibration import Calibration, Profile
 from checkpoints import Checkpoint
 from prism_cli.options import table
 
@@ -34,7 +34,7 @@ def plain(model_dir: Path, rows: torch.Tensor, batch_size: int, experts: str) ->
 
 def profiled(checkpoint: Checkpoint, calibration: Calibration, rows: torch.Tensor) -> float:
     start = time.perf_counter()
-    for _ in profile(checkpoint, calibration, rows):
+    for _ in Profile(checkpoint, calibration, rows):
         pass
     return time.perf_counter() - start
 

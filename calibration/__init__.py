@@ -1,6 +1,6 @@
 """Calibration text -> token rows -> layer-by-layer streaming -> per-expert statistics."""
 
-from calibration.profile import DTYPES, Calibration, profile
+from calibration.profile import DTYPES, Calibration, Profile
 from calibration.statistics import INPUT_SAMPLE, OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
 from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, write_statistics
 from calibration.stream import LayerStream
@@ -19,11 +19,11 @@ __all__ = [
     "LayerStatistics",
     "LayerStream",
     "LayerSummary",
+    "Profile",
     "Source",
     "Statistics",
     "estimated_bytes",
     "load_tokenizer",
-    "profile",
     "token_rows",
     "write_statistics",
 ]

@@ -74,10 +74,8 @@ class Calibration:
         return f"the text gives {rows.shape[0]} samples of {rows.shape[1]} tokens; {self.num_samples} were asked for"
 
 
-def profile(
-    checkpoint: Checkpoint, calibration: Calibration, rows: torch.Tensor, on_progress: OnProgress | None = None
-) -> Iterator[LayerStatistics]:
-    """Stream the calibration text and yield the statistics of each MoE layer in order; the layer itself is freed by then.
+class Profile:
+    """The statistics of each MoE layer in order, made while they are iterated: a layer is freed before its statistics are yielded.
 
     Args:
         checkpoint: the model.
@@ -86,16 +84,38 @@ def profile(
         on_progress: told (layer, rows done, rows in all) after every batch.
 
     Raises:
-        InputError: activations are not finite.
+        InputError: (while iterated) activations are not finite.
     """
-    stream = LayerStream(checkpoint, rows, calibration.resolved_dtype(checkpoint), calibration.resolved_device(), calibration.batch_size)
-    stream.model.set_experts_implementation(OBSERVED)
-    for index in range(len(stream)):
-        statistics = _profile_layer(stream, index, calibration, on_progress)
-        if statistics is not None:
-            yield statistics
-        # Not kept while the next layer runs.
-        del statistics
+
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, rows: torch.Tensor, on_progress: OnProgress | None = None):
+        self.checkpoint, self.calibration, self.rows, self.on_progress = checkpoint, calibration, rows, on_progress
+        self._position = 0
+        self._hidden: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[LayerStatistics]:
+        calibration = self.calibration
+        dtype, device = calibration.resolved_dtype(self.checkpoint), calibration.resolved_device()
+        stream = LayerStream(self.checkpoint, self.rows, dtype, device, calibration.batch_size)
+        stream.model.set_experts_implementation(OBSERVED)
+        if self._hidden is not None:
+            stream.hidden.copy_(self._hidden)
+        self._hidden = stream.hidden
+        for index in range(self._position, len(stream)):
+            statistics = _profile_layer(stream, index, calibration, self.on_progress)
+            self._position = index + 1
+            if statistics is not None:
+                yield statistics
+            # Not kept while the next layer runs.
+            del statistics
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Where the text is: its hidden states [S, T, H] and how many layers they have passed. Empty before the first layer."""
+        return {} if self._hidden is None else {"hidden": self._hidden, "position": torch.tensor([self._position])}
+
+    def restore(self, state: dict[str, torch.Tensor], _: int) -> None:
+        """Go on from a `state` of a run over the same text."""
+        if state:
+            self._hidden, self._position = state["hidden"], int(state["position"])
 
 
 def _profile_layer(stream: LayerStream, index: int, calibration: Calibration, on_progress: OnProgress | None) -> LayerStatistics | None:

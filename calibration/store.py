@@ -98,7 +98,7 @@ class Statistics:
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint):
-        self.folder = folder
+        self.folder, self._first = folder, 0
         try:
             index = json.loads((folder / INDEX).read_text())
             self.calibration: dict[str, Any] = index["calibration"]
@@ -114,7 +114,16 @@ class Statistics:
 
     def __iter__(self) -> Iterator[LayerStatistics]:
         for layer in self.layers:
-            yield self._read(layer)
+            if layer >= self._first:
+                yield self._read(layer)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """None is needed: the layers are read one by one."""
+        return {}
+
+    def restore(self, _: dict[str, torch.Tensor], first: int) -> None:
+        """Start with layer `first`."""
+        self._first = first
 
     def _read(self, layer: int) -> LayerStatistics:
         path = self.folder / f"layer-{layer:05d}.safetensors"

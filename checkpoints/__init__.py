@@ -15,15 +15,18 @@ from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
 from checkpoints.writer import (
     MANIFEST,
+    STATE,
     ShardWriter,
     check_disk,
     check_target,
+    finished_layers,
     free_disk,
     gib,
     output_file,
     output_folder,
     save_tensors,
     side_files,
+    sync,
     write_json,
 )
 
@@ -31,6 +34,7 @@ __all__ = [
     "ARCHITECTURES",
     "MANIFEST",
     "REFUSED",
+    "STATE",
     "Architecture",
     "Checkpoint",
     "LayeredModel",
@@ -39,6 +43,7 @@ __all__ = [
     "check_disk",
     "check_target",
     "expert_shape",
+    "finished_layers",
     "free_disk",
     "gib",
     "moe_block",
@@ -52,5 +57,6 @@ __all__ = [
     "save_tensors",
     "side_files",
     "split_experts",
+    "sync",
     "write_json",
 ]

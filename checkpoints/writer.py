@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,8 @@ from checkpoints.reader import INDEX_FILE
 from prism_errors import InputError, ResourceError, UsageError
 
 MANIFEST = "prism.json"
-INCOMPLETE = ".incomplete"
+# In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
+INCOMPLETE, STATE = ".incomplete", ".state"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -28,10 +30,11 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder, self.max_bytes = folder, max_bytes
-        self.bytes_written = 0
+        # Of each shard so far: its tensors' names and sizes in bytes.
+        self.shards: list[dict[str, int]] = []
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._synced = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor; a full shard is saved first."""
@@ -43,22 +46,34 @@ class ShardWriter:
     def close_shard(self) -> None:
         """Save what is queued."""
         if self._pending:
-            self._shards.append(list(self._pending))
-            save_tensors(self._pending, self.folder / f"shard-{len(self._shards):05d}.safetensors")
-            self.bytes_written += self._pending_bytes
+            self.shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
+            save_tensors(self._pending, self._path(len(self.shards)))
             self._pending, self._pending_bytes = {}, 0
+
+    def restore(self, shards: list[dict[str, int]]) -> None:
+        """Go on after shards that an earlier run saved."""
+        self.shards, self._synced = shards, len(shards)
+
+    def unsynced(self) -> list[Path]:
+        """The shards saved since this was last asked."""
+        first, self._synced = self._synced, len(self.shards)
+        return [self._path(number) for number in range(first + 1, len(self.shards) + 1)]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
 
     def finish(self) -> None:
         """Save the rest, give the shards their final names and write the index."""
         self.close_shard()
         weight_map = {}
-        for number, names in enumerate(self._shards, 1):
-            file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / file)
+        for number, names in enumerate(self.shards, 1):
+            file = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            # Not there if an earlier run was stopped in this loop.
+            if self._path(number).exists():
+                self._path(number).rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
-        write_json(
-            self.folder / INDEX_FILE, {"metadata": {"total_size": self.bytes_written}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        total = sum(sum(sizes.values()) for sizes in self.shards)
+        write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -139,18 +154,34 @@ def free_disk(target: Path) -> int:
     return shutil.disk_usage(target.resolve().parent).free
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a folder is while it is unfinished."""
+    return target.resolve().with_name(target.resolve().name + ".partial")
+
+
+def finished_layers(target: Path) -> int:
+    """How many layers an interrupted run that can be resumed has finished of the folder `target`."""
+    return len(list((partial_folder(target) / STATE).glob("layer-*.json")))
+
+
 @contextmanager
-def output_folder(target: Path) -> Iterator[Path]:
+def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: bool = False) -> Iterator[Path]:
     """A temporary folder `TARGET.partial` that becomes TARGET if the block ends well and is removed if it does not.
 
-    A folder of that name left by a killed run is replaced; one in use by a live run is refused.
+    A folder of that name left by a killed run is replaced; one in use by a live run is refused. A run that can be resumed gives its
+    `identity`: then the folder stays if layers are finished, and a run of the same identity goes on with it.
+
+    Args:
+        target: the folder to be.
+        identity: everything that decides the bytes of the result, as JSON values.
+        resume: go on with what an interrupted run left, if it left something.
 
     Raises:
         InputError: another run is writing to the same target.
-        UsageError: a folder of that name is not ours.
+        UsageError: a folder of that name is not ours, or belongs to a run of another identity, or to an interrupted run that was not
+            asked for.
     """
-    target = target.resolve()
-    partial = target.with_name(target.name + ".partial")
+    target, partial = target.resolve(), partial_folder(target)
     lock_path = target.with_name(f".{target.name}.lock")
     with open(lock_path, "w") as lock:
         try:
@@ -160,20 +191,44 @@ def output_folder(target: Path) -> Iterator[Path]:
         try:
             if partial.exists() and not (partial / INCOMPLETE).exists():
                 raise UsageError(f"{partial}: is in the way and was not written by this command; remove it yourself if you mean it")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            (partial / INCOMPLETE).touch()
+            if not (identity is not None and finished_layers(target) and _may_go_on(partial, identity, resume)):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                write_json(partial / INCOMPLETE, identity)
             yield partial
-            _sync(partial)
+            sync([*partial.rglob("*"), partial])
+            shutil.rmtree(partial / STATE, ignore_errors=True)
             _replace(partial, target)
         finally:
-            if (partial / INCOMPLETE).exists():
+            if (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:
+    """Raises UsageError when an interrupted run is there and this is not its continuation."""
+    if not resume:
+        raise UsageError(f"{partial}: holds an interrupted run; add --resume to go on or remove it")
+    before, now = (_flat(value) for value in (json.loads((partial / INCOMPLETE).read_text()), json.loads(json.dumps(identity))))
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
+        raise UsageError(
+            f"--resume: {partial} belongs to a run with {name} {before.get(name)}, not {now.get(name)}; use the same or remove it"
+        )
+    return True
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested JSON objects by their dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for inner, part in value.items() for key, leaf in _flat(part, f"{name}.{inner}".lstrip(".")).items()}
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Have files and folders on the disk, not on their way there."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

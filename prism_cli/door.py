@@ -157,7 +157,7 @@ def _as_prism_error(error: Exception) -> PrismError | None:
         return ResourceError("out of memory; lower --num-samples, --batch-size or --workers, or use --dtype bfloat16 where there is one")
     # safetensors reports a full disk in an exception of its own, as text.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-        return ResourceError("the disk is full; nothing was written; free some space or choose a folder on another disk")
+        return ResourceError("the disk is full; free some space or choose a folder on another disk")
     if isinstance(error, PermissionError):
         return ResourceError(f"{error.filename}: permission denied; choose a folder you may write to")
     return None

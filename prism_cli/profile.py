@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerStatistics, LayerSummary, estimated_bytes, profile, write_statistics
+from calibration import INDEX, TOKEN_FLOOR, Calibration, LayerStatistics, LayerSummary, Profile, estimated_bytes, write_statistics
 from checkpoints import Checkpoint, check_disk, check_target, output_file
 from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
@@ -47,7 +47,7 @@ def main(reporter: Reporter, model_dir: Path, stats_dir: Path, overwrite: bool, 
     check_disk(stats_dir, estimated_bytes(checkpoint, calibration))
     layers = checkpoint.config.num_hidden_layers
     rows = calibration.rows(checkpoint)
-    collected = profile(
+    collected: Iterable[LayerStatistics] = Profile(
         checkpoint, calibration, rows, lambda layer, done, total: reporter.step("rows profiled", layer, layers, done, total)
     )
     drawn: list[dict[str, Any]] = []

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import click
 from click.core import ParameterSource
 
 import solvers
-from calibration import Calibration, LayerStatistics, Statistics, profile
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib
+from calibration import Calibration, Profile, Statistics
+from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished_layers, gib
 from prism_cli.architectures import list_architectures
-from prism_cli.door import Reporter, command
+from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
 from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, partition_seconds, profile_seconds, refactor
@@ -91,6 +92,7 @@ RECIPE_OPTIONS = (
     help="Print the families that can be split and exit.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--resume", is_flag=True, help="Go on after the last finished layer of an interrupted run, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR that this command wrote.")
 @click.pass_context
 def main(
@@ -102,10 +104,14 @@ def main(
     workers: int,
     strict: bool,
     dry_run: bool,
+    resume: bool,
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Split the experts of the checkpoint in MODEL_DIR into sub-experts; OUT_DIR is a checkpoint that runs at any number of them."""
+    """Split the experts of the checkpoint in MODEL_DIR into sub-experts; OUT_DIR is a checkpoint that runs at any number of them.
+
+    An interrupted run keeps its finished layers in OUT_DIR.partial; --resume goes on with them.
+    """
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
@@ -132,22 +138,44 @@ def main(
     def on_expert(layer: int, done: int, total: int) -> None:
         reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
 
-    arriving: Iterable[LayerStatistics]
+    def on_start(done: int) -> None:
+        if done:
+            reporter.line(f"going on after layer {done - 1} ({done}/{layers})", event="resumed", layer=done - 1, layers=layers)
+
+    arriving: Profile | Statistics
     if statistics is None:
         rows = calibration.rows(checkpoint)
         arriving, recorded, shortage = (
-            profile(checkpoint, calibration, rows, on_rows),
+            Profile(checkpoint, calibration, rows, on_rows),
             calibration.recorded(rows),
             calibration.shortage(rows),
         )
     else:
         arriving, recorded, shortage = statistics, statistics.calibration, None
-    manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, on_expert)
+    with _telling_what_is_left(out_dir, layers, reporter):
+        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, resume, on_expert, on_start)
     reporter.close()
     if shortage:
         reporter.warning(shortage)
     _warn_unrouted(manifest, reporter)
     click.echo(_summary(manifest, out_dir))
+
+
+@contextmanager
+def _telling_what_is_left(out_dir: Path, layers: int, reporter: Reporter) -> Iterator[None]:
+    """Say that finished layers are kept when a run ends before it is done."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except BaseException as error:
+        done = finished_layers(out_dir)
+        if done:
+            reporter.close()
+            click.echo(f"stopped with {done} of {layers} layers done; --resume goes on after them", err=True)
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise click.exceptions.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
+        raise
 
 
 def _refuse_with_stats(context: click.Context) -> None:

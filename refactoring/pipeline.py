@@ -1,7 +1,7 @@
 """The main path: statistics of each layer in, a refactored checkpoint out."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 import routers.modeling_prism
-from calibration import LayerStatistics
+from calibration import LayerStatistics, Profile, Statistics
 from checkpoints import (
     MANIFEST,
     Checkpoint,
@@ -28,6 +28,7 @@ from prism_errors import InputError
 from refactoring.card import model_card
 from refactoring.layer import refactor_layer
 from refactoring.plan import Plan, block_name
+from refactoring.progress import Progress
 from refactoring.recipe import Recipe
 from routers import FULL_K_BUDGET, ROUTER_FILE
 
@@ -43,45 +44,65 @@ PICTURE_FILE = "coactivation.safetensors"
 def refactor(
     checkpoint: Checkpoint,
     target: Path,
-    statistics: Iterable[LayerStatistics],
+    statistics: Profile | Statistics,
     calibration: dict[str, Any],
     recipe: Recipe,
     plan: Plan,
     workers: int = 1,
     strict: bool = False,
+    resume: bool = False,
     on_expert: OnExpert | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the refactored checkpoint. The folder `target` appears only when it is complete.
+
+    A run that ends before leaves its finished layers in TARGET.partial, if there are any.
 
     Memory is one layer: its statistics, its weights as stored, and its refactored weights.
 
     Args:
         checkpoint: the source.
         target: output folder.
-        statistics: of every MoE layer, in order (`calibration.profile` or a `calibration.Statistics`).
+        statistics: of every MoE layer, in order.
         calibration: what made them, for the manifest.
         recipe: what to do. Equal recipes and statistics give equal bytes.
         plan: of this run.
         workers: processes that partition experts.
         strict: refuse experts that saw no token instead of reporting them.
+        resume: go on after the last finished layer of an interrupted run with the same checkpoint, statistics, recipe and versions, if
+            there is one. The bytes are those of a run that was not interrupted.
         on_expert: told (layer, experts done, experts in all).
+        on_start: told how many layers an earlier run has finished.
 
     Returns:
         The manifest, as written to prism.json.
     """
-    with output_folder(target) as folder:
+    identity = {
+        "source": checkpoint.fingerprint(),
+        "calibration": calibration,
+        "recipe": recipe.recorded(),
+        "versions": _versions(),
+        "statistics": type(statistics).__name__,
+    }
+    with output_folder(target, identity, resume) as folder:
         config = _write_config(checkpoint, folder, recipe, plan)
         source = LayeredModel(checkpoint, None)
         target_model = build_meta_model(config, torch.float32)
         writer = ShardWriter(folder, recipe.max_shard_bytes)
-        _copy_outer_tensors(source, writer)
-        # Held to the end: 12 N H of a layer's 3 C H numbers per expert for each layer.
-        router: dict[str, torch.Tensor] = {}
-        pictures: dict[str, torch.Tensor] = {}
+        progress = Progress(folder, writer)
+        # The router's tensors are held to the end: 12 N H of a layer's 3 C H numbers per expert for each layer.
+        done, text = progress.restore()
+        statistics.restore(text, done.layers)
+        del text
+        if on_start:
+            on_start(done.layers)
+        if not done.layers:
+            _copy_outer_tensors(source, writer)
         tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)
-        reports = []
         arriving = iter(statistics)
-        for index in range(len(source.layers)):
+        for index in range(done.layers, len(source.layers)):
+            tensors: dict[str, torch.Tensor] = {}
+            report = None
             if index in plan.moe_layers:
                 layer_statistics = next(arriving, None)
                 if layer_statistics is None or layer_statistics.layer != index:
@@ -91,19 +112,16 @@ def refactor(
                         f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
                         "use more or other text (--num-samples, --dataset)"
                     )
-                reports.append(
-                    _refactor_layer(
-                        source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer, router, pictures
-                    )
-                )
+                report, tensors = _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer)
                 del layer_statistics
             else:
                 _copy(source, source.tensors_under(source.layer_name(index)), writer)
             writer.close_shard()
+            progress.finish_layer(done, tensors, report, statistics.state())
         writer.finish()
-        manifest = _manifest(checkpoint, calibration, recipe, plan, reports)
-        save_tensors(router, folder / ROUTER_FILE)
-        save_tensors(pictures, folder / PICTURE_FILE)
+        manifest = _manifest(checkpoint, calibration, recipe, plan, done.reports)
+        save_tensors(done.router, folder / ROUTER_FILE)
+        save_tensors(done.pictures, folder / PICTURE_FILE)
         _write_side_files(checkpoint, folder, manifest)
         write_json(folder / MANIFEST, manifest)
     return manifest
@@ -153,10 +171,8 @@ def _refactor_layer(
     tilt_bound: float,
     on_expert: OnExpert | None,
     writer: ShardWriter,
-    router: dict[str, torch.Tensor],
-    pictures: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """Refactor one layer and queue its tensors; adds to `router` and `pictures`, returns the layer's report."""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Progress`."""
     index = statistics.layer
     name = block_name(source, index)
     target_block = target_model.get_submodule(name)
@@ -177,15 +193,19 @@ def _refactor_layer(
         except InputError as error:
             raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
         # Clones: leaving the block sends the source's own tensors back to the meta device.
-        router |= {f"{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
-    pictures |= {f"layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
+        tensors = {f"router.{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+    tensors |= {f"pictures.layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
     target_block.to("meta")
     converted = {tensor for part in parts for tensor in source.tensors_under(part)}
     _copy(source, [tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted], writer)
     on_disk = names_on_disk(target_model, {f"{name}.{leaf}": value for leaf, value in result.state.items()})
     for tensor_name, tensor in on_disk.items():
         writer.add(tensor_name, tensor)
-    return result.report
+    return result.report, tensors
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def _manifest(
@@ -202,7 +222,7 @@ def _manifest(
         "result": plan.after,
         "recipe": recipe.recorded(),
         "calibration": calibration,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": _versions(),
         "layers": reports,
     }
 

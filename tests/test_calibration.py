@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, load, logits
 
-from calibration import OBSERVED, Calibration, LayerCollector, LayerStream, Statistics, load_tokenizer, profile, token_rows
+from calibration import OBSERVED, Calibration, LayerCollector, LayerStream, Profile, Statistics, load_tokenizer, token_rows
 from calibration.text import Source
 from checkpoints import Checkpoint, moe_block
 from prism_errors import UsageError
@@ -63,7 +63,7 @@ def naive_statistics(folder, rows):
 def test_statistics_are_those_of_the_whole_model(models, family):
     checkpoint = Checkpoint(models[family])
     rows = QUICK.rows(checkpoint)
-    collected = {statistics.layer: statistics for statistics in profile(checkpoint, QUICK, rows)}
+    collected = {statistics.layer: statistics for statistics in Profile(checkpoint, QUICK, rows)}
     with torch.no_grad():
         expected = naive_statistics(models[family], rows)
     assert collected.keys() == expected.keys()
@@ -97,7 +97,7 @@ def test_samples_do_not_depend_on_the_batch_size_but_on_the_seed(models):
         values = {"num_samples": 6, "max_seq_length": 48, "tokens_per_expert": 20, **changes}
         calibration = Calibration(**values)
         return [
-            sample for statistics in profile(checkpoint, calibration, calibration.rows(checkpoint)) for sample in statistics.activations
+            sample for statistics in Profile(checkpoint, calibration, calibration.rows(checkpoint)) for sample in statistics.activations
         ]
 
     one, other = samples(batch_size=1), samples(batch_size=6)
@@ -237,7 +237,7 @@ def test_profile_command_writes_what_it_says(tmp_path, models, command):
     stored = list(Statistics(stats, Checkpoint(models["qwen2_moe"])))
     calibration = Calibration(num_samples=8, max_seq_length=64, tokens_per_expert=64)
     checkpoint = Checkpoint(models["qwen2_moe"])
-    direct = list(profile(checkpoint, calibration, calibration.rows(checkpoint)))
+    direct = list(Profile(checkpoint, calibration, calibration.rows(checkpoint)))
     for a, b in zip(stored, direct, strict=True):
         assert torch.equal(a.inputs, b.inputs)
         assert all(torch.equal(x, y) for x, y in zip(a.activations, b.activations, strict=True))

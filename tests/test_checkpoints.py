@@ -206,7 +206,7 @@ def test_an_interrupted_sync_or_rename_leaves_the_old_folder(tmp_path, monkeypat
         with output_folder(target):
             pass
 
-    for name in ("checkpoints.writer._sync", "pathlib.Path.unlink"):
+    for name in ("checkpoints.writer.sync", "pathlib.Path.unlink"):
         with monkeypatch.context() as patch:
             patch.setattr(name, lambda path, missing_ok=False: None if missing_ok else interrupted())
             with pytest.raises(KeyboardInterrupt):
