@@ -216,6 +216,9 @@ def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:
         raise UsageError(
             f"--resume: {partial} belongs to a run with {name} {before.get(name)}, not {now.get(name)}; use the same or remove it"
         )
+    # What a killed run was about to give its name.
+    for leftover in partial.rglob(".*.partial"):
+        leftover.unlink()
     return True
 
 

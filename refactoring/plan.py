@@ -71,6 +71,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe.sub_experts)
     bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
     router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
+    # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
+    text_bytes = 2 * _text_bytes(layered, calibration)
     return Plan(
         before=before,
         after=after,
@@ -78,7 +80,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + extra_tensors,
         bytes_out=bytes_out,
-        disk_needed=bytes_out + 4 * router_bytes,
+        disk_needed=bytes_out + 4 * router_bytes + text_bytes,
         disk_free=free_disk(target),
         memory_needed=_memory(layered, layers, calibration),
         memory_free=psutil.virtual_memory().available,
@@ -178,13 +180,19 @@ def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, 
         )
 
 
+def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
+    """Size of the hidden states of the calibration text."""
+    tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
+    return tokens * layered.checkpoint.config.hidden_size * calibration.resolved_dtype(layered.checkpoint).itemsize
+
+
 def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     width = torch.finfo(calibration.resolved_dtype(layered.checkpoint)).bits // 8
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
     count, hidden, neurons = expert_shape(experts)
     tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
-    store = tokens * hidden * width
+    store = _text_bytes(layered, calibration)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
     return int(2.5 * largest * width) + store + sample + 2 * inputs + _FIXED_BYTES

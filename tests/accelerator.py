@@ -13,21 +13,15 @@ import torch
 # Views of wrapper subclasses cannot be made in inference mode.
 torch.inference_mode = torch.no_grad
 
+from conftest import COMMANDS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
 from calibration import Calibration
-from prism_cli import door, evaluate, finetune, profile, refactor, verify
+from prism_cli import door
 
-COMMANDS = {
-    "prism-eval": evaluate,
-    "prism-finetune": finetune,
-    "prism-profile": profile,
-    "prism-refactor": refactor,
-    "prism-verify": verify,
-}
 NAME = "standin"
 aten = torch.ops.aten
 # Copying is how tensors change their device; what is indexed on a device may have its indices on the CPU.
