@@ -108,6 +108,11 @@ class Profile:
             # Not kept while the next layer runs.
             del statistics
 
+    def origin(self) -> str:
+        """Where the statistics come from, as far as it decides their bytes and `Calibration.recorded` does not say it."""
+        dtype = str(self.calibration.resolved_dtype(self.checkpoint)).removeprefix("torch.")
+        return f"profiled in {dtype} on {self.calibration.resolved_device()}"
+
     def state(self) -> dict[str, torch.Tensor]:
         """Where the text is: its hidden states [S, T, H] and how many layers they have passed. Empty before the first layer."""
         return {} if self._hidden is None else {"hidden": self._hidden, "position": torch.tensor([self._position])}

@@ -117,6 +117,10 @@ class Statistics:
             if layer >= self._first:
                 yield self._read(layer)
 
+    def origin(self) -> str:
+        """Where the statistics come from."""
+        return "read from --stats"
+
     def state(self) -> dict[str, torch.Tensor]:
         """None is needed: the layers are read one by one."""
         return {}

@@ -55,6 +55,8 @@ class LayerStream:
     ):
         self.layered = LayeredModel(checkpoint, dtype, device)
         self.model = self.layered.model
+        # Layers that are stood in for have none to give.
+        self.model.config.output_router_logits = False
         self.device, self.batch_size = device, batch_size
         shape = (*rows.shape, checkpoint.config.hidden_size)
         self.states = [_allocate(shape, dtype, states) for _ in range(states)]

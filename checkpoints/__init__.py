@@ -27,6 +27,7 @@ from checkpoints.writer import (
     save_tensors,
     side_files,
     sync,
+    unfinished_bytes,
     write_json,
 )
 
@@ -58,5 +59,6 @@ __all__ = [
     "side_files",
     "split_experts",
     "sync",
+    "unfinished_bytes",
     "write_json",
 ]

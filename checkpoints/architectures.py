@@ -33,8 +33,15 @@ class Architecture:
     correction: str | None = None
 
     def sizes(self, config: Any) -> dict[str, int]:
-        """The sizes that change, as {config key: value}, from a transformers config: `num_experts`, `top_k`, `width`, perhaps `shared`."""
+        """The sizes that change, as {config key: value}, from a transformers config: `num_experts`, `top_k`, `width`, perhaps `shared`.
+
+        Raises:
+            InputError: one of them is not there.
+        """
         keys = [self.num_experts, self.top_k, self.width] + ([self.shared] if self.shared else [])
+        missing = [key for key in keys if getattr(config, key, None) is None]
+        if missing:
+            raise InputError(f"has no {missing[0]}, which a {self.model_type} needs; complete it")
         return {key: int(getattr(config, key)) for key in keys}
 
     def refactored_sizes(self, config: Any, sub_experts: int) -> dict[str, int]:
@@ -124,6 +131,10 @@ def describe(config: Any, where: str) -> Architecture:
         reason = REFUSED.get(config.model_type)
         what = f"cannot be split: {reason}" if reason else f"is not a supported Mixture-of-Experts; supported: {supported}"
         raise InputError(f"{where}: model_type '{config.model_type}' {what}")
+    try:
+        architecture.sizes(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     obstacle = architecture.obstacle(config)
     if obstacle:
         raise InputError(f"{where}: this {config.model_type} cannot be split: {obstacle}")

@@ -90,6 +90,7 @@ def output_file(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield partial
+        sync([partial])
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -164,6 +165,11 @@ def finished_layers(target: Path) -> int:
     return len(list((partial_folder(target) / STATE).glob("layer-*.json")))
 
 
+def unfinished_bytes(target: Path) -> int:
+    """Size of what an interrupted run has left for the folder `target`."""
+    return sum(path.stat().st_size for path in partial_folder(target).rglob("*") if path.is_file())
+
+
 @contextmanager
 def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: bool = False) -> Iterator[Path]:
     """A temporary folder `TARGET.partial` that becomes TARGET if the block ends well and is removed if it does not.
@@ -194,10 +200,10 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
             if not (identity is not None and finished_layers(target) and _may_go_on(partial, identity, resume)):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
+                (partial / INCOMPLETE).touch()
                 write_json(partial / INCOMPLETE, identity)
             yield partial
             sync([*partial.rglob("*"), partial])
-            shutil.rmtree(partial / STATE, ignore_errors=True)
             _replace(partial, target)
         finally:
             if (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
@@ -216,9 +222,10 @@ def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:
         raise UsageError(
             f"--resume: {partial} belongs to a run with {name} {before.get(name)}, not {now.get(name)}; use the same or remove it"
         )
-    # What a killed run was about to give its name.
-    for leftover in partial.rglob(".*.partial"):
-        leftover.unlink()
+    # What a killed run was about to give its name: our files end in .partial, those of safetensors begin with .tmp.
+    for leftover in partial.rglob(".*"):
+        if leftover.is_file() and leftover.name != INCOMPLETE:
+            leftover.unlink()
     return True
 
 
@@ -240,16 +247,21 @@ def sync(paths: Iterable[Path]) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Put the finished folder in the place of what is there; whatever interrupts this, one of the two is at `target`."""
+    """Put the finished folder in the place of what is there, without its state; an error leaves what was there, and the state."""
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         if target.exists():
             target.rename(old / target.name)
-        (partial / INCOMPLETE).unlink()
+        for name in (STATE, INCOMPLETE):
+            if (partial / name).exists():
+                (partial / name).rename(old / name)
         partial.rename(target)
     except BaseException:
         if not target.exists() and (old / target.name).exists():
             (old / target.name).rename(target)
+        for name in (INCOMPLETE, STATE):
+            if partial.exists() and (old / name).exists():
+                (old / name).rename(partial / name)
         raise
     finally:
         shutil.rmtree(old)

@@ -39,8 +39,11 @@ class CostModel:
         embedding = model.get_input_embeddings().weight
         tied = model.get_output_embeddings().weight is embedding
         config = checkpoint.config
-        heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        attention = 4 * heads * (length // 2) * config.num_hidden_layers
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Keys and values of latent attention have sizes of their own.
+        widths = config.qk_head_dim + config.v_head_dim if hasattr(config, "qk_head_dim") else 2 * head
+        layers = [kind for kind in getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers if "attention" in kind]
+        attention = 2 * config.num_attention_heads * widths * (length // 2) * len(layers)
         self.fixed_flops = 2 * (self.dense - (0 if tied else embedding.numel())) + attention
 
     def at(self, per_layer: list[int]) -> Cost:

@@ -30,6 +30,7 @@ depends on how scores are made:
 
 A correction is added to the scores when experts are chosen. It is repeated like a row, and divided by N where copies divide the scores.
 A number of shared experts is multiplied with N where their width is that many times the experts' width, which is divided by N.
+Layers that predict further tokens are copied byte for byte; `num_nextn_predict_layers` becomes 0, because the sizes are no longer theirs.
 """
 
 

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 import solvers
 from calibration import Calibration, Profile, Statistics
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished_layers, gib
+from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished_layers, gib, unfinished_bytes
 from prism_cli.architectures import list_architectures
 from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
@@ -123,11 +123,11 @@ def main(
         _refuse_with_stats(context)
         statistics = Statistics(stats, checkpoint)
         calibration = Calibration(**statistics.calibration)
-    plan = make_plan(checkpoint, recipe, calibration, out_dir)
+    plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None)
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, workers, statistics is not None))
         return
-    check_disk(out_dir, plan.disk_needed)
+    check_disk(out_dir, plan.disk_needed - (unfinished_bytes(out_dir) if resume else 0))
     layers = checkpoint.config.num_hidden_layers
     # Of a layer's progress, the first half is profiling where there is any.
     half = 0.5 if statistics is None else 0.0
@@ -138,7 +138,10 @@ def main(
     def on_expert(layer: int, done: int, total: int) -> None:
         reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
 
+    begun: list[int] = []
+
     def on_start(done: int) -> None:
+        begun.append(done)
         if done:
             reporter.line(f"going on after layer {done - 1} ({done}/{layers})", event="resumed", layer=done - 1, layers=layers)
 
@@ -152,7 +155,7 @@ def main(
         )
     else:
         arriving, recorded, shortage = statistics, statistics.calibration, None
-    with _telling_what_is_left(out_dir, layers, reporter):
+    with _telling_what_is_left(out_dir, layers, begun, reporter):
         manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, resume, on_expert, on_start)
     reporter.close()
     if shortage:
@@ -162,14 +165,12 @@ def main(
 
 
 @contextmanager
-def _telling_what_is_left(out_dir: Path, layers: int, reporter: Reporter) -> Iterator[None]:
-    """Say that finished layers are kept when a run ends before it is done."""
+def _telling_what_is_left(out_dir: Path, layers: int, begun: list[int], reporter: Reporter) -> Iterator[None]:
+    """Say that finished layers are kept when a run that has `begun` ends before it is done."""
     try:
         yield
-    except UsageError:
-        raise
     except BaseException as error:
-        done = finished_layers(out_dir)
+        done = finished_layers(out_dir) if begun else 0
         if done:
             reporter.close()
             click.echo(f"stopped with {done} of {layers} layers done; --resume goes on after them", err=True)

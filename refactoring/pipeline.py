@@ -82,7 +82,7 @@ def refactor(
         "calibration": calibration,
         "recipe": recipe.recorded(),
         "versions": _versions(),
-        "statistics": type(statistics).__name__,
+        "statistics": statistics.origin(),
     }
     with output_folder(target, identity, resume) as folder:
         config = _write_config(checkpoint, folder, recipe, plan)
@@ -145,6 +145,9 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     }
     if recipe.router != "replicate":
         values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
+    # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
+    if values.get("num_nextn_predict_layers"):
+        values["num_nextn_predict_layers"] = 0
     write_json(folder / "config.json", values)
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

@@ -46,8 +46,8 @@ class Plan:
     compute: int
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path) -> Plan:
-    """Work out a run without doing any of it.
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path, profiled: bool) -> Plan:
+    """Work out a run without doing any of it; `profiled`: it runs the calibration text itself.
 
     Raises:
         UsageError: the number of sub-experts does not fit the model.
@@ -72,7 +72,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
     router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
-    text_bytes = 2 * _text_bytes(layered, calibration)
+    text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
         before=before,
         after=after,

@@ -70,9 +70,9 @@ class Progress:
         file = f"text-{index:05d}.safetensors"
         if text:
             save_tensors(text, self.folder / file)
-        sync([*self.writer.unsynced(), *self.folder.iterdir()])
+        sync([*self.writer.unsynced(), *self.folder.iterdir(), self.folder.parent])
         write_json(self._path(index, "json"), {"shards": self.writer.shards, "report": report, "text": file if text else None})
-        sync([self._path(index, "json"), self.folder])
+        sync([self.folder])
         for old in self.folder.glob("text-*.safetensors"):
             if old.name != file:
                 old.unlink()

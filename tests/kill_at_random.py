@@ -1,6 +1,7 @@
 """Run prism-refactor --resume and kill it (SIGKILL) at random moments until a run ends: python tests/kill_at_random.py SEED ARGUMENTS...
 
-Prints how many layers were finished after every kill. Each run is a fork of this process, which has imported everything already.
+Prints how many layers were finished after every kill. Every other kill waits for another layer first, so that the run ends on any machine.
+Each run is a fork of this process, which has imported everything already.
 """
 
 import json
@@ -11,23 +12,27 @@ import sys
 import time
 from pathlib import Path
 
+from checkpoints import finished_layers
 from prism_cli import door, refactor
 
-# Seconds to the kill, at most, at first; every try may take a little longer, so that the run ends on any machine.
-LONGEST, LONGER, MOST = 0.3, 1.1, 60
+LONGEST, LAYER = 0.4, 0.1
 
 if __name__ == "__main__":
     chance, arguments, finished = random.Random(int(sys.argv[1])), [*sys.argv[2:], "--resume", "--quiet"], []
     out = Path(sys.argv[3])
-    while len(finished) < MOST:
+    while True:
         child = os.fork()
         if child == 0:
             os._exit(door.run(refactor.main.command, arguments))
-        time.sleep(chance.random() * LONGEST * LONGER ** len(finished))
+        before = finished_layers(out)
+        if len(finished) % 2:
+            while finished_layers(out) == before and not out.exists():
+                time.sleep(0.005)
+        time.sleep(chance.random() * (LAYER if len(finished) % 2 else LONGEST))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if out.exists():
             break
         assert os.WIFSIGNALED(status), "it ended by itself, without a result"
-        finished.append(len(list((out.with_name(f"{out.name}.partial") / ".state").glob("layer-*.json"))))
+        finished.append(finished_layers(out))
     print(json.dumps(finished))

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,12 +207,16 @@ def test_an_interrupted_sync_or_rename_leaves_the_old_folder(tmp_path, monkeypat
         with output_folder(target):
             pass
 
-    for name in ("checkpoints.writer.sync", "pathlib.Path.unlink"):
+    rename = Path.rename
+    stops = {
+        "checkpoints.writer.sync": interrupted,
+        "pathlib.Path.rename": lambda path, to: interrupted() if path.name == "out.partial" else rename(path, to),
+    }
+    for name, stop in stops.items():
         with monkeypatch.context() as patch:
-            patch.setattr(name, lambda path, missing_ok=False: None if missing_ok else interrupted())
+            patch.setattr(name, stop)
             with pytest.raises(KeyboardInterrupt):
                 write()
-        (tmp_path / ".out.lock").unlink(missing_ok=True)
         assert files(tmp_path) == {"out/old": b""}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

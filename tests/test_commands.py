@@ -149,6 +149,7 @@ def test_explain_says_how_a_checkpoint_can_be_split(models, command):
         ({"model_type": "hunyuan_v1_moe"}, "cannot be split: its shared MLP takes its width from the same key"),
         ({"n_group": 4, "topk_group": 2}, "this dots1 cannot be split: n_group 4: its router adds the two best experts of every group"),
         ({"model_type": "llama"}, "is not a supported Mixture-of-Experts; supported: deepseek_v2"),
+        ({"n_shared_experts": None}, "config.json: has no n_shared_experts, which a dots1 needs; complete it"),
         ({"moe_intermediate_size": 6}, "no number of sub-experts fits its expert width"),
     ],
 )

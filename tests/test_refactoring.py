@@ -318,7 +318,7 @@ def test_experts_without_tokens_are_reported_or_refused(tmp_path, command, model
     assert result.code == 3
     assert f"layer {unrouted[0][0]}: experts {unrouted[0][1]} saw no token (--strict)" in result.err
     assert not (tmp_path / "out2").exists()
-    result = command("prism-refactor", source, tmp_path / "out2", *FAST, "--num-samples", "2")
+    result = command("prism-refactor", source, tmp_path / "out2", *FAST, "--num-samples", "2", "--resume")
     assert f"warning: layer {unrouted[0][0]}: no token reached expert" in result.err
     assert command("prism-verify", source, out, "--num-samples", "1", "--max-seq-length", "32").code == 0
 
@@ -451,7 +451,7 @@ def test_verify_notices_a_wrong_file(tmp_path, models, command, change, name, co
 def test_planning_leaves_the_checkpoints_config_alone(tmp_path, models):
     checkpoint = Checkpoint(models["olmoe"])
     checkpoint.config.dtype = torch.bfloat16
-    make_plan(checkpoint, Recipe(), Calibration(), tmp_path / "out")
+    make_plan(checkpoint, Recipe(), Calibration(), tmp_path / "out", True)
     assert checkpoint.config.dtype == torch.bfloat16
 
 
@@ -610,3 +610,19 @@ def test_gate_neurons_are_the_papers():
         totals = [sum(coactivation[c, other].item() for other in members) for c in members]
         best = sorted(range(len(members)), key=lambda position: -totals[position])[:4]
         assert chosen.tolist() == best
+
+
+def test_a_model_that_gives_router_logits_and_predicts_further_tokens(tmp_path, command):
+    """Its extra layer passes through and is switched off, because config.json has the sizes of the others."""
+    source = build("glm4_moe", tmp_path / "source", num_nextn_predict_layers=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1, "output_router_logits": True}))
+    extra = {"model.layers.46.mlp.gate.weight": torch.ones(8, 32)}
+    tensors = load_file(source / "model.safetensors") | extra
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    out = refactored(command, source, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    result = Checkpoint(out)
+    with result.slices(extra) as slices:
+        assert torch.equal(slices["model.layers.46.mlp.gate.weight"][...], torch.ones(8, 32))
+    assert command("prism-verify", source, out, "--num-samples", "1", "--max-seq-length", "32").code == 0
