@@ -62,6 +62,10 @@ class Calibration:
             raise UsageError(f"--max-seq-length {self.max_seq_length}: the model takes at most {limit} tokens")
         return self.max_seq_length
 
+    def tokens(self, checkpoint: Checkpoint) -> int:
+        """Tokens of the text, where there is enough of it."""
+        return self.num_samples * self.sequence_length(checkpoint)
+
     def recorded(self, rows: torch.Tensor) -> dict[str, Any]:
         """What a manifest says about a run over `rows`: the rows there were, which may be fewer or shorter than asked for."""
         counted = {"num_samples": rows.shape[0], "max_seq_length": rows.shape[1]}

@@ -84,7 +84,7 @@ def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
     architecture, config = checkpoint.architecture, checkpoint.config
     experts, _, neurons, *_ = architecture.sizes(config).values()
     width = calibration.resolved_dtype(checkpoint).itemsize
-    tokens = calibration.num_samples * calibration.sequence_length(checkpoint)
+    tokens = calibration.tokens(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
     inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
     return config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2))

@@ -91,17 +91,22 @@ class LayerStream:
         for module in self.model.modules():
             if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
                 module.to(self.device)
+        with self._layers_as(stand_in), self.layered.loaded(name):
+            for batch in self._batches():
+                received.clear()
+                with suppress(_LayersReached):
+                    self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
+                for state in self.states:
+                    state[batch] = received[0][0].cpu()
+                self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+
+    @contextmanager
+    def _layers_as(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Let something else stand in for every decoder layer for a while."""
         for layer in self.layered.layers:
-            layer.forward = stand_in
+            layer.forward = forward
         try:
-            with self.layered.loaded(name):
-                for batch in self._batches():
-                    received.clear()
-                    with suppress(_LayersReached):
-                        self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
-                    for state in self.states:
-                        state[batch] = received[0][0].cpu()
-                    self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+            yield
         finally:
             for layer in self.layered.layers:
                 del layer.forward
@@ -136,13 +141,10 @@ class LayerStream:
             self.model.tie_weights()
 
             def logits(hidden: torch.Tensor) -> torch.Tensor:
-                for layer in self.layered.layers:
-                    layer.forward = lambda *_, **__: hidden[None]
-                return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+                with self._layers_as(lambda *_, **__: hidden[None]):
+                    return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
             try:
                 yield logits
             finally:
-                for layer in self.layered.layers:
-                    layer.__dict__.pop("forward", None)
                 self.model.get_output_embeddings().to("meta")

@@ -42,8 +42,9 @@ class CostModel:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Keys and values of latent attention have sizes of their own.
         widths = config.qk_head_dim + config.v_head_dim if hasattr(config, "qk_head_dim") else 2 * head
-        layers = [kind for kind in getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers if "attention" in kind]
-        attention = 2 * config.num_attention_heads * widths * (length // 2) * len(layers)
+        kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+        attention_layers = sum("attention" in kind for kind in kinds)
+        attention = 2 * config.num_attention_heads * widths * (length // 2) * attention_layers
         self.fixed_flops = 2 * (self.dense - (0 if tied else embedding.numel())) + attention
 
     def at(self, per_layer: list[int]) -> Cost:

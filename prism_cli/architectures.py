@@ -68,12 +68,15 @@ def explain(context: click.Context, _: click.Parameter, folder: Path | None) -> 
     """Callback of an eager option: print how the checkpoint in `folder` would be split and exit.
 
     Raises:
-        InputError: it cannot be, with the reason.
+        InputError, UsageError: it cannot be, with the reason.
     """
     if folder is not None:
         logging.set_verbosity_error()
         checkpoint = Checkpoint(folder)
-        click.echo(_explanation(checkpoint, possible_splits(checkpoint)))
+        splits = possible_splits(checkpoint)
+        if not splits.possible:
+            raise UsageError(f"{folder}: no number of sub-experts fits its expert width: {splits.reason}")
+        click.echo(_explanation(checkpoint, splits))
         context.exit()
 
 
@@ -88,12 +91,10 @@ def _explanation(checkpoint: Checkpoint, splits: Splits) -> str:
         ("down_proj", "multiplied with N, because N copies share an expert's weight" if factor else "unchanged: copies keep the weight"),
         ("correction", architecture.correction or "none"),
         ("weights", splits.dtype),
-        ("--sub-experts", ", ".join(map(str, splits.possible)) or "none fits"),
+        ("--sub-experts", ", ".join(map(str, splits.possible))),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.rjust(width)}  {value}" for name, value in facts]
-    if not splits.possible:
-        raise UsageError(f"{checkpoint.path}: no number of sub-experts fits its expert width: {splits.reason}")
     return "\n".join([f"{checkpoint.path} can be split:", *lines])
 
 

@@ -117,6 +117,11 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     return main
 
 
+def exit_of(stop: BaseException) -> click.exceptions.Exit:
+    """The exit of a command that a signal stopped (KeyboardInterrupt or SystemExit) and that has said itself what is left."""
+    return click.exceptions.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED)
+
+
 def _terminate(*_: Any) -> NoReturn:
     raise SystemExit(TERMINATED)
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from calibration import DTYPES, Calibration
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, names_on_disk, output_file, output_folder, save_tensors, write_json
-from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
+from prism_cli.door import Reporter, command, exit_of
 from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add
 from prism_cli.report import PAGE
@@ -156,7 +156,7 @@ def _train(training: Training, store: _Store, reporter: Reporter) -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         store.write(training.state())
         click.echo(f"stopped after step {training.step} of {steps}; --resume goes on", err=True)
-        raise click.exceptions.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED) from None
+        raise exit_of(stop) from None
     finally:
         bar.close()
 

@@ -15,7 +15,7 @@ import solvers
 from calibration import Calibration, Profile, Statistics
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished_layers, gib, unfinished_bytes
 from prism_cli.architectures import list_architectures
-from prism_cli.door import INTERRUPTED, TERMINATED, Reporter, command
+from prism_cli.door import Reporter, command, exit_of
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
 from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, partition_seconds, profile_seconds, refactor
@@ -175,7 +175,7 @@ def _telling_what_is_left(out_dir: Path, layers: int, begun: list[int], reporter
             reporter.close()
             click.echo(f"stopped with {done} of {layers} layers done; --resume goes on after them", err=True)
             if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise click.exceptions.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
+                raise exit_of(error) from None
         raise
 
 

@@ -88,8 +88,9 @@ def refactor_layer(
     state |= {f"experts.{name}": value for name, value in split.items()}
     _fill(target, state)
     fitting, held_out = Routed.by(source, statistics.inputs).split()
-    router = original_routing(source) | {"neuron_sub_expert": labels.int()}
-    original = {name: value.float() for name, value in original_routing(source).items()}
+    stored = original_routing(source)
+    router = stored | {"neuron_sub_expert": labels.int()}
+    original = {name: value.float() for name, value in stored.items()}
     with in_float32(target):
         router |= _fit_router(target, config, original, statistics, labels, fitting, recipe)
     # The paper's proxies and replicate leave the stock gate as it was.

@@ -182,8 +182,8 @@ def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, 
 
 def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
     """Size of the hidden states of the calibration text."""
-    tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
-    return tokens * layered.checkpoint.config.hidden_size * calibration.resolved_dtype(layered.checkpoint).itemsize
+    checkpoint = layered.checkpoint
+    return calibration.tokens(checkpoint) * checkpoint.config.hidden_size * calibration.resolved_dtype(checkpoint).itemsize
 
 
 def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
@@ -191,7 +191,7 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
     count, hidden, neurons = expert_shape(experts)
-    tokens = calibration.num_samples * calibration.sequence_length(layered.checkpoint)
+    tokens = calibration.tokens(layered.checkpoint)
     store = _text_bytes(layered, calibration)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
@@ -204,7 +204,7 @@ def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration)
     count, hidden, neurons = expert_shape(block.experts)
     active = getattr(config, architecture.top_k) * 3 * hidden * neurons
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
-    return calibration.num_samples * calibration.sequence_length(layered.checkpoint) * (dense + len(layers) * active)
+    return calibration.tokens(layered.checkpoint) * (dense + len(layers) * active)
 
 
 def profile_seconds(plan: Plan) -> float:

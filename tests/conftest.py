@@ -109,7 +109,7 @@ def build(family: str, folder: Path, **changes) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         # Zero in a new model, and then nothing would show what becomes of them.
-        if name.endswith(("bias", "correction_bias")):
+        if name.endswith("bias"):
             torch.nn.init.normal_(value, std=0.2)
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
