@@ -25,11 +25,10 @@ GENERATIONS_PER_PATIENCE = 3
 DOUBLINGS = 2
 CROSSOVER = 0.8
 MUTATED_SHARE = 0.03
-# Swaps tried in the annealing of offspring, and in that of the final partition, per neuron and group; so many in a row between the same
-# two groups.
-SWAPS, FINAL_SWAPS, RUN = 5, 150, 50
-# Temperatures, in units of (mean difference between two neurons' saliency) x sqrt(tokens), about what a swap of two neurons changes by
-# chance. Offspring: from a random one between the first two down to the third; the final partition: from the second to the fourth.
+# Swaps tried in the annealing of offspring, and in that of the final partition, per neuron and group.
+SWAPS, FINAL_SWAPS = 5, 150
+# Temperatures (`methods.cool`). Offspring: from a random one between the first two down to the third; the final partition: from the
+# second to the fourth.
 WARMEST, WARM, COLD, COLDEST = 0.6, 0.3, 0.03, 0.001
 # A smaller relative gain is none.
 GAIN = 1e-7
@@ -90,8 +89,6 @@ class _Evaluation:
     def __init__(self, problem: Problem, swaps: int, rng: np.random.Generator):
         # Swaps per neuron and group in the annealing of the next child.
         self.problem, self.swaps, self.rng = problem, swaps, rng
-        shifted = problem.by_neuron[rng.permutation(problem.neurons)]
-        self.scale = float(np.abs(problem.by_neuron - shifted).mean(dtype=np.float64)) * len(problem.saliency) ** 0.5
 
     def ascended(self, individual: np.ndarray) -> tuple[float]:
         """After alternating ascent."""
@@ -100,23 +97,18 @@ class _Evaluation:
 
     def annealed(self, individual: np.ndarray) -> tuple[float]:
         """After an annealing of `self.swaps` swaps per neuron and group from a random temperature, then ascent."""
-        self._anneal(individual.view(np.ndarray), self.swaps, WARM * (WARMEST / WARM) ** self.rng.random(), COLD)
+        warm = WARM * (WARMEST / WARM) ** self.rng.random()
+        methods.cool(self.problem, individual.view(np.ndarray), self.swaps, warm, COLD, self.rng)
         return self.ascended(individual)
 
     def polished(self, labels: np.ndarray) -> np.ndarray:
         """A swap-optimal partition near `labels`: a long, cool annealing leaves little to the exhaustive descent."""
         problem = self.problem
         labels = labels.copy()
-        self._anneal(labels, FINAL_SWAPS, WARM, COLDEST)
+        methods.cool(problem, labels, FINAL_SWAPS, WARM, COLDEST, self.rng)
         kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
         kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
         return labels
-
-    def _anneal(self, labels: np.ndarray, swaps: int, start: float, end: float) -> None:
-        problem = self.problem
-        total = swaps * problem.neurons * problem.num_groups
-        cooling = (end / start) ** (1 / total)
-        kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, total, start * self.scale, cooling, RUN, self.rng)
 
 
 def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator) -> base.Toolbox:
@@ -146,9 +138,9 @@ def genetic(
     """Evolve partitions that are each a local optimum of the alternating ascent, and make the best of them swap-optimal.
 
     A (mu + lambda) scheme built from DEAP's own parts: mates match their groups by overlap and keep what both place alike; mutants
-    have a few of their neurons dealt out again; every child is annealed from a random temperature and ascended. It starts from what
-    the cheap methods find (`methods.ascent`'s starts, `greedy`, the paper's `annealing`), so it is never worse than they are from the
-    same seed. Restores the caller's `random` state.
+    have a few of their neurons dealt out again; every child is annealed from a random temperature and ascended. It starts from random
+    partitions and from what the cheap methods find (`ascent`, `greedy`, the paper's `annealing`), so it is never worse than they are
+    from the same seed. Restores the caller's `random` state.
 
     Args:
         problem: what to partition.
@@ -182,7 +174,8 @@ def genetic(
     if unknown := set(operators) - {"mate", "mutate", "select"}:
         raise UsageError(f"genetic: no operator '{min(unknown)}'; there are mate, mutate and select")
     rng = np.random.default_rng(seed)
-    starts = _starts(problem, seed, rng, population)
+    starts = [problem.random(rng) for _ in range(population)]
+    starts += [solver(problem, seed) for solver in (methods.ascent, methods.greedy, methods.annealing)]
     evaluation = _Evaluation(problem, swaps, rng)
     toolbox = _toolbox(problem, evaluation, rng)
     for name, operator in operators.items():
@@ -211,12 +204,6 @@ def genetic(
             # What short annealings no longer better may need a longer one.
             evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * swaps
     return evaluation.polished(np.array(hall_of_fame[0]))
-
-
-def _starts(problem: Problem, seed: int, rng: np.random.Generator, population: int) -> list[np.ndarray]:
-    """The starts of `methods.ascent` from this seed (the first draws of `rng`), more for a larger population, and two better ones."""
-    randoms = [problem.random(rng) for _ in range(max(methods.ASCENT_STARTS, population))]
-    return [*randoms, methods.greedy(problem, seed), methods.annealing(problem, seed)]
 
 
 def _check_balance(individuals, problem: Problem) -> None:

@@ -9,7 +9,10 @@ from prism_errors import UsageError
 from solvers import kernels
 from solvers.problem import Problem
 
-ASCENT_STARTS = 8
+# Random partitions that `ascent` starts from, and the annealing of each: swaps per neuron and group.
+ASCENT_STARTS, ASCENT_SWAPS = 2, 40
+# Temperatures, in units of `Problem.swap_scale`, and how many swaps in a row between the same two groups.
+ASCENT_WARM, ASCENT_COLD, RUN = 1.0, 0.03, 50
 ANNEALING_ITERATIONS = 100_000
 ANNEALING_TEMPERATURE = 100.0
 ANNEALING_COOLING = 0.995
@@ -43,11 +46,24 @@ def greedy(problem: Problem, seed: int) -> np.ndarray:
 
 
 def ascent(problem: Problem, seed: int) -> np.ndarray:
-    """The best of several random partitions, each improved by alternating top-m selection and optimal balanced assignment."""
+    """The best of several short annealings, each then improved by alternating top-m selection and optimal balanced assignment.
+
+    From random partitions themselves the alternation ends far above the paper's annealing where neurons are independent, or N is large.
+    """
     rng = np.random.default_rng(seed)
     starts = [problem.random(rng) for _ in range(ASCENT_STARTS)]
+    for labels in starts:
+        cool(problem, labels, ASCENT_SWAPS, ASCENT_WARM, ASCENT_COLD, rng)
     kept = [kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept) for labels in starts]
     return starts[int(np.argmax(kept))]
+
+
+def cool(problem: Problem, labels: np.ndarray, swaps: int, start: float, end: float, rng: np.random.Generator) -> None:
+    """Anneal in place with `swaps` per neuron and group, from temperature `start` down to `end`, in units of `problem.swap_scale`."""
+    total = swaps * problem.neurons * problem.num_groups
+    cooling = (end / start) ** (1 / total)
+    temperature = start * problem.swap_scale
+    kernels.anneal(problem.by_neuron, labels, problem.num_groups, problem.kept, total, temperature, cooling, RUN, rng)
 
 
 def annealing(problem: Problem, seed: int) -> np.ndarray:

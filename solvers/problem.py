@@ -1,6 +1,7 @@
 """The partitioning problem and its answer, on plain arrays."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -58,6 +59,12 @@ class Problem:
     def neurons(self) -> int:
         """C."""
         return self.saliency.shape[1]
+
+    @cached_property
+    def swap_scale(self) -> float:
+        """About what a swap of two neurons changes by chance: their mean difference in saliency x sqrt(B). Temperatures are in this unit."""
+        others = self.by_neuron[np.random.default_rng(0).permutation(self.neurons)]
+        return float(np.abs(self.by_neuron - others).mean(dtype=np.float64)) * len(self.saliency) ** 0.5
 
     def contiguous(self) -> np.ndarray:
         """The partition a checkpoint starts with: neurons in their stored order, int32 [C]."""
