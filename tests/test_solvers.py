@@ -126,6 +126,13 @@ def test_genetic_is_never_worse_than_what_it_starts_from(problem, seed):
     assert loss["genetic"] <= min(loss.values()) + 1e-7
 
 
+@pytest.mark.parametrize(("num_groups", "kept"), [(4, 1), (16, 8)])
+def test_ascent_ends_below_the_papers_annealing_on_independent_neurons(num_groups, kept):
+    saliency = np.abs(np.random.default_rng(0).standard_t(2, (1024, 256))).astype(np.float32)
+    loss = {method: solvers.solve(saliency, num_groups, kept, method).loss for method in ("ascent", "annealing")}
+    assert loss["ascent"] < loss["annealing"]
+
+
 @PROPERTIES
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_weights_multiply_the_saliency(problem, seed):
