@@ -23,6 +23,7 @@ import solvers
 from prism_cli.options import table
 from refactoring import Recipe
 from refactoring.layer import partition_experts
+from refactoring.workers import Workers
 
 # Neurons and tokens of an expert: a tiny model, examples/olmoe-tiny, OLMoE-1B-7B.
 SIZES = ((64, 512), (256, 1024), (1024, 2048))
@@ -46,7 +47,8 @@ def main(experts: int, family: str) -> None:
         get_reusable_executor().shutdown(wait=True)
         for workers in (1, 2, 2):
             start = time.perf_counter()
-            found = partition_experts(statistics, torch.ones(experts, neurons), recipe, workers, None)
+            with Workers(workers) as running:
+                found = partition_experts(statistics, torch.ones(experts, neurons), recipe, running, None)
             seconds.append(time.perf_counter() - start)
             labels.append(np.stack([partition.labels for partition in found]))
         assert (labels[0] == labels[1]).all()

@@ -18,7 +18,7 @@ from prism_cli.architectures import list_architectures
 from prism_cli.door import Reporter, command, exit_of
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
 from prism_errors import InputError, UsageError
-from refactoring import ROUTERS, SALIENCIES, Plan, Recipe, make_plan, partition_seconds, profile_seconds, refactor
+from refactoring import ENGINES, ROUTERS, SALIENCIES, Plan, Recipe, Workers, make_plan, partition_seconds, profile_seconds, refactor
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -75,13 +75,11 @@ RECIPE_OPTIONS = (
 @add(RECIPE_OPTIONS)
 @click.option("--stats", type=FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
 @add(CALIBRATION_OPTIONS)
+@click.option("--workers", type=click.IntRange(1), help="Processes that partition experts and fit routers.  [default: one per core]")
 @click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=lambda: len(os.sched_getaffinity(0)),
-    help="Processes.  [default: one per core]",
-    show_default=False,
+    "--engine", type=click.Choice(ENGINES), default="local", help="Where those processes are: this machine, or a Ray cluster (extra [ray])."
 )
+@click.option("--ray-address", help="Of the cluster: auto, HOST:PORT or ray://HOST:PORT.  [default: RAY_ADDRESS, or one started here]")
 @click.option("--strict", is_flag=True, help="Fail when an expert saw no token.")
 @click.option(
     "--list-architectures",
@@ -101,7 +99,9 @@ def main(
     model_dir: Path,
     out_dir: Path,
     stats: Path | None,
-    workers: int,
+    workers: int | None,
+    engine: str,
+    ray_address: str | None,
     strict: bool,
     dry_run: bool,
     resume: bool,
@@ -112,6 +112,11 @@ def main(
 
     An interrupted run keeps its finished layers in OUT_DIR.partial; --resume goes on with them.
     """
+    if ray_address is not None and engine != "ray":
+        raise UsageError("--ray-address has no effect without --engine ray; add it")
+    if workers is None and engine == "local":
+        workers = len(os.sched_getaffinity(0))
+    pool = Workers(workers, engine, ray_address)
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
@@ -125,7 +130,7 @@ def main(
         calibration = Calibration(**statistics.calibration)
     plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None)
     if dry_run:
-        click.echo(_plan_table(plan, recipe, calibration, workers, statistics is not None))
+        click.echo(_plan_table(plan, recipe, calibration, workers or len(os.sched_getaffinity(0)), statistics is not None))
         return
     check_disk(out_dir, plan.disk_needed - (unfinished_bytes(out_dir) if resume else 0))
     layers = checkpoint.config.num_hidden_layers
@@ -156,7 +161,7 @@ def main(
     else:
         arriving, recorded, shortage = statistics, statistics.calibration, None
     with _telling_what_is_left(out_dir, layers, begun, reporter):
-        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, workers, strict, resume, on_expert, on_start)
+        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, on_start)
     reporter.close()
     if shortage:
         reporter.warning(shortage)

@@ -4,8 +4,10 @@ from refactoring.pipeline import refactor
 from refactoring.plan import Plan, Splits, make_plan, partition_seconds, possible_splits, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
+from refactoring.workers import ENGINES, Workers
 
 __all__ = [
+    "ENGINES",
     "KL_TOLERANCE",
     "LOGIT_TOLERANCE",
     "ROUTERS",
@@ -14,6 +16,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Splits",
+    "Workers",
     "compare_files",
     "compare_logits",
     "compare_tensors",

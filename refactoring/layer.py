@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
 from torch import nn
 
 import solvers
@@ -15,6 +13,7 @@ from calibration import LayerStatistics
 from checkpoints import ARCHITECTURES, repeat_routing, router_name, routing_state, split_experts
 from prism_errors import InputError
 from refactoring.recipe import Recipe
+from refactoring.workers import Task, Workers
 from routers import (
     Routed,
     choose_tilt,
@@ -60,7 +59,7 @@ def refactor_layer(
     config: Any,
     statistics: LayerStatistics,
     recipe: Recipe,
-    workers: int,
+    workers: Workers,
     tilt_bound: float,
     on_expert: OnExpert | None = None,
 ) -> RefactoredLayer:
@@ -72,7 +71,7 @@ def refactor_layer(
         config: the refactored model's config.
         statistics: of the layer.
         recipe: what to do.
-        workers: processes that partition experts.
+        workers: that partition experts and fit the router.
         tilt_bound: full-k error that the tilt of the stock gate may cause, see `routers.choose_tilt`.
         on_expert: told the number of experts partitioned so far.
     """
@@ -92,7 +91,7 @@ def refactor_layer(
     router = stored | {"neuron_sub_expert": labels.int()}
     original = {name: value.float() for name, value in stored.items()}
     with in_float32(target):
-        router |= _fit_router(target, config, original, statistics, labels, fitting, recipe)
+        router |= _fit_router(target, config, original, statistics, labels, fitting, recipe, workers)
     # The paper's proxies and replicate leave the stock gate as it was.
     row_name = f"{router_name(source)}.weight"
     tilt = {"tilt": 0.0, "full_k_error": 0.0}
@@ -120,6 +119,7 @@ def _fit_router(
     labels: torch.Tensor,
     fitting: Routed,
     recipe: Recipe,
+    workers: Workers,
 ) -> dict[str, torch.Tensor]:
     """The sub-router's entries of the router file."""
     if recipe.router == "replicate":
@@ -131,9 +131,9 @@ def _fit_router(
         ]
         return {"gate_neurons": torch.stack(chosen)}
     if recipe.router == "linear":
-        fitted = fit_linear(target.experts, fitting, len(labels), recipe.sub_experts)
+        fitted = fit_linear(target.experts, fitting, len(labels), recipe.sub_experts, workers.run)
     else:
-        fitted = fit_proxy(target.experts, fitting, len(labels), recipe.sub_experts, recipe.gate_neurons)
+        fitted = fit_proxy(target.experts, fitting, len(labels), recipe.sub_experts, recipe.gate_neurons, workers.run)
     router = two_level_router(target, config, original | fitted)
     return fitted | fit_compensation(router, target.experts, fitting.inputs)
 
@@ -201,7 +201,7 @@ def _weights(column_norm: torch.Tensor, recipe: Recipe) -> np.ndarray | None:
 
 
 def partition_experts(
-    statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, workers: int, on_expert: OnExpert | None
+    statistics: LayerStatistics, column_norm: torch.Tensor, recipe: Recipe, workers: Workers, on_expert: OnExpert | None
 ) -> list[solvers.Partition]:
     """Partition every expert of a layer.
 
@@ -209,24 +209,19 @@ def partition_experts(
         statistics: `layer` and `activations` ([tokens, neurons] per expert) are read.
         column_norm: float32 [experts, neurons], norms of down_proj's columns.
         recipe: solver, sub-experts, saliency and seed; each expert's seed is its own, so the number of workers changes nothing.
-        workers: processes.
+        workers: that run the solver.
         on_expert: called with the number of experts done.
     """
 
-    def tasks() -> Iterator[Any]:
+    def tasks() -> Iterator[Task]:
         for expert in range(len(statistics.activations)):
             seed = int(np.random.SeedSequence([recipe.seed, statistics.layer, expert]).generate_state(1)[0])
             saliency, weights = _saliency(statistics.activations[expert], recipe), _weights(column_norm[expert], recipe)
-            yield delayed(solvers.solve)(saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
+            yield solvers.solve, (saliency, recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
 
     partitions: list[solvers.Partition] = []
-    try:
-        for partition in Parallel(n_jobs=workers, return_as="generator")(tasks()):
-            partitions.append(partition)
-            if on_expert:
-                on_expert(len(partitions))
-    except BaseException:
-        # Interrupted or failed: no worker process outlives the run.
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        raise
+    for partition in workers.run(tasks()):
+        partitions.append(partition)
+        if on_expert:
+            on_expert(len(partitions))
     return partitions

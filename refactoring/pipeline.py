@@ -30,6 +30,7 @@ from refactoring.layer import refactor_layer
 from refactoring.plan import Plan, block_name
 from refactoring.progress import Progress
 from refactoring.recipe import Recipe
+from refactoring.workers import Workers
 from routers import FULL_K_BUDGET, ROUTER_FILE
 
 OnExpert = Callable[[int, int, int], None]
@@ -48,7 +49,7 @@ def refactor(
     calibration: dict[str, Any],
     recipe: Recipe,
     plan: Plan,
-    workers: int = 1,
+    workers: Workers | None = None,
     strict: bool = False,
     resume: bool = False,
     on_expert: OnExpert | None = None,
@@ -67,7 +68,7 @@ def refactor(
         calibration: what made them, for the manifest.
         recipe: what to do. Equal recipes and statistics give equal bytes.
         plan: of this run.
-        workers: processes that partition experts.
+        workers: that partition experts and fit routers, not yet entered; None: this process.
         strict: refuse experts that saw no token instead of reporting them.
         resume: go on after the last finished layer of an interrupted run with the same checkpoint, statistics, recipe and versions, if
             there is one. The bytes are those of a run that was not interrupted.
@@ -84,7 +85,7 @@ def refactor(
         "versions": _versions(),
         "statistics": statistics.origin(),
     }
-    with output_folder(target, identity, resume) as folder:
+    with workers or Workers() as running, output_folder(target, identity, resume) as folder:
         config = _write_config(checkpoint, folder, recipe, plan)
         source = LayeredModel(checkpoint, None)
         target_model = build_meta_model(config, torch.float32)
@@ -112,7 +113,7 @@ def refactor(
                         f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
                         "use more or other text (--num-samples, --dataset)"
                     )
-                report, tensors = _refactor_layer(source, target_model, layer_statistics, recipe, workers, tilt_bound, on_expert, writer)
+                report, tensors = _refactor_layer(source, target_model, layer_statistics, recipe, running, tilt_bound, on_expert, writer)
                 del layer_statistics
             else:
                 _copy(source, source.tensors_under(source.layer_name(index)), writer)
@@ -170,7 +171,7 @@ def _refactor_layer(
     target_model: Any,
     statistics: LayerStatistics,
     recipe: Recipe,
-    workers: int,
+    workers: Workers,
     tilt_bound: float,
     on_expert: OnExpert | None,
     writer: ShardWriter,

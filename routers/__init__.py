@@ -18,7 +18,7 @@ from routers.modeling_prism import (
 )
 from routers.output import relative_error, stock_output, two_level_output
 from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
-from routers.routed import Routed, in_float32
+from routers.routed import Routed, Run, in_float32
 from routers.runtime import EXPERTS, experts_forward
 from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
@@ -31,6 +31,7 @@ __all__ = [
     "ROUTER_FILE",
     "Curriculum",
     "Routed",
+    "Run",
     "Training",
     "TwoLevelRouter",
     "attach",

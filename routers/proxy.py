@@ -1,13 +1,16 @@
 """Proxy gates: a few neurons of a sub-expert speak for it. The paper's choice of them, and a calibrated one."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoints import expert_shape
-from routers.linear import Moments, log_sizes, ridge
-from routers.routed import Routed
+from routers.linear import log_sizes
+from routers.routed import CHUNK, Routed, Run, run_here
 from routers.runtime import sub_expert_activations, sub_expert_outputs
+from solvers import ridge_on_few
 
 GATE_NEURONS = 4
 COACTIVE_SHARE = 0.75
@@ -45,7 +48,9 @@ def gate_neurons(marks: torch.Tensor, labels: torch.Tensor, sub_experts: int, co
 
 
 @torch.inference_mode()
-def fit_proxy(experts: Any, routed: Routed, num_experts: int, sub_experts: int, count: int = GATE_NEURONS) -> dict[str, torch.Tensor]:
+def fit_proxy(
+    experts: Any, routed: Routed, num_experts: int, sub_experts: int, count: int = GATE_NEURONS, run: Run = run_here
+) -> dict[str, torch.Tensor]:
     """The calibrated proxy: neurons picked one by one for how much of the sub-expert's log norm their |activations| explain together.
 
     Args:
@@ -54,45 +59,27 @@ def fit_proxy(experts: Any, routed: Routed, num_experts: int, sub_experts: int, 
         num_experts: E.
         sub_experts: N.
         count: r.
+        run: what runs the regressions.
 
     Returns:
         gate_neurons int64 [E, N, r], positions inside the sub-expert; coefficient float32 [E, N, r], bias and ceiling float32 [E, N]:
         log norm = coefficient . |activation| + bias, at most ceiling.
     """
-    fitted: dict[str, list[torch.Tensor]] = {"gate_neurons": [], "coefficient": [], "bias": [], "ceiling": []}
-    for expert in range(num_experts):
-        width = expert_shape(experts)[2]
-        moments = [Moments.empty(width, 1) for _ in range(sub_experts)]
-        ceiling = torch.full((sub_experts,), -torch.inf)
-        for inputs in routed.inputs_of(expert):
-            activations = sub_expert_activations(experts, expert, sub_experts, inputs)
-            target = log_sizes(sub_expert_outputs(experts, expert, activations))
-            ceiling = torch.maximum(ceiling, target.amax(0))
+    ceilings = []
+
+    def tasks() -> Iterator[Any]:
+        for expert in range(num_experts):
+            features, targets = [], []
+            for inputs in routed.inputs[routed.tokens_of(expert)].split(CHUNK):
+                activations = sub_expert_activations(experts, expert, sub_experts, inputs)
+                features.append(activations.abs())
+                targets.append(log_sizes(sub_expert_outputs(experts, expert, activations)))
+            feature, target = torch.cat(features), torch.cat(targets)
+            ceilings.append(target.amax(0))
             for part in range(sub_experts):
-                moments[part].add(activations[:, part].abs(), target[:, part : part + 1])
-        rows = [_pick(part, min(count, width)) for part in moments]
-        values = [torch.stack(column) for column in zip(*rows, strict=True)]
-        for name, value in zip(fitted, [*values, ceiling], strict=True):
-            fitted[name].append(value)
-    return {name: torch.stack(values) for name, values in fitted.items()}
+                yield ridge_on_few, (feature[:, part].numpy(), target[:, part].numpy(), min(count, expert_shape(experts)[2]))
 
-
-def _pick(moments: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Greedy forward selection of `count` features, then ridge regression on them: (positions [r], coefficient [r], bias [])."""
-    xx, xy, _ = moments.centred()
-    target = xy[:, 0].clone()
-    scale = xx.diagonal().mean().clamp_min(1e-30)
-    chosen: list[int] = []
-    for _ in range(count):
-        gain = target.square() / xx.diagonal().clamp_min(1e-9 * scale)
-        gain[chosen] = -1.0
-        pick = int(gain.argmax())
-        chosen.append(pick)
-        # Sweep the pick out of the features and of the target.
-        column, pivot = xx[:, pick].clone(), xx[pick, pick].clamp_min(1e-9 * scale)
-        target = target - column * (target[pick] / pivot)
-        xx = xx - torch.outer(column, column) / pivot
-    order = torch.tensor(chosen)
-    reduced = Moments(moments.count, moments.x[order], moments.y, moments.xx[order][:, order], moments.xy[order], moments.yy)
-    weight, bias = ridge(reduced)
-    return order, weight[0], bias[0]
+    fitted = zip(*run(tasks()), strict=True)
+    names = ("gate_neurons", "coefficient", "bias")
+    values = {name: torch.from_numpy(np.stack(value)).unflatten(0, (num_experts, -1)) for name, value in zip(names, fitted, strict=True)}
+    return values | {"ceiling": torch.stack(ceilings)}

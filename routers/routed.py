@@ -1,6 +1,6 @@
 """Sampled MoE inputs with their routing: what the routers of one layer are fitted on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,14 @@ FEWEST_TOKENS, STAND_IN_TOKENS = 16, 1024
 # The last eighth of the sample, other text than the rest, judges what was fitted on the rest.
 HELD_OUT = 8
 CHUNK = 2048
+# Runs tasks (function, arguments), perhaps in other processes, and gives their results in order.
+Run = Callable[[Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]], Iterator[Any]]
+
+
+def run_here(tasks: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Iterator[Any]:
+    """A `Run` in this process."""
+    for function, arguments in tasks:
+        yield function(*arguments)
 
 
 @contextmanager
@@ -70,8 +78,7 @@ class Routed:
         fitting, held_out = (Routed(self.inputs[part], self.weights[part], self.experts[part]) for part in parts)
         return fitting, held_out
 
-    def inputs_of(self, expert: int) -> list[torch.Tensor]:
-        """The inputs routed to one expert, in chunks of at most `CHUNK`; where there are next to none, inputs of the layer."""
+    def tokens_of(self, expert: int) -> torch.Tensor:
+        """Positions of the inputs routed to one expert, int64 [n]; where there are next to none, the first of the layer's."""
         tokens = torch.nonzero((self.experts == expert).any(1)).flatten()
-        chosen = self.inputs[:STAND_IN_TOKENS] if len(tokens) < FEWEST_TOKENS else self.inputs[tokens]
-        return list(chosen.split(CHUNK))
+        return torch.arange(min(STAND_IN_TOKENS, len(self.inputs))) if len(tokens) < FEWEST_TOKENS else tokens

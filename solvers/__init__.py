@@ -1,4 +1,4 @@
-"""Balanced neuron partitioners: saliency [tokens, neurons] in, partition out. Knows nothing of models."""
+"""Balanced neuron partitioners (saliency [tokens, neurons] in, partition out) and ridge regression. Knows nothing of models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from prism_errors import UsageError
 from solvers import methods
 from solvers.genetic import genetic
 from solvers.problem import Partition, Problem
+from solvers.regression import ridge, ridge_on_few
 
 SOLVERS: dict[str, Callable[..., np.ndarray]] = {
     "genetic": genetic,
@@ -57,4 +58,4 @@ def solve(
         return Partition.of(problem, SOLVERS[method](problem, seed, **options))
 
 
-__all__ = ["SOLVERS", "Partition", "Problem", "solve"]
+__all__ = ["SOLVERS", "Partition", "Problem", "ridge", "ridge_on_few", "solve"]

@@ -62,7 +62,7 @@ class Problem:
 
     @cached_property
     def swap_scale(self) -> float:
-        """About what a swap of two neurons changes by chance: their mean difference in saliency x sqrt(B). Temperatures are in this unit."""
+        """What a swap of two neurons changes by chance: their mean difference in saliency x sqrt(B); temperatures are in it."""
         others = self.by_neuron[np.random.default_rng(0).permutation(self.neurons)]
         return float(np.abs(self.by_neuron - others).mean(dtype=np.float64)) * len(self.saliency) ** 0.5
 

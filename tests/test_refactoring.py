@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
@@ -13,7 +14,7 @@ import routers
 from calibration import EVALUATION_TEXT, Calibration, load_tokenizer, token_rows
 from checkpoints import Checkpoint
 from refactoring import Recipe, make_plan, verify
-from routers.linear import STRENGTHS, Moments, ridge
+from solvers.regression import STRENGTHS, ridge, ridge_on_few
 
 
 def refactored(command, source, target, *options):
@@ -457,28 +458,38 @@ def test_planning_leaves_the_checkpoints_config_alone(tmp_path, models):
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_regression_on_few_observations_is_tame(tokens):
-    generator = torch.Generator().manual_seed(0)
-    moments = Moments.empty(64, 4)
-    moments.add(torch.randn(tokens, 64, generator=generator), torch.rand(tokens, 4, generator=generator))
-    weight, bias = ridge(moments)
-    predicted = torch.randn(100, 64, generator=generator) @ weight.T + bias
+    rng = np.random.default_rng(0)
+    weight, bias = ridge(rng.standard_normal((tokens, 64), dtype=np.float32), rng.random((tokens, 4), dtype=np.float32))
+    predicted = rng.standard_normal((100, 64)) @ weight.T + bias
     assert predicted.min() > -1.5
     assert predicted.max() < 2.5
 
 
-def test_regression_finds_what_scikit_learn_finds():
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(400, 20, generator=generator)
-    target = inputs @ torch.randn(20, 2, generator=generator) + 3 + torch.randn(400, 2, generator=generator)
-    moments = Moments.empty(20, 2)
-    for x, y in zip(inputs.split(150), target.split(150), strict=True):
-        moments.add(x, y)
-    weight, bias = ridge(moments)
-    centred = (inputs - inputs.mean(0)).double()
-    strengths = [strength * len(inputs) * centred.var(0, unbiased=False).mean().item() for strength in STRENGTHS]
-    expected = RidgeCV(strengths).fit(inputs.double().numpy(), target.double().numpy())
-    torch.testing.assert_close(weight.double(), torch.from_numpy(expected.coef_), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(bias.double(), torch.from_numpy(expected.intercept_), atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize(("tokens", "features"), [(3000, 20), (60, 200)])
+def test_regression_finds_what_scikit_learn_finds(tokens, features):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((2 * tokens, features), dtype=np.float32)
+    rows = rng.permutation(2 * tokens)[:tokens]
+    # Few directions carry the target, so that it can be found with fewer observations than features too.
+    inputs[:, 5:] *= 0.03
+    target = (inputs[rows, :5] @ rng.standard_normal((5, 2)) + 3 + 0.1 * rng.standard_normal((tokens, 2))).astype(np.float32)
+    weight, bias = ridge(inputs, target, rows)
+    seen = inputs[rows].astype(np.float64)
+    strengths = [strength * tokens * seen.var(0).mean() for strength in STRENGTHS]
+    expected = RidgeCV(strengths).fit(seen, target.astype(np.float64))
+    assert weight == pytest.approx(expected.coef_, abs=1e-4, rel=1e-3)
+    assert bias == pytest.approx(expected.intercept_, abs=1e-4, rel=1e-3)
+
+
+def test_neurons_are_picked_for_what_they_explain_together():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((500, 8), dtype=np.float32)
+    # The third copies the first with noise: alone it explains much, beside the first nothing.
+    features[:, 2] = features[:, 0] + 0.1 * rng.standard_normal(500, dtype=np.float32)
+    chosen, coefficient, bias = ridge_on_few(features, 3 * features[:, 0] - features[:, 5] + 2, 2)
+    assert chosen.tolist() == [0, 5]
+    assert coefficient == pytest.approx([3, -1], abs=0.01)
+    assert bias == pytest.approx(2, abs=0.01)
 
 
 def test_compensation_takes_off_error_and_less_is_lost_at_every_k(elastic):
