@@ -54,6 +54,7 @@ class LayerStream:
         self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8, states: int = 1
     ):
         self.layered = LayeredModel(checkpoint, dtype, device)
+        self.layered.check()
         self.model = self.layered.model
         # Layers that are stood in for have none to give.
         self.model.config.output_router_logits = False

@@ -120,12 +120,14 @@ class LayeredModel:
 
     def _load(self, part: str) -> None:
         names = self.tensors_under(part)
-        if self.dtype is None:
+        # To float32 after loading, a tensor at a time: transformers would convert all of a layer's experts before it stacks them.
+        widened = self.dtype == torch.float32
+        if self.dtype is None or widened:
             self._adopt_dtypes(part)
         config = LoadStateDictConfig(
             dtype=self.dtype or torch.float32,
             # What the family computes in float32 whatever the type of the model.
-            dtype_plan=self.model._get_dtype_plan(self.dtype) if self.dtype else {},
+            dtype_plan=self.model._get_dtype_plan(self.dtype) if self.dtype and not widened else {},
             weight_mapping=self._mapping,
             device_map={"": self.device},
         )
@@ -137,23 +139,65 @@ class LayeredModel:
         wrong += [name for name, value in state.items() if value.is_meta]
         if wrong:
             raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
+        if widened:
+            for owner, leaf, _ in self._stored_under(part):
+                value = getattr(owner, leaf)
+                value.data = value.data.float()
 
     def _adopt_dtypes(self, part: str) -> None:
         """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
+        for owner, leaf, names in self._stored_under(part):
+            dtype = self._stored_dtype(names)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
+            else:
+                owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+
+    def _stored_under(self, part: str) -> Iterator[tuple[Any, str, list[str]]]:
+        """(module, leaf, names on disk) of every tensor of a part of the model that the checkpoint has."""
         for target, names in self._sources.items():
             if f"{target}.".startswith(f"{part}."):
-                owner, leaf = self._owner(target)
-                dtypes = {self.checkpoint.dtypes[name] for name in names}
-                dtype = dtypes.pop()
-                if dtype is None or dtypes:
-                    raise InputError(
-                        f"{self.checkpoint.path}: {names[0]} is stored in a type that cannot be split, or its siblings in another; "
-                        "use one of bf16, fp16 or fp32"
-                    )
-                if leaf in owner._parameters:
-                    owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
-                else:
-                    owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+                yield *self._owner(target), names
+
+    def _stored_dtype(self, names: list[str]) -> torch.dtype:
+        """The type of the tensors that make up one of the model's. Raises InputError when they have several, or one not computed in."""
+        dtypes = self.checkpoint.dtypes
+        for name in names:
+            if dtypes[name] is None:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} is not stored as floating point numbers; use a bf16, fp16 or fp32 checkpoint"
+                )
+            if dtypes[name] != dtypes[names[0]]:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} is stored in {_short(dtypes[name])} and {names[0]}, of the same kind, in "
+                    f"{_short(dtypes[names[0]])}; convert the checkpoint to one type"
+                )
+        dtype = dtypes[names[0]]
+        assert dtype is not None
+        return dtype
+
+    def check(self) -> None:
+        """Compare the headers with the config, before anything is read.
+
+        Raises:
+            InputError: a tensor has another shape than config.json says, or a type that is not computed in.
+        """
+        state = self.model.state_dict()
+        expected = names_on_disk(self.model, state)
+        for name, shape in self.checkpoint.shapes.items():
+            if name in expected and tuple(expected[name].shape) != shape:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} has shape {list(shape)}, config.json says {list(expected[name].shape)}; "
+                    "one of them belongs to another model"
+                )
+        for target, names in self._sources.items():
+            # What transformers does not know is passed through whatever it is.
+            if target in state:
+                self._stored_dtype(names)
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

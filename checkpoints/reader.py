@@ -34,6 +34,7 @@ class Checkpoint:
         weight_map: tensor name -> shard file name.
         sizes: tensor name -> size in bytes.
         dtypes: tensor name -> torch dtype (None for a type this tool only passes through).
+        shapes: tensor name -> shape.
 
     Raises:
         InputError: no folder or config, not a supported MoE, a shard missing or truncated.
@@ -52,6 +53,7 @@ class Checkpoint:
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self.weight_map.values())):
             self._read_header(file)
         missing = sorted(set(self.weight_map) - set(self.sizes))
@@ -103,7 +105,12 @@ class Checkpoint:
                 if self.weight_map.get(name) == file:
                     part = shard.get_slice(name)
                     self.dtypes[name] = DTYPES.get(part.get_dtype())
+                    self.shapes[name] = tuple(part.get_shape())
                     self.sizes[name] = _bytes(part.get_dtype(), part.get_shape())
+
+    def where(self, name: str) -> str:
+        """How an error names one of the tensors."""
+        return f"{self.path / self.weight_map[name]}: tensor {name}"
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:

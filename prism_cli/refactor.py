@@ -1,11 +1,13 @@
 """`prism-refactor`: a Mixture-of-Experts checkpoint in, an elastic one out."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import click
@@ -17,8 +19,21 @@ from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished
 from prism_cli.architectures import list_architectures
 from prism_cli.door import Reporter, command, exit_of
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
-from prism_errors import InputError, UsageError
-from refactoring import ENGINES, ROUTERS, SALIENCIES, Plan, Recipe, Workers, make_plan, partition_seconds, profile_seconds, refactor
+from prism_errors import GateError, InputError, UsageError
+from refactoring import (
+    ENGINES,
+    ROUTERS,
+    SALIENCIES,
+    Plan,
+    QualityGate,
+    Recipe,
+    Timings,
+    Workers,
+    make_plan,
+    partition_seconds,
+    profile_seconds,
+    refactor,
+)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -80,6 +95,14 @@ RECIPE_OPTIONS = (
     "--engine", type=click.Choice(ENGINES), default="local", help="Where those processes are: this machine, or a Ray cluster (extra [ray])."
 )
 @click.option("--ray-address", help="Of the cluster: auto, HOST:PORT or ray://HOST:PORT.  [default: RAY_ADDRESS, or one started here]")
+@click.option(
+    "--quality-gate",
+    "gates",
+    multiple=True,
+    metavar="CONDITION",
+    help="Exit with 4 unless true, e.g. 'error@50%<0.05', 'dropped<0.5', 'unrouted<=0'; OUT_DIR is written all the same.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--strict", is_flag=True, help="Fail when an expert saw no token.")
 @click.option(
     "--list-architectures",
@@ -102,6 +125,8 @@ def main(
     workers: int | None,
     engine: str,
     ray_address: str | None,
+    gates: tuple[str, ...],
+    as_json: bool,
     strict: bool,
     dry_run: bool,
     resume: bool,
@@ -117,6 +142,7 @@ def main(
     if workers is None and engine == "local":
         workers = len(os.sched_getaffinity(0))
     pool = Workers(workers, engine, ray_address)
+    demands = [QualityGate.parse(text) for text in gates]
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
@@ -129,6 +155,8 @@ def main(
         statistics = Statistics(stats, checkpoint)
         calibration = Calibration(**statistics.calibration)
     plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None)
+    for demand in demands:
+        demand.check([recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, workers or len(os.sched_getaffinity(0)), statistics is not None))
         return
@@ -160,13 +188,18 @@ def main(
         )
     else:
         arriving, recorded, shortage = statistics, statistics.calibration, None
+    timings = Timings()
     with _telling_what_is_left(out_dir, layers, begun, reporter):
-        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, on_start)
+        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, on_start, timings)
     reporter.close()
     if shortage:
         reporter.warning(shortage)
     _warn_unrouted(manifest, reporter)
-    click.echo(_summary(manifest, out_dir))
+    judged = [(demand, demand.value(manifest)) for demand in demands]
+    click.echo(_json_summary(manifest, out_dir, judged, timings) if as_json else _summary(manifest, out_dir))
+    failed = [f"{demand.text} is not met, it is {value:.4g}" for demand, value in judged if not demand.met(value)]
+    if failed:
+        raise GateError("; ".join(failed))
 
 
 @contextmanager
@@ -218,6 +251,27 @@ def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
         "(less is better); stock tilt: 0 is exact at full k, more favours the useful sub-experts below it"
     )
     return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
+
+
+def _json_summary(manifest: dict[str, Any], out_dir: Path, judged: list[tuple[QualityGate, float]], timings: Timings) -> str:
+    layers = [
+        {
+            "layer": layer["layer"],
+            "experts": len(layer["experts"]),
+            "fewest_tokens": min(expert["tokens"] for expert in layer["experts"]),
+            "unrouted": layer["unrouted"],
+            "dropped_stored": round(mean(expert["loss_before"] for expert in layer["experts"]), 6),
+            "dropped": round(mean(expert["loss_after"] for expert in layer["experts"]), 6),
+            "tilt": layer["tilt"],
+            "full_k_error": layer["full_k_error"],
+            "output_error": layer["output_error"],
+        }
+        for layer in manifest["layers"]
+    ]
+    gates = [{"gate": demand.text, "value": value, "met": demand.met(value)} for demand, value in judged]
+    seconds = {stage: round(value, 3) for stage, value in timings.seconds.items()}
+    sizes = {key: {"source": before, "result": manifest["result"][key]} for key, before in _sizes(manifest).items()}
+    return json.dumps({"out_dir": str(out_dir), "sizes": sizes, "layers": layers, "gates": gates, "seconds": seconds}, indent=2)
 
 
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """The offline engine: plan a run, refactor a checkpoint, verify the result."""
 
+from refactoring.gate import QualityGate
 from refactoring.pipeline import refactor
 from refactoring.plan import Plan, Splits, make_plan, partition_seconds, possible_splits, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
+from refactoring.timings import Timings
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
 from refactoring.workers import ENGINES, Workers
 
@@ -14,8 +16,10 @@ __all__ = [
     "SALIENCIES",
     "Comparison",
     "Plan",
+    "QualityGate",
     "Recipe",
     "Splits",
+    "Timings",
     "Workers",
     "compare_files",
     "compare_logits",

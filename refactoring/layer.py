@@ -13,6 +13,7 @@ from calibration import LayerStatistics
 from checkpoints import ARCHITECTURES, repeat_routing, router_name, routing_state, split_experts
 from prism_errors import InputError
 from refactoring.recipe import Recipe
+from refactoring.timings import Timings
 from refactoring.workers import Task, Workers
 from routers import (
     Routed,
@@ -61,6 +62,7 @@ def refactor_layer(
     recipe: Recipe,
     workers: Workers,
     tilt_bound: float,
+    timings: Timings,
     on_expert: OnExpert | None = None,
 ) -> RefactoredLayer:
     """Split the experts of one MoE block.
@@ -73,13 +75,15 @@ def refactor_layer(
         recipe: what to do.
         workers: that partition experts and fit the router.
         tilt_bound: full-k error that the tilt of the stock gate may cause, see `routers.choose_tilt`.
+        timings: told the seconds of each stage.
         on_expert: told the number of experts partitioned so far.
     """
     output_axis = 1 if source.experts.is_transposed else 0
     column_norm = torch.stack([matrix.float().norm(dim=output_axis) for matrix in source.experts.down_proj.data])
     if not all(torch.isfinite(value).all() for value in (column_norm, *routing_state(source).values())):
         raise InputError("a weight of its experts' down_proj or of its router is not finite; check the checkpoint")
-    partitions = partition_experts(statistics, column_norm, recipe, workers, on_expert)
+    with timings.stage("partitioning"):
+        partitions = partition_experts(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
     order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
     state = repeat_routing(source, ARCHITECTURES[config.model_type], recipe.sub_experts)
@@ -90,15 +94,17 @@ def refactor_layer(
     stored = original_routing(source)
     router = stored | {"neuron_sub_expert": labels.int()}
     original = {name: value.float() for name, value in stored.items()}
-    with in_float32(target):
+    with timings.stage("fitting"), in_float32(target):
         router |= _fit_router(target, config, original, statistics, labels, fitting, recipe, workers)
     # The paper's proxies and replicate leave the stock gate as it was.
     row_name = f"{router_name(source)}.weight"
     tilt = {"tilt": 0.0, "full_k_error": 0.0}
     if recipe.router == "linear":
         rows = router_of(source).weight.data
-        state[row_name], tilt = choose_tilt(target, rows, router["weight"], held_out.inputs, tilt_bound)
-    errors = _output_errors(source, target, config, router | original, state[row_name], held_out.inputs[:JUDGED], recipe)
+        with timings.stage("tilting"):
+            state[row_name], tilt = choose_tilt(target, rows, router["weight"], held_out.inputs, tilt_bound)
+    with timings.stage("judging"):
+        errors = _output_errors(source, target, config, router | original, state[row_name], held_out.inputs[:JUDGED], recipe)
     experts = [
         {"tokens": tokens, "loss_before": round(partition.stored_loss, 6), "loss_after": round(partition.loss, 6)}
         for tokens, partition in zip(statistics.tokens_routed.tolist(), partitions, strict=True)

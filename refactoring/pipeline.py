@@ -30,6 +30,7 @@ from refactoring.layer import refactor_layer
 from refactoring.plan import Plan, block_name
 from refactoring.progress import Progress
 from refactoring.recipe import Recipe
+from refactoring.timings import Timings
 from refactoring.workers import Workers
 from routers import FULL_K_BUDGET, ROUTER_FILE
 
@@ -54,6 +55,7 @@ def refactor(
     resume: bool = False,
     on_expert: OnExpert | None = None,
     on_start: Callable[[int], None] | None = None,
+    timings: Timings | None = None,
 ) -> dict[str, Any]:
     """Write the refactored checkpoint. The folder `target` appears only when it is complete.
 
@@ -74,10 +76,12 @@ def refactor(
             there is one. The bytes are those of a run that was not interrupted.
         on_expert: told (layer, experts done, experts in all).
         on_start: told how many layers an earlier run has finished.
+        timings: told the seconds of each stage.
 
     Returns:
         The manifest, as written to prism.json.
     """
+    timings = timings or Timings()
     identity = {
         "source": checkpoint.fingerprint(),
         "calibration": calibration,
@@ -105,7 +109,8 @@ def refactor(
             tensors: dict[str, torch.Tensor] = {}
             report = None
             if index in plan.moe_layers:
-                layer_statistics = next(arriving, None)
+                with timings.stage("statistics"):
+                    layer_statistics = next(arriving, None)
                 if layer_statistics is None or layer_statistics.layer != index:
                     raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
                 if strict and layer_statistics.unrouted:
@@ -113,12 +118,15 @@ def refactor(
                         f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
                         "use more or other text (--num-samples, --dataset)"
                     )
-                report, tensors = _refactor_layer(source, target_model, layer_statistics, recipe, running, tilt_bound, on_expert, writer)
+                report, tensors = _refactor_layer(
+                    source, target_model, layer_statistics, recipe, running, tilt_bound, on_expert, writer, timings
+                )
                 del layer_statistics
             else:
                 _copy(source, source.tensors_under(source.layer_name(index)), writer)
-            writer.close_shard()
-            progress.finish_layer(done, tensors, report, statistics.state())
+            with timings.stage("writing"):
+                writer.close_shard()
+                progress.finish_layer(done, tensors, report, statistics.state())
         writer.finish()
         manifest = _manifest(checkpoint, calibration, recipe, plan, done.reports)
         save_tensors(done.router, folder / ROUTER_FILE)
@@ -175,6 +183,7 @@ def _refactor_layer(
     tilt_bound: float,
     on_expert: OnExpert | None,
     writer: ShardWriter,
+    timings: Timings,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Progress`."""
     index = statistics.layer
@@ -192,6 +201,7 @@ def _refactor_layer(
                 recipe,
                 workers,
                 tilt_bound,
+                timings,
                 (lambda done: on_expert(index, done, total)) if on_expert else None,
             )
         except InputError as error:

@@ -56,6 +56,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     architecture, config = checkpoint.architecture, checkpoint.config
     after = architecture.refactored_sizes(config, recipe.sub_experts)
     layered = LayeredModel(checkpoint, None)
+    layered.check()
     layers = _checked_layers(layered)
     extra_bytes = extra_tensors = 0
     for index in layers:
