@@ -1,5 +1,9 @@
 """The one exception hierarchy. Every error a user can cause is a `PrismError`; the door prints it as one line."""
 
+import textwrap
+
+LONGEST_LINE = 300
+
 
 class PrismError(Exception):
     """Something the user can act on. The message names the file or option and the remedy; `exit_code` is the process's."""
@@ -7,10 +11,9 @@ class PrismError(Exception):
     exit_code = 1
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """Another library's error on one line, cut where it goes on and on, or its type where it says nothing."""
+    return textwrap.shorten(str(error), LONGEST_LINE) or type(error).__name__
 
 
 class UsageError(PrismError):

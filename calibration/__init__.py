@@ -2,7 +2,7 @@
 
 from calibration.profile import DTYPES, Calibration, Profile
 from calibration.statistics import INPUT_SAMPLE, OBSERVED, TOKEN_FLOOR, LayerCollector, LayerStatistics
-from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, write_statistics
+from calibration.store import INDEX, LayerSummary, Statistics, estimated_bytes, merge_statistics, write_statistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, Source, load_tokenizer, token_rows
 
@@ -24,6 +24,7 @@ __all__ = [
     "Statistics",
     "estimated_bytes",
     "load_tokenizer",
+    "merge_statistics",
     "token_rows",
     "write_statistics",
 ]

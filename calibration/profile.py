@@ -86,26 +86,44 @@ class Profile:
         calibration: how to run.
         rows: int64 [S, T] token ids, from `Calibration.rows`.
         on_progress: told (layer, rows done, rows in all) after every batch.
+        shard: run only part I of M of the rows, given as (I, M) with I from 1; see `merge_statistics`. Shards end where batches do, so
+            that each number comes out of the same products as in one run over all rows.
 
     Raises:
+        UsageError: there are fewer batches than shards.
         InputError: (while iterated) activations are not finite.
     """
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, rows: torch.Tensor, on_progress: OnProgress | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        rows: torch.Tensor,
+        on_progress: OnProgress | None = None,
+        shard: tuple[int, int] = (1, 1),
+    ):
         self.checkpoint, self.calibration, self.rows, self.on_progress = checkpoint, calibration, rows, on_progress
+        number, shards = shard
+        batches = -(-len(rows) // calibration.batch_size)
+        if batches < shards:
+            raise UsageError(
+                f"--shard {number}/{shards}: the text has {batches} batches of {calibration.batch_size} samples; use fewer shards"
+            )
+        first, last = (batches * part // shards * calibration.batch_size for part in (number - 1, number))
+        self._shard = slice(first, min(last, len(rows)))
         self._position = 0
         self._hidden: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[LayerStatistics]:
         calibration = self.calibration
         dtype, device = calibration.resolved_dtype(self.checkpoint), calibration.resolved_device()
-        stream = LayerStream(self.checkpoint, self.rows, dtype, device, calibration.batch_size)
+        stream = LayerStream(self.checkpoint, self.rows[self._shard], dtype, device, calibration.batch_size)
         stream.model.set_experts_implementation(OBSERVED)
         if self._hidden is not None:
             stream.hidden.copy_(self._hidden)
         self._hidden = stream.hidden
         for index in range(self._position, len(stream)):
-            statistics = _profile_layer(stream, index, calibration, self.on_progress)
+            statistics = self._profile_layer(stream, index)
             self._position = index + 1
             if statistics is not None:
                 yield statistics
@@ -126,18 +144,24 @@ class Profile:
         if state:
             self._hidden, self._position = state["hidden"], int(state["position"])
 
-
-def _profile_layer(stream: LayerStream, index: int, calibration: Calibration, on_progress: OnProgress | None) -> LayerStatistics | None:
-    total = len(stream.hidden)
-    with stream.layer(index) as layer:
-        found = moe_block(layer)
-        collector = None
-        if found is not None:
-            tokens = stream.hidden.shape[0] * stream.hidden.shape[1]
-            collector = LayerCollector(index, found[1].experts, tokens, calibration.tokens_per_expert, calibration.seed)
-            found[1].experts.prism_collector = collector
-        stream.advance(index, lambda done: on_progress(index, done, total) if on_progress else None)
-        if found is None or collector is None:
-            return None
-        del found[1].experts.prism_collector
-        return collector.finish()
+    def _profile_layer(self, stream: LayerStream, index: int) -> LayerStatistics | None:
+        calibration, total = self.calibration, len(stream.hidden)
+        with stream.layer(index) as layer:
+            found = moe_block(layer)
+            collector = None
+            if found is not None:
+                length = self.rows.shape[1]
+                collector = LayerCollector(
+                    index,
+                    found[1].experts,
+                    len(self.rows) * length,
+                    calibration.tokens_per_expert,
+                    calibration.seed,
+                    self._shard.start * length,
+                )
+                found[1].experts.prism_collector = collector
+            stream.advance(index, lambda done: self.on_progress(index, done, total) if self.on_progress else None)
+            if found is None or collector is None:
+                return None
+            del found[1].experts.prism_collector
+            return collector.finish()

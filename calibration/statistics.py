@@ -1,5 +1,6 @@
 """Per-expert activation statistics of one MoE layer, collected while it runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,20 +30,37 @@ class LayerStatistics:
     Attributes:
         layer: index of the decoder layer.
         tokens_routed: int64 [E].
-        mean_activation: float32 [E, C], mean |activation| over the routed tokens.
-        firing_frequency: float32 [E, C], share of routed tokens whose |activation| exceeds the mean over the expert's neurons.
+        activation_sum: float64 [E, C], |activation| summed over the routed tokens.
+        fired: int64 [E, C], routed tokens whose |activation| exceeds the mean over the expert's neurons.
         inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the layer's MoE inputs in the compute dtype, in the order of the text.
         activations: per expert, a uniform sample [B_e, C] of the routed tokens' activations in the compute dtype.
+        sampled: per expert, int64 [B_e], the positions of those tokens in the text, rising.
         unrouted: experts that saw no token; their statistics come from running their weights on `inputs`.
     """
 
     layer: int
     tokens_routed: torch.Tensor
-    mean_activation: torch.Tensor
-    firing_frequency: torch.Tensor
+    activation_sum: torch.Tensor
+    fired: torch.Tensor
     inputs: torch.Tensor
     activations: list[torch.Tensor]
+    sampled: list[torch.Tensor]
     unrouted: list[int] = field(default_factory=list)
+
+    @property
+    def mean_activation(self) -> torch.Tensor:
+        """float32 [E, C], mean |activation| over an expert's tokens."""
+        return (self.activation_sum / self._tokens()[:, None]).float()
+
+    @property
+    def firing_frequency(self) -> torch.Tensor:
+        """float32 [E, C], share of an expert's tokens whose |activation| exceeds the mean over its neurons."""
+        return (self.fired / self._tokens()[:, None]).float()
+
+    def _tokens(self) -> torch.Tensor:
+        """Those that the sums are over: the routed ones, or what stood in for them."""
+        stand_ins = torch.tensor([len(sample) for sample in self.activations])
+        return torch.where(self.tokens_routed > 0, self.tokens_routed, stand_ins)
 
     def coactivation(self, expert: int) -> torch.Tensor:
         """The paper's Co = B^T B: on how many sampled tokens two neurons are both marked, int32 [C, C]."""
@@ -88,6 +106,59 @@ class LayerStatistics:
         return torch.nonzero(self.tokens_routed < TOKEN_FLOOR).flatten().tolist()
 
 
+def priorities(seed: int, layer: int, total_tokens: int) -> torch.Tensor:
+    """Random priority of every token of the text in a layer, float64 [total_tokens]: a sample is the tokens of lowest priority."""
+    return torch.from_numpy(np.random.default_rng([seed, layer]).random(total_tokens))
+
+
+def _moments(activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(|activation| summed, tokens that fired) of activations [n, C]: float64 [C], int64 [C]."""
+    magnitude = activations.abs().float()
+    return magnitude.sum(0, dtype=torch.float64), (magnitude > magnitude.mean(1, keepdim=True)).sum(0)
+
+
+def merge_layers(parts: Iterable[LayerStatistics], priority: torch.Tensor, tokens_per_expert: int) -> LayerStatistics:
+    """The statistics of one layer over a text from those over its shards, in their order: what one run over all of it would have found.
+
+    Counts, sums and samples are the same; sums in float64 but for the order of their terms. Two parts are in memory at a time.
+
+    Args:
+        parts: of consecutive shards.
+        priority: of the tokens of the whole text, see `priorities`.
+        tokens_per_expert: size of each expert's sample.
+    """
+    merged: LayerStatistics | None = None
+    for part in parts:
+        if merged is None:
+            merged = part
+            continue
+        for expert, (here, there) in enumerate(zip(merged.tokens_routed.tolist(), part.tokens_routed.tolist(), strict=True)):
+            if bool(here) != bool(there):
+                # What stood in for tokens gives way to them.
+                chosen = merged if here else part
+                merged.activation_sum[expert], merged.fired[expert] = chosen.activation_sum[expert], chosen.fired[expert]
+                merged.activations[expert], merged.sampled[expert] = chosen.activations[expert], chosen.sampled[expert]
+                continue
+            merged.activation_sum[expert] += part.activation_sum[expert]
+            merged.fired[expert] += part.fired[expert]
+            tokens = torch.cat([merged.sampled[expert], part.sampled[expert]])
+            activations = torch.cat([merged.activations[expert], part.activations[expert]])
+            if len(tokens) > tokens_per_expert:
+                # Stand-ins are the first of the inputs, sampled tokens those of lowest priority.
+                rank = priority[tokens] if here else tokens
+                kept = rank.topk(tokens_per_expert, largest=False).indices.sort().values
+                tokens, activations = tokens[kept], activations[kept]
+            merged.sampled[expert], merged.activations[expert] = tokens, activations
+        merged.tokens_routed += part.tokens_routed
+        merged.inputs = torch.cat([merged.inputs, part.inputs])
+        del part
+    assert merged is not None
+    merged.unrouted = torch.nonzero(merged.tokens_routed == 0).flatten().tolist()
+    for expert in merged.unrouted:
+        merged.activation_sum[expert], merged.fired[expert] = _moments(merged.activations[expert])
+    return merged
+
+
 class LayerCollector:
     """Accumulates `LayerStatistics` while batches run through one MoE layer.
 
@@ -97,34 +168,34 @@ class LayerCollector:
     Args:
         layer: index of the decoder layer.
         experts: its experts module, materialised.
-        total_tokens: how many tokens will pass in all.
+        total_tokens: of the text.
         tokens_per_expert: B, size of each expert's sample.
         seed: of the sampling.
+        first_token: position in the text of the first token that will pass.
     """
 
-    def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int):
+    def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int, first_token: int = 0):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
         count, _, neurons = expert_shape(experts)
-        priority = torch.from_numpy(np.random.default_rng([seed, layer]).random(total_tokens))
+        priority = priorities(seed, layer, total_tokens)
         self._priority = priority.to(weight.device)
         self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)
         self._sampled_inputs[priority.argsort()[:INPUT_SAMPLE].to(weight.device)] = True
         self._inputs: list[torch.Tensor] = []
-        self._seen = 0
-        zeros = {"dtype": torch.float32, "device": weight.device}
+        self._first = self._seen = first_token
         self._count = [0] * count
-        self._activation_sum = torch.zeros(count, neurons, **zeros)
-        self._firing = torch.zeros(count, neurons, **zeros)
+        self._activation_sum = torch.zeros(count, neurons, dtype=torch.float64, device=weight.device)
+        self._fired = torch.zeros(count, neurons, dtype=torch.int64, device=weight.device)
         self._sample: list[torch.Tensor] = [weight.new_empty(0, neurons) for _ in range(count)]
         self._sample_tokens = [torch.empty(0, dtype=torch.int64, device=weight.device) for _ in range(count)]
 
     def add(self, expert: int, tokens: torch.Tensor, _: torch.Tensor, activations: torch.Tensor) -> None:
         """Record one expert's share of a batch: token positions in the batch [n], its MoE inputs, activations [n, C]."""
-        magnitude = activations.abs().float()
+        total, fired = _moments(activations)
         self._count[expert] += len(tokens)
-        self._activation_sum[expert] += magnitude.sum(0)
-        self._firing[expert] += (magnitude > magnitude.mean(1, keepdim=True)).sum(0)
+        self._activation_sum[expert] += total
+        self._fired[expert] += fired
         self._offer(expert, tokens + self._seen, activations)
 
     def _offer(self, expert: int, tokens: torch.Tensor, activations: torch.Tensor) -> None:
@@ -160,24 +231,25 @@ class LayerCollector:
         unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
         routed = torch.tensor(self._count)
         some = inputs[: self.tokens_per_expert]
-        positions = torch.nonzero(self._sampled_inputs).flatten()[: len(some)] - self._seen
+        positions = torch.nonzero(self._sampled_inputs[self._first : self._seen]).flatten()[: len(some)] + self._first - self._seen
         for expert in unrouted:
             self.add(expert, positions, some, expert_activations(self.experts, expert, some))
         if not torch.isfinite(self._activation_sum).all():
             raise InputError(
-                f"layer {self.layer}: activations are not finite in {inputs.dtype}; "
-                "use --dtype bfloat16 or float32, or check the checkpoint's weights"
+                f"layer {self.layer}: activations are not finite in {str(inputs.dtype).removeprefix('torch.')}; check the weights of this "
+                "layer and of those before it" + ("" if inputs.dtype == torch.float32 else ", or use --dtype float32")
             )
-        count = torch.tensor(self._count, dtype=torch.float32, device=inputs.device)
         for expert, tokens in enumerate(self._sample_tokens):
-            self._sample[expert] = self._sample[expert][tokens.argsort()].cpu()
+            order = tokens.argsort()
+            self._sample[expert], self._sample_tokens[expert] = self._sample[expert][order].cpu(), tokens[order].cpu()
         return LayerStatistics(
             layer=self.layer,
             tokens_routed=routed,
-            mean_activation=(self._activation_sum / count[:, None]).cpu(),
-            firing_frequency=(self._firing / count[:, None]).cpu(),
+            activation_sum=self._activation_sum.cpu(),
+            fired=self._fired.cpu(),
             inputs=inputs.cpu(),
             activations=self._sample,
+            sampled=self._sample_tokens,
             unrouted=unrouted,
         )
 

@@ -1,23 +1,25 @@
 """Statistics on disk: `index.json`, and two safetensors files per MoE layer."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
-from calibration.profile import Calibration
-from calibration.statistics import INPUT_SAMPLE, LayerStatistics
-from checkpoints import Checkpoint, output_folder, save_tensors, write_json
+from calibration.profile import Calibration, Profile
+from calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
+from checkpoints import Checkpoint, Progress, output_folder, save_tensors, versions, write_json
 from prism_errors import InputError
 
 INDEX = "index.json"
-FORMAT = 2
-_SHARED = ("tokens_routed", "mean_activation", "firing_frequency", "inputs")
+FORMAT = 3
+# Share of a token's neurons that count as active in the pictures of a page.
+ACTIVE_SHARE = 1 / 8
+_SHARED = ("tokens_routed", "activation_sum", "fired", "inputs")
+_PER_EXPERT = ("activations", "sampled")
 
 
 @dataclass(frozen=True)
@@ -48,74 +50,190 @@ class LayerSummary:
 
 
 def write_statistics(
-    target: Path, checkpoint: Checkpoint, calibration: dict[str, Any], layers: Iterable[LayerStatistics]
-) -> list[LayerSummary]:
-    """Write a statistics folder; it appears only when complete. Raises what iterating `layers` raises."""
-    summaries = []
-    with output_folder(target) as folder:
-        for statistics in layers:
-            _write_layer(folder, statistics)
-            summaries.append(LayerSummary.of(statistics))
+    target: Path,
+    checkpoint: Checkpoint,
+    calibration: dict[str, Any],
+    profile: Profile,
+    shard: tuple[int, int] = (1, 1),
+    resume: bool = False,
+    on_start: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Write a statistics folder; it appears only when complete. A run that ends before leaves its finished layers in TARGET.partial.
+
+    Args:
+        target: the folder.
+        checkpoint: what `profile` runs.
+        calibration: as recorded.
+        profile: the statistics, while they are made.
+        shard: which part of the text they are of, (I, M).
+        resume: go on after the last finished layer of an interrupted run of the same checkpoint, calibration and versions.
+        on_start: told how many layers with experts an earlier run has finished.
+
+    Returns:
+        Of each layer, `summary` (a `LayerSummary` as a dict) and `shown`, what `reporting.profile_page` shows.
+
+    Raises:
+        What iterating `profile` raises; UsageError as `output_folder` does.
+    """
+    source = {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint()}
+    identity = {
+        "source": source["fingerprint"],
+        "calibration": calibration,
+        "shard": "{}/{}".format(*shard),
+        "versions": versions(),
+        "statistics": profile.origin(),
+    }
+    with output_folder(target, identity, resume) as folder:
+        progress = Progress(folder)
+        records = [record for record, _ in progress.restored()]
+        profile.restore(progress.text(), progress.layers)
+        if on_start:
+            on_start(progress.layers)
+        for statistics in profile:
+            files = _write_layer(folder, statistics)
+            records.append(_record(statistics))
             # Not kept while the next layer is made.
             del statistics
-        index = {
-            "format": FORMAT,
-            "source": {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint()},
-            "calibration": calibration,
-            "layers": [asdict(summary) for summary in summaries],
-        }
-        write_json(folder / INDEX, index)
-    return summaries
+            progress.finish_layer(records[-1], profile.state(), files)
+        _write_index(folder, source, calibration, shard, records)
+    return records
 
 
-def _write_layer(folder: Path, statistics: LayerStatistics) -> None:
+def merge_statistics(target: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    """Write the statistics over a whole text from those over its shards, one layer of two shards in memory at a time.
+
+    Args:
+        target: the folder to be.
+        folders: of all shards, in any order.
+
+    Returns:
+        As `write_statistics`.
+
+    Raises:
+        InputError: a folder is none of `write_statistics`, or another run's, or a shard is missing.
+    """
+    parts = sorted((Statistics(folder) for folder in folders), key=lambda part: part.shard)
+    first = parts[0]
+    for part in parts:
+        for what in ("source", "calibration", "layers"):
+            if getattr(part, what) != getattr(first, what):
+                raise InputError(f"{part.folder}: was made with another {what} than {first.folder}; merge shards of one run")
+    expected = [(number + 1, first.shard[1]) for number in range(first.shard[1])]
+    if [part.shard for part in parts] != expected:
+        found = ", ".join("{}/{}".format(*part.shard) for part in parts)
+        raise InputError(f"{target}: the shards given are {found}; give 1/{first.shard[1]} to {first.shard[1]}/{first.shard[1]}, each once")
+    calibration = Calibration(**first.calibration)
+    tokens = first.calibration["num_samples"] * first.calibration["max_seq_length"]
+    records = []
+    with output_folder(target) as folder:
+        for layer in first.layers:
+            priority = priorities(calibration.seed, layer, tokens)
+            statistics = merge_layers((part.read(layer) for part in parts), priority, calibration.tokens_per_expert)
+            _write_layer(folder, statistics)
+            records.append(_record(statistics))
+            del statistics
+        _write_index(folder, first.source, first.calibration, (1, 1), records)
+    return records
+
+
+def _record(statistics: LayerStatistics) -> dict[str, Any]:
+    """What is kept of a layer for the index, the table and the page, as JSON values."""
+    summary, expert = LayerSummary.of(statistics), int(statistics.tokens_routed.argmax())
+    shown = {
+        "layer": statistics.layer,
+        "tokens": statistics.tokens_routed.tolist(),
+        "fixed_quarter": statistics.fixed_quarter_share(),
+        "own_quarter": summary.top_quarter_share,
+        "expert": expert,
+        "picture": statistics.coactivation_picture(expert, ACTIVE_SHARE).tolist(),
+    }
+    return {"summary": asdict(summary), "shown": shown}
+
+
+def _write_index(
+    folder: Path, source: dict[str, Any], calibration: dict[str, Any], shard: tuple[int, int], records: list[dict[str, Any]]
+) -> None:
+    summaries = [record["summary"] for record in records]
+    index = {"format": FORMAT, "source": source, "calibration": calibration, "shard": list(shard), "layers": summaries}
+    write_json(folder / INDEX, index)
+
+
+def _layer_path(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:05d}.safetensors"
+
+
+def _write_layer(folder: Path, statistics: LayerStatistics) -> list[Path]:
+    """Returns the files."""
     tensors = {name: getattr(statistics, name).contiguous() for name in _SHARED}
-    tensors |= {f"activations.{expert}": sample.contiguous() for expert, sample in enumerate(statistics.activations)}
-    save_tensors(tensors, folder / f"layer-{statistics.layer:05d}.safetensors")
+    for name in _PER_EXPERT:
+        tensors |= {f"{name}.{expert}": value.contiguous() for expert, value in enumerate(getattr(statistics, name))}
+    path = _layer_path(folder, statistics.layer)
+    save_tensors(tensors, path)
     # A count is at most tokens_per_expert, which the command line keeps below 2^16.
     coactivation = {
         f"coactivation.{expert}": statistics.coactivation(expert).to(torch.uint16) for expert in range(len(statistics.activations))
     }
-    save_tensors(coactivation, folder / f"layer-{statistics.layer:05d}.coactivation.safetensors")
+    save_tensors(coactivation, path.with_suffix(".coactivation.safetensors"))
+    return [path, path.with_suffix(".coactivation.safetensors")]
 
 
 def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
-    """Size of the statistics folder, at most: input and activation samples and co-activation of every layer."""
+    """Size of the statistics folder, at most: input and activation samples and co-activation of every layer; and of the text's state."""
     architecture, config = checkpoint.architecture, checkpoint.config
     experts, _, neurons, *_ = architecture.sizes(config).values()
     width = calibration.resolved_dtype(checkpoint).itemsize
     tokens = calibration.tokens(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
     inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
-    return config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2))
+    text = 2 * width * tokens * config.hidden_size
+    return text + config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2 + 16 * neurons + 8 * sample))
 
 
 class Statistics:
-    """A statistics folder that belongs to a checkpoint.
+    """A statistics folder.
+
+    Args:
+        folder: which.
+        checkpoint: that it must belong to, whole; None for any, or a shard.
+
+    Attributes:
+        source: name and fingerprint of its checkpoint.
+        calibration: as recorded.
+        shard: (I, M).
+        layers: indices of the layers.
 
     Raises:
         InputError: not such a folder, or made from another checkpoint.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint):
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None):
         self.folder, self._first = folder, 0
         try:
             index = json.loads((folder / INDEX).read_text())
-            self.calibration: dict[str, Any] = index["calibration"]
+            written = index["format"]
+            self.source, self.calibration = index["source"], index["calibration"]
+            Calibration(**self.calibration)
             self.layers: list[int] = [layer["layer"] for layer in index["layers"]]
             self._unrouted = {layer["layer"]: layer["unrouted"] for layer in index["layers"]}
-            fingerprint, written = index["source"]["fingerprint"], index["format"]
+            fingerprint = self.source["fingerprint"]
+            number, shards = index["shard"] if written == FORMAT else (1, 1)
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"--stats {folder}: no readable {INDEX}; make the folder with prism-profile") from None
+            raise InputError(f"{folder}: no readable {INDEX}; make the folder with prism-profile") from None
+        self.shard: tuple[int, int] = (number, shards)
         if written != FORMAT:
-            raise InputError(f"--stats {folder}: format {written} is not this version's {FORMAT}; run prism-profile again")
-        if fingerprint != checkpoint.fingerprint():
-            raise InputError(f"--stats {folder}: was made from another checkpoint than {checkpoint.path}; run prism-profile again")
+            raise InputError(f"{folder}: format {written} is not this version's {FORMAT}; run prism-profile again")
+        if checkpoint is not None and fingerprint != checkpoint.fingerprint():
+            raise InputError(f"{folder}: was made from another checkpoint than {checkpoint.path}; run prism-profile again")
+        if checkpoint is not None and shards > 1:
+            raise InputError(f"{folder}: is shard {number}/{shards}; merge all of them first with prism-profile merge")
+        for layer in self.layers:
+            # Its header is there and fits its size.
+            self._open(layer).__exit__(None, None, None)
 
     def __iter__(self) -> Iterator[LayerStatistics]:
         for layer in self.layers:
             if layer >= self._first:
-                yield self._read(layer)
+                yield self.read(layer)
 
     def origin(self) -> str:
         """Where the statistics come from."""
@@ -129,12 +247,23 @@ class Statistics:
         """Start with layer `first`."""
         self._first = first
 
-    def _read(self, layer: int) -> LayerStatistics:
-        path = self.folder / f"layer-{layer:05d}.safetensors"
+    def _open(self, layer: int) -> Any:
+        path = _layer_path(self.folder, layer)
         try:
-            tensors = load_file(path)
-            shared = {name: tensors[name] for name in _SHARED}
-            activations = [tensors[f"activations.{expert}"] for expert in range(len(shared["tokens_routed"]))]
-        except (OSError, KeyError, SafetensorError) as error:
+            return safe_open(path, framework="pt").__enter__()
+        except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: missing or truncated ({error}); run prism-profile again") from None
-        return LayerStatistics(layer=layer, activations=activations, unrouted=self._unrouted[layer], **shared)
+
+    def read(self, layer: int) -> LayerStatistics:
+        """One layer's statistics. Raises InputError when they are not whole or not finite."""
+        path = _layer_path(self.folder, layer)
+        with self._open(layer) as file:
+            try:
+                shared = {name: file.get_tensor(name) for name in _SHARED}
+                experts = range(len(shared["tokens_routed"]))
+                activations, sampled = ([file.get_tensor(f"{name}.{expert}") for expert in experts] for name in _PER_EXPERT)
+            except SafetensorError as error:
+                raise InputError(f"{path}: does not hold what prism-profile writes ({error}); run it again") from None
+        if not all(torch.isfinite(value).all() for value in (shared["inputs"], *activations)):
+            raise InputError(f"{path}: holds numbers that are not finite; run prism-profile again")
+        return LayerStatistics(layer=layer, activations=activations, sampled=sampled, unrouted=self._unrouted[layer], **shared)

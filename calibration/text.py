@@ -11,7 +11,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from prism_errors import InputError, PrismError, UsageError, first_line
+from prism_errors import InputError, PrismError, UsageError, one_line
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
@@ -37,9 +37,11 @@ class Source:
         if Path(text).exists():
             return cls(text, None, "train", None)
         match = _SPEC.fullmatch(text.strip())
-        if match is None:
+        if match is None or not text.strip():
             raise UsageError(f"--dataset {text}: not of the form name[subset](split):samples")
         samples = match["samples"]
+        if samples and not int(samples):
+            raise UsageError(f"--dataset {text}: asks for no sample; write a number above 0")
         return cls(match["name"], match["subset"], match["split"] or "train", int(samples) if samples else None)
 
     def documents(self, column: str, seed: int) -> Iterator[str]:
@@ -66,8 +68,11 @@ class Source:
                 yield record
         except PrismError:
             raise
+        except StopIteration:
+            # An empty JSON file.
+            return
         except Exception as error:
-            raise InputError(f"--dataset {self.name}: cannot be read: {first_line(error)}") from error
+            raise InputError(f"--dataset {self.name}: cannot be read: {one_line(error)}") from error
 
     def _load(self) -> Any:
         path = Path(self.name)
@@ -92,7 +97,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
     except Exception as error:
-        raise InputError(f"{model_dir}: no usable tokenizer: {first_line(error)}") from error
+        raise InputError(f"{model_dir}: no usable tokenizer: {one_line(error)}") from error
 
 
 def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, seed: int, column: str = "text") -> torch.Tensor:

@@ -11,6 +11,7 @@ from checkpoints.architectures import (
     routing_state,
 )
 from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
+from checkpoints.progress import Progress, versions
 from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
 from checkpoints.writer import (
@@ -18,6 +19,7 @@ from checkpoints.writer import (
     STATE,
     ShardWriter,
     check_disk,
+    check_side_files,
     check_target,
     finished_layers,
     free_disk,
@@ -39,9 +41,11 @@ __all__ = [
     "Architecture",
     "Checkpoint",
     "LayeredModel",
+    "Progress",
     "ShardWriter",
     "build_meta_model",
     "check_disk",
+    "check_side_files",
     "check_target",
     "expert_shape",
     "finished_layers",
@@ -60,5 +64,6 @@ __all__ = [
     "split_experts",
     "sync",
     "unfinished_bytes",
+    "versions",
     "write_json",
 ]

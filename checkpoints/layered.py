@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoints.reader import Checkpoint
-from prism_errors import InputError, first_line
+from prism_errors import InputError, one_line
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -65,7 +65,7 @@ class LayeredModel:
         try:
             self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
         except Exception as error:
-            raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {first_line(error)}") from error
+            raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {one_line(error)}") from error
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: Any = get_model_conversion_mapping(self.model)
         self._sources = self._match_tensors()

@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from checkpoints.architectures import Architecture, describe
-from prism_errors import InputError, first_line
+from prism_errors import InputError, one_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+LONGEST_NAME = 200
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 
@@ -46,7 +49,7 @@ class Checkpoint:
         try:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
-            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
         self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
         if self.config_json.get("quantization_config"):
             raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
@@ -58,7 +61,8 @@ class Checkpoint:
             self._read_header(file)
         missing = sorted(set(self.weight_map) - set(self.sizes))
         if missing:
-            raise InputError(f"{self.path / self.weight_map[missing[0]]}: tensor {missing[0]} is not in it; download the shard again")
+            raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
+        self._check_config()
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
@@ -67,8 +71,8 @@ class Checkpoint:
             value = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
-        except ValueError as error:
-            raise InputError(f"{self.path / name}: not valid JSON ({error})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{self.path / name}: cannot be read as JSON ({one_line(error)}); download it again") from None
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name}: holds no JSON object")
         return value
@@ -79,20 +83,54 @@ class Checkpoint:
             with self._shard(SINGLE_FILE) as shard:
                 return dict.fromkeys(shard.keys(), SINGLE_FILE)
         if not (self.path / INDEX_FILE).exists():
-            raise InputError(f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read")
+            raise InputError(self._what_is_there())
         weight_map = self._read_json(INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{self.path / INDEX_FILE}: has no weight_map; download it again")
         for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise InputError(f"{self.path / INDEX_FILE}: {file!r} is not the name of a file in the same folder")
+            if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or len(file.encode()) > LONGEST_NAME:
+                raise InputError(f"{self.path / INDEX_FILE}: {str(file)[:LONGEST_NAME]!r} is not the name of a file in the same folder")
         return weight_map
+
+    def _what_is_there(self) -> str:
+        """Why there is no safetensors checkpoint to read."""
+        if (self.path / SINGLE_FILE).is_symlink():
+            return f"{self.path / SINGLE_FILE}: the file it links to is missing; download it again"
+        if any(path.suffix in PICKLES for path in self.path.iterdir()):
+            return (
+                f"{self.path}: holds pickled weights, which run code when they are read; only safetensors checkpoints are. "
+                f'If you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR')\", and copy the tokenizer's files"
+            )
+        return f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read"
+
+    def _check_config(self) -> None:
+        """Sizes that no model can have, and those that the tensors do not bear out: building such a model could take for ever."""
+        path, architecture = self.path / "config.json", self.architecture
+        experts, active = (getattr(self.config, key, None) for key in (architecture.num_experts, architecture.top_k))
+        if not isinstance(experts, int) or not isinstance(active, int) or not 1 <= active <= experts:
+            raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
+        if not any(experts in shape for shape in self.shapes.values()):
+            raise InputError(f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; one is of another model")
+        stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
+        layers = self.config.num_hidden_layers
+        if not isinstance(layers, int) or not 1 <= layers <= len(stored):
+            raise InputError(f"{path}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint")
+        length = getattr(self.config, "max_position_embeddings", None)
+        if length is not None and (not isinstance(length, int) or length < 2):
+            raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
+        if not isinstance(self.config_json.get("auto_map", {}), dict):
+            raise InputError(f"{path}: auto_map is no JSON object; correct it")
+        for key in ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"):
+            if "/" in str(self.config_json.get(key)):
+                raise InputError(f"{path}: {key} asks for code from the Hub, {self.config_json[key]}; remove the line")
 
     @contextmanager
     def _shard(self, file: str) -> Iterator[Any]:
         path = self.path / file
-        if not path.exists():
-            raise InputError(f"{path}: shard is missing; {INDEX_FILE} names it, download it again")
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "the file it links to is missing" if path.is_symlink() else "shard is missing"
+            raise InputError(f"{path}: {what}; download it again")
         try:
             with safe_open(path, framework="pt") as shard:
                 yield shard

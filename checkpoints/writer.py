@@ -1,5 +1,6 @@
 """Write a checkpoint shard by shard into a folder that appears only when it is complete."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints.reader import INDEX_FILE
-from prism_errors import InputError, ResourceError, UsageError
+from checkpoints.reader import INDEX_FILE, LONGEST_NAME
+from prism_errors import InputError, ResourceError, UsageError, one_line
 
 MANIFEST = "prism.json"
 # In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
@@ -115,13 +116,53 @@ def side_files(source: Path) -> list[Path]:
     return found
 
 
+def check_side_files(source: Path, written: Iterable[str]) -> int:
+    """Check what will be copied beside the weights, before any work.
+
+    Args:
+        source: the model folder.
+        written: names of the files that the output gets in any case.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        InputError: something that cannot be read or copied as a file, or a link that leads out of the folder. Links into the store of
+            the Hugging Face cache, which is full of them, are followed.
+    """
+    root = source.resolve()
+    for path in [source / name for name in written]:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder where the output has a file; rename it")
+    for folder, subfolders, _ in os.walk(source):
+        for name in subfolders:
+            path = Path(folder) / name
+            if not name.startswith(".") and (path.is_symlink() or not os.access(path, os.R_OK | os.X_OK)):
+                raise InputError(f"{path}: a link, or not readable, so its files would be left out; copy it or remove it")
+    total = 0
+    for relative in side_files(source):
+        path = source / relative
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise InputError(f"{path}: cannot be copied, it is missing, not readable or no regular file; mend it or remove it")
+        real = path.resolve()
+        if root not in real.parents and real.parent.name != "blobs":
+            raise InputError(f"{path}: links to {real}, outside the model folder; copy the file or remove the link")
+        total += real.stat().st_size
+    return total
+
+
 def check_target(target: Path, source: Path, overwrite: bool, marker: str) -> None:
     """Refuse an output folder that would lose something: an existing one, one that is not ours, one inside or around the source.
 
     Raises:
         UsageError: with the remedy.
     """
-    resolved, origin = target.resolve(), source.resolve()
+    try:
+        resolved, origin = target.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{target}: {one_line(error)}; choose another output folder") from None
+    if len(resolved.name.encode()) > LONGEST_NAME:
+        raise UsageError(f"{target}: its name is longer than {LONGEST_NAME} bytes; choose a shorter one")
     if resolved == origin or resolved in origin.parents or origin in resolved.parents:
         raise UsageError(f"{target}: must be outside {source}; choose another output folder")
     if target.exists():
@@ -160,6 +201,11 @@ def partial_folder(target: Path) -> Path:
     return target.resolve().with_name(target.resolve().name + ".partial")
 
 
+def record_path(state: Path, index: int) -> Path:
+    """The file in a state folder that counts the layer `index` as finished."""
+    return state / f"layer-{index:05d}.json"
+
+
 def finished_layers(target: Path) -> int:
     """How many layers an interrupted run that can be resumed has finished of the folder `target`."""
     return len(list((partial_folder(target) / STATE).glob("layer-*.json")))
@@ -189,13 +235,13 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
     """
     target, partial = target.resolve(), partial_folder(target)
     lock_path = target.with_name(f".{target.name}.lock")
-    with open(lock_path, "w") as lock:
+    with _opened(lock_path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{target}: another run is writing to it; wait for it to end") from None
         try:
-            if partial.exists() and not (partial / INCOMPLETE).exists():
+            if partial.is_symlink() or (partial.exists() and not (partial / INCOMPLETE).exists()):
                 raise UsageError(f"{partial}: is in the way and was not written by this command; remove it yourself if you mean it")
             if not (identity is not None and finished_layers(target) and _may_go_on(partial, identity, resume)):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -209,6 +255,21 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
             if (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The lock file; whatever is there is left as it is, and a link is not followed."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise UsageError(f"{path}: is in the way; remove it") from None
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:

@@ -73,6 +73,11 @@ class Reporter:
         else:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
+    def warn_of(self, text: str | None) -> None:
+        """A warning, if there is something to warn of."""
+        if text is not None:
+            self.warning(text)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._tqdm is not None:
@@ -158,11 +163,12 @@ def _as_prism_error(error: Exception) -> PrismError | None:
     if isinstance(error, PrismError):
         return error
     # torch reports an exhausted CPU as a RuntimeError that names its allocator.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if no_memory or "DefaultCPUAllocator" in str(error) or os.strerror(errno.ENOMEM) in str(error):
         return ResourceError("out of memory; lower --num-samples, --batch-size or --workers, or use --dtype bfloat16 where there is one")
     # safetensors reports a full disk in an exception of its own, as text.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         return ResourceError("the disk is full; free some space or choose a folder on another disk")
     if isinstance(error, PermissionError):
-        return ResourceError(f"{error.filename}: permission denied; choose a folder you may write to")
+        return ResourceError(f"{error.filename}: permission denied; get the right to read or write it, or choose another folder")
     return None

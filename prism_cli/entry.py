@@ -11,6 +11,9 @@ def _open(door: str) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing was written\n")
         sys.exit(130)
+    except MemoryError:
+        sys.stderr.write("error: not enough memory to load torch and transformers; free some\n")
+        sys.exit(5)
     sys.exit(main())
 
 
@@ -25,7 +28,10 @@ def finetune() -> NoReturn:
 
 
 def profile() -> NoReturn:
-    """prism-profile."""
+    """prism-profile, and prism-profile merge."""
+    if sys.argv[1:2] == ["merge"]:
+        sys.argv[:2] = [f"{sys.argv[0]} merge"]
+        _open("merge")
     _open("profile")
 
 

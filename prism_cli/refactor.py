@@ -3,8 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -15,10 +13,11 @@ from click.core import ParameterSource
 
 import solvers
 from calibration import Calibration, Profile, Statistics
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, finished_layers, gib, unfinished_bytes
+from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib, unfinished_bytes
 from prism_cli.architectures import list_architectures
-from prism_cli.door import Reporter, command, exit_of
+from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
+from prism_cli.resuming import RESUME, Resumption
 from prism_errors import GateError, InputError, UsageError
 from refactoring import (
     ENGINES,
@@ -29,6 +28,7 @@ from refactoring import (
     Recipe,
     Timings,
     Workers,
+    check_memory,
     make_plan,
     partition_seconds,
     profile_seconds,
@@ -113,7 +113,7 @@ RECIPE_OPTIONS = (
     help="Print the families that can be split and exit.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--resume", is_flag=True, help="Go on after the last finished layer of an interrupted run, if there is one.")
+@RESUME
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR that this command wrote.")
 @click.pass_context
 def main(
@@ -137,11 +137,7 @@ def main(
 
     An interrupted run keeps its finished layers in OUT_DIR.partial; --resume goes on with them.
     """
-    if ray_address is not None and engine != "ray":
-        raise UsageError("--ray-address has no effect without --engine ray; add it")
-    if workers is None and engine == "local":
-        workers = len(os.sched_getaffinity(0))
-    pool = Workers(workers, engine, ray_address)
+    pool = _workers(workers, engine, ray_address)
     demands = [QualityGate.parse(text) for text in gates]
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
@@ -158,8 +154,9 @@ def main(
     for demand in demands:
         demand.check([recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
     if dry_run:
-        click.echo(_plan_table(plan, recipe, calibration, workers or len(os.sched_getaffinity(0)), statistics is not None))
+        click.echo(_plan_table(plan, recipe, calibration, pool.count or 1, statistics is not None))
         return
+    check_memory(plan)
     check_disk(out_dir, plan.disk_needed - (unfinished_bytes(out_dir) if resume else 0))
     layers = checkpoint.config.num_hidden_layers
     # Of a layer's progress, the first half is profiling where there is any.
@@ -171,29 +168,20 @@ def main(
     def on_expert(layer: int, done: int, total: int) -> None:
         reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
 
-    begun: list[int] = []
-
-    def on_start(done: int) -> None:
-        begun.append(done)
-        if done:
-            reporter.line(f"going on after layer {done - 1} ({done}/{layers})", event="resumed", layer=done - 1, layers=layers)
-
     arriving: Profile | Statistics
     if statistics is None:
         rows = calibration.rows(checkpoint)
-        arriving, recorded, shortage = (
-            Profile(checkpoint, calibration, rows, on_rows),
-            calibration.recorded(rows),
-            calibration.shortage(rows),
-        )
+        reporter.warn_of(calibration.shortage(rows))
+        arriving, recorded = Profile(checkpoint, calibration, rows, on_rows), calibration.recorded(rows)
     else:
-        arriving, recorded, shortage = statistics, statistics.calibration, None
+        arriving, recorded = statistics, statistics.calibration
     timings = Timings()
-    with _telling_what_is_left(out_dir, layers, begun, reporter):
-        manifest = refactor(checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, on_start, timings)
+    resumption = Resumption(reporter, out_dir, layers)
+    with resumption.telling():
+        manifest = refactor(
+            checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, resumption.on_start, timings
+        )
     reporter.close()
-    if shortage:
-        reporter.warning(shortage)
     _warn_unrouted(manifest, reporter)
     judged = [(demand, demand.value(manifest)) for demand in demands]
     click.echo(_json_summary(manifest, out_dir, judged, timings) if as_json else _summary(manifest, out_dir))
@@ -202,19 +190,10 @@ def main(
         raise GateError("; ".join(failed))
 
 
-@contextmanager
-def _telling_what_is_left(out_dir: Path, layers: int, begun: list[int], reporter: Reporter) -> Iterator[None]:
-    """Say that finished layers are kept when a run that has `begun` ends before it is done."""
-    try:
-        yield
-    except BaseException as error:
-        done = finished_layers(out_dir) if begun else 0
-        if done:
-            reporter.close()
-            click.echo(f"stopped with {done} of {layers} layers done; --resume goes on after them", err=True)
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise exit_of(error) from None
-        raise
+def _workers(count: int | None, engine: str, address: str | None) -> Workers:
+    if address is not None and engine != "ray":
+        raise UsageError("--ray-address has no effect without --engine ray; add it")
+    return Workers(len(os.sched_getaffinity(0)) if count is None and engine == "local" else count, engine, address)
 
 
 def _refuse_with_stats(context: click.Context) -> None:

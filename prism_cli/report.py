@@ -16,7 +16,7 @@ from checkpoints import MANIFEST, output_file
 from prism_cli.door import Reporter, command
 from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, check_parent
-from prism_errors import InputError, first_line
+from prism_errors import InputError, one_line
 from refactoring import open_refactored
 from refactoring.pipeline import PICTURE_FILE
 from reporting import report_page
@@ -52,7 +52,7 @@ def _broken(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except _MISTAKES as error:
-        raise InputError(f"{what} is not as this version writes it ({type(error).__name__}: {first_line(error)}); {remedy}") from error
+        raise InputError(f"{what} is not as this version writes it ({type(error).__name__}: {one_line(error)}); {remedy}") from error
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:

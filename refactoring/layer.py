@@ -80,8 +80,12 @@ def refactor_layer(
     """
     output_axis = 1 if source.experts.is_transposed else 0
     column_norm = torch.stack([matrix.float().norm(dim=output_axis) for matrix in source.experts.down_proj.data])
-    if not all(torch.isfinite(value).all() for value in (column_norm, *routing_state(source).values())):
-        raise InputError("a weight of its experts' down_proj or of its router is not finite; check the checkpoint")
+    if not torch.isfinite(column_norm).all():
+        expert = int(torch.nonzero(~torch.isfinite(column_norm).all(1))[0])
+        raise InputError(f"the down_proj of expert {expert} is not finite, or too large to be squared; check the checkpoint")
+    for name, value in routing_state(source).items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{name} is not finite; check the checkpoint")
     with timings.stage("partitioning"):
         partitions = partition_experts(statistics, column_norm, recipe, workers, on_expert)
     labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()

@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -15,6 +16,7 @@ from checkpoints import (
     MANIFEST,
     Checkpoint,
     LayeredModel,
+    Progress,
     ShardWriter,
     build_meta_model,
     names_on_disk,
@@ -22,13 +24,13 @@ from checkpoints import (
     replaced_parts,
     save_tensors,
     side_files,
+    versions,
     write_json,
 )
 from prism_errors import InputError
 from refactoring.card import model_card
 from refactoring.layer import refactor_layer
-from refactoring.plan import Plan, block_name
-from refactoring.progress import Progress
+from refactoring.plan import CARD, MODELING_FILE, Plan, block_name
 from refactoring.recipe import Recipe
 from refactoring.timings import Timings
 from refactoring.workers import Workers
@@ -36,11 +38,30 @@ from routers import FULL_K_BUDGET, ROUTER_FILE
 
 OnExpert = Callable[[int, int, int], None]
 FORMAT = 2
-PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "deap", "numba", "scikit-learn")
-CARD = "README.md"
 SOURCE_CARD = "README.source.md"
-MODELING_FILE = "modeling_prism.py"
 PICTURE_FILE = "coactivation.safetensors"
+
+
+@dataclass
+class Done:
+    """The finished layers' share of what is written at the end: the router's tensors are 12 N H of a layer's 3 C H numbers per expert.
+
+    Attributes:
+        router, pictures: tensors of the two last files.
+        reports: of the MoE layers, for the manifest.
+    """
+
+    router: dict[str, torch.Tensor] = field(default_factory=dict)
+    pictures: dict[str, torch.Tensor] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, report: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
+        """Add a layer: its report, None for a dense one, and its tensors as 'router.<name>' and 'pictures.<name>'."""
+        for name, value in tensors.items():
+            kind, _, key = name.partition(".")
+            (self.router if kind == "router" else self.pictures)[key] = value
+        if report is not None:
+            self.reports.append(report)
 
 
 def refactor(
@@ -86,7 +107,7 @@ def refactor(
         "source": checkpoint.fingerprint(),
         "calibration": calibration,
         "recipe": recipe.recorded(),
-        "versions": _versions(),
+        "versions": versions(),
         "statistics": statistics.origin(),
     }
     with workers or Workers() as running, output_folder(target, identity, resume) as folder:
@@ -94,19 +115,19 @@ def refactor(
         source = LayeredModel(checkpoint, None)
         target_model = build_meta_model(config, torch.float32)
         writer = ShardWriter(folder, recipe.max_shard_bytes)
-        progress = Progress(folder, writer)
-        # The router's tensors are held to the end: 12 N H of a layer's 3 C H numbers per expert for each layer.
-        done, text = progress.restore()
-        statistics.restore(text, done.layers)
-        del text
+        progress, done = Progress(folder), Done()
+        for record, tensors in progress.restored():
+            done.take(record["report"], tensors)
+            writer.restore(record["shards"])
+        statistics.restore(progress.text(), progress.layers)
         if on_start:
-            on_start(done.layers)
-        if not done.layers:
+            on_start(progress.layers)
+        if not progress.layers:
             _copy_outer_tensors(source, writer)
         tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)
         arriving = iter(statistics)
-        for index in range(done.layers, len(source.layers)):
-            tensors: dict[str, torch.Tensor] = {}
+        for index in range(progress.layers, len(source.layers)):
+            tensors = {}
             report = None
             if index in plan.moe_layers:
                 with timings.stage("statistics"):
@@ -126,7 +147,9 @@ def refactor(
                 _copy(source, source.tensors_under(source.layer_name(index)), writer)
             with timings.stage("writing"):
                 writer.close_shard()
-                progress.finish_layer(done, tensors, report, statistics.state())
+                record = {"shards": writer.shards, "report": report}
+                progress.finish_layer(record, statistics.state(), writer.unsynced(), tensors)
+                done.take(report, tensors)
         writer.finish()
         manifest = _manifest(checkpoint, calibration, recipe, plan, done.reports)
         save_tensors(done.router, folder / ROUTER_FILE)
@@ -185,7 +208,7 @@ def _refactor_layer(
     writer: ShardWriter,
     timings: Timings,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Progress`."""
+    """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Done`."""
     index = statistics.layer
     name = block_name(source, index)
     target_block = target_model.get_submodule(name)
@@ -206,6 +229,10 @@ def _refactor_layer(
             )
         except InputError as error:
             raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+            raise InputError(
+                f"{source.checkpoint.path}: layer {index}: its outputs are beyond float32, no router can be fitted; check the checkpoint"
+            ) from error
         # Clones: leaving the block sends the source's own tensors back to the meta device.
         tensors = {f"router.{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
     tensors |= {f"pictures.layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
@@ -216,10 +243,6 @@ def _refactor_layer(
     for tensor_name, tensor in on_disk.items():
         writer.add(tensor_name, tensor)
     return result.report, tensors
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
 
 
 def _manifest(
@@ -236,7 +259,7 @@ def _manifest(
         "result": plan.after,
         "recipe": recipe.recorded(),
         "calibration": calibration,
-        "versions": _versions(),
+        "versions": versions(),
         "layers": reports,
     }
 

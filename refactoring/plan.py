@@ -11,11 +11,27 @@ import torch
 
 import solvers
 from calibration import INPUT_SAMPLE, Calibration
-from checkpoints import Checkpoint, LayeredModel, expert_shape, free_disk, moe_block, names_on_disk, replaced_parts, routing_state
-from prism_errors import InputError, UsageError
+from checkpoints import (
+    MANIFEST,
+    Checkpoint,
+    LayeredModel,
+    check_side_files,
+    expert_shape,
+    free_disk,
+    gib,
+    moe_block,
+    names_on_disk,
+    replaced_parts,
+    routing_state,
+)
+from prism_errors import InputError, ResourceError, UsageError
 from refactoring.recipe import Recipe
 
+CARD = "README.md"
+MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
+# Of the weights written: headers, indices, the tensors that an unfinished run keeps twice.
+_DISK_MARGIN, _DISK_FIXED = 0.01, 2**22
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
             # Families store a tensor per expert, or one for all.
             if part.endswith(".experts") and len(names) > len(layered.model.get_submodule(part).state_dict()):
                 extra_tensors += (recipe.sub_experts - 1) * len(names)
+    side_bytes = check_side_files(checkpoint.path, (CARD, MANIFEST, MODELING_FILE))
     before = architecture.sizes(config)
     _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe.sub_experts)
     bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
@@ -81,10 +98,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + extra_tensors,
         bytes_out=bytes_out,
-        disk_needed=bytes_out + 4 * router_bytes + text_bytes,
+        disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
         disk_free=free_disk(target),
         memory_needed=_memory(layered, layers, calibration),
-        memory_free=psutil.virtual_memory().available,
+        memory_free=free_memory(),
         compute=_compute(layered, layers, calibration),
     )
 
@@ -197,6 +214,42 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
     return int(2.5 * largest * width) + store + sample + 2 * inputs + _FIXED_BYTES
+
+
+def free_memory() -> int:
+    """Bytes of memory that may be had: of the machine, or of the control group (a container, a batch job) where that is less."""
+    free = psutil.virtual_memory().available
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cache = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage, cache = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        # In a container its own group is mounted as the root.
+        for folder in (root / name.lstrip("/"), root):
+            try:
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            free = min(free, most - used + int(statistics.get(cache, 0)))
+    return max(0, free)
+
+
+def check_memory(plan: Plan) -> None:
+    """Raises ResourceError when a run needs more memory than there is."""
+    if plan.memory_needed > plan.memory_free:
+        raise ResourceError(
+            f"needs about {gib(plan.memory_needed)} of memory, {gib(plan.memory_free)} is available; lower --num-samples or "
+            "--tokens-per-expert, use --dtype bfloat16, or free some"
+        )
 
 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:

@@ -25,7 +25,7 @@ from checkpoints import (
     side_files,
     split_experts,
 )
-from prism_errors import InputError, first_line
+from prism_errors import InputError, one_line
 from refactoring.layer import original_routing
 from refactoring.pipeline import MODELING_FILE, copied_name
 from refactoring.plan import block_name, moe_layers, replaced_state
@@ -72,7 +72,7 @@ def open_refactored(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         manifest = json.loads((path / MANIFEST).read_text())
         router_tensors(path / ROUTER_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: {MANIFEST} or {ROUTER_FILE} is missing or broken ({first_line(error)}); refactor again") from None
+        raise InputError(f"{path}: {MANIFEST} or {ROUTER_FILE} is missing or broken ({one_line(error)}); refactor again") from None
     return checkpoint, manifest
 
 
@@ -128,7 +128,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
                 problems.append(f"tensor {name} has shape {found}, not {shape}")
     for name in sorted(kept):
         with source.slices([name]) as before, result.slices([name]) as after:
-            if before[name].get_dtype() != after[name].get_dtype() or not torch.equal(before[name][...], after[name][...]):
+            if before[name].get_dtype() != after[name].get_dtype() or not _same_bytes(before[name][...], after[name][...]):
                 problems.append(f"tensor {name} is not the source's")
     return problems or _compare_experts(old, new, on_layer)
 
@@ -237,6 +237,11 @@ def _final_hidden(
         if on_layer:
             on_layer(mode, index, len(stream))
     return stream
+
+
+def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Equal as stored: what is not a number equals itself."""
+    return before.shape == after.shape and torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (before, after)))
 
 
 def _compare(

@@ -13,7 +13,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
-from prism_errors import ResourceError, UsageError, first_line
+from prism_errors import ResourceError, UsageError, one_line
 
 ENGINES = ("local", "ray")
 # Arrays of this many bytes travel together: joblib puts them into memory maps, which last until all the tasks that came with them are done.
@@ -80,7 +80,7 @@ class Workers:
                     if deaths == TRIALS:
                         raise ResourceError(
                             f"a worker process died {TRIALS} times over the same tasks, most likely for lack of memory; lower --workers "
-                            f"or --tokens-per-expert ({first_line(death)})"
+                            f"or --tokens-per-expert ({one_line(death)})"
                         ) from death
                     self._close()
                     self._open()
@@ -110,7 +110,7 @@ class Workers:
         try:
             self._parallel.__enter__()
         except ValueError as error:
-            raise UsageError(f"--workers {self.count}: {first_line(error)}") from error
+            raise UsageError(f"--workers {self.count}: {one_line(error)}") from error
 
     def _close(self) -> None:
         if self._parallel is not None:
@@ -132,7 +132,7 @@ class Workers:
                 socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
             ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ResourceError(f"--engine ray: {address or 'here'} does not let us in: {first_line(error)}") from error
+            raise ResourceError(f"--engine ray: {address or 'here'} does not let us in: {one_line(error)}") from error
         register_ray()
 
     def _deaths(self) -> type[Exception]:

@@ -113,7 +113,7 @@ def spoil_tensor(folder, name):
 DAMAGE = [
     (shutil.rmtree, "no such folder"),
     (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no model.safetensors.index.json"),
     (truncate, "model.safetensors: truncated or not a safetensors file"),
     (write_index, "model.safetensors.index.json: has no weight_map"),
@@ -129,7 +129,7 @@ DAMAGE = [
     ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
-    (lambda folder: change_config(folder, intermediate_size=32), "does not have the shape that config.json says"),
+    (lambda folder: change_config(folder, intermediate_size=32), "has shape [32, 16], config.json says [32, 32]"),
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
     (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),
     (lambda folder: change_config(folder, tie_word_embeddings=False), "tensor lm_head.weight is missing"),

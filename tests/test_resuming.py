@@ -7,8 +7,7 @@ import pytest
 from conftest import FAST, build, files
 from test_commands import start
 
-import refactoring.progress
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, Progress
 
 LAYERS = 10
 DEEP = {"num_hidden_layers": LAYERS, "mlp_only_layers": [1, 4]}
@@ -30,14 +29,14 @@ def whole(deep):
 
 
 def stop_after(monkeypatch, layer, error):
-    finish = refactoring.progress.Progress.finish_layer
+    finish = Progress.finish_layer
 
-    def stopping(self, done, *arguments):
-        if done.layers == layer:
+    def stopping(self, *arguments):
+        if self.layers == layer:
             raise error
-        finish(self, done, *arguments)
+        finish(self, *arguments)
 
-    monkeypatch.setattr(refactoring.progress.Progress, "finish_layer", stopping)
+    monkeypatch.setattr(Progress, "finish_layer", stopping)
 
 
 @pytest.mark.parametrize("statistics", [False, True])
