@@ -259,9 +259,10 @@ class Statistics:
         path = _layer_path(self.folder, layer)
         with self._open(layer) as file:
             try:
-                shared = {name: file.get_tensor(name) for name in _SHARED}
+                # Copies, for matrix products of what is not aligned in memory as what was computed here may differ in the last bit.
+                shared = {name: file.get_tensor(name).clone() for name in _SHARED}
                 experts = range(len(shared["tokens_routed"]))
-                activations, sampled = ([file.get_tensor(f"{name}.{expert}") for expert in experts] for name in _PER_EXPERT)
+                activations, sampled = ([file.get_tensor(f"{name}.{expert}").clone() for expert in experts] for name in _PER_EXPERT)
             except SafetensorError as error:
                 raise InputError(f"{path}: does not hold what prism-profile writes ({error}); run it again") from None
         if not all(torch.isfinite(value).all() for value in (shared["inputs"], *activations)):

@@ -76,18 +76,21 @@ class LayeredModel:
 
     def _match_tensors(self) -> dict[str, list[str]]:
         """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
         sources = defaultdict(list)
         for name in self.checkpoint.weight_map:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            sources[target].append(name)
+            sources[self._target(name, state)].append(name)
         tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
         missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
         if missing:
             raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
         return dict(sources)
+
+    def _target(self, name: str, state: dict[str, torch.Tensor]) -> str:
+        """The name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        return rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
 
     def tensors_under(self, prefix: str) -> list[str]:
         """Names of the checkpoint tensors that make up the part of the model called `prefix`, a module or a buffer."""
@@ -180,10 +183,15 @@ class LayeredModel:
         """Compare the headers with the config, before anything is read.
 
         Raises:
-            InputError: a tensor has another shape than config.json says, or a type that is not computed in.
+            InputError: a tensor has another shape than config.json says, or a type that is not computed in, or one of several that make up
+                a tensor of the model is not there.
         """
         state = self.model.state_dict()
         expected = names_on_disk(self.model, state)
+        for name in sorted(expected.keys() - self.checkpoint.shapes.keys()):
+            there = self._sources.get(self._target(name, state), [])
+            if set(there) & expected.keys():
+                raise InputError(f"{self.checkpoint.path}: tensor {name} is missing, {there[0]} is there; complete the checkpoint")
         for name, shape in self.checkpoint.shapes.items():
             if name in expected and tuple(expected[name].shape) != shape:
                 raise InputError(

@@ -252,7 +252,7 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
             sync([*partial.rglob("*"), partial])
             _replace(partial, target)
         finally:
-            if (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
+            if not partial.is_symlink() and (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
 

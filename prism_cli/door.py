@@ -68,10 +68,14 @@ class Reporter:
 
     def warning(self, text: str, **fields: Any) -> None:
         """A line that even --quiet shows."""
+        self.notice(text, "warning", **fields)
+
+    def notice(self, text: str, kind: str = "", **fields: Any) -> None:
+        """A line that even --quiet shows, of some kind."""
         if self._json:
-            click.echo(json.dumps({"warning": text, **fields}), err=True)
+            click.echo(json.dumps({kind or "message": text, **fields}), err=True)
         else:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(f"{kind}: {text}" if kind else text, file=sys.stderr)
 
     def warn_of(self, text: str | None) -> None:
         """A warning, if there is something to warn of."""
@@ -138,25 +142,32 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was written", err=True)
+        tell(arguments, "interrupted; nothing was written", INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        tell(arguments, f"error: {error.format_message()}", error.exit_code)
         return error.exit_code
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
         known = _as_prism_error(error)
         if known is not None:
-            click.echo(f"error: {known}", err=True)
+            tell(arguments, f"error: {known}", known.exit_code)
             return known.exit_code
         summary = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(f"error: unexpected {summary}; please report it with the output of --debug", err=True)
+        tell(arguments, f"error: unexpected {summary}; please report it with the output of --debug", 1)
         return 1
+
+
+def tell(arguments: list[str], text: str, code: int) -> None:
+    """Say how a command ended that did not end well: as a line, or as an object when its arguments ask for --log-json."""
+    if "--log-json" in arguments:
+        text = json.dumps({"error": text.removeprefix("error: "), "exit_code": code})
+    click.echo(text, err=True)
 
 
 def _as_prism_error(error: Exception) -> PrismError | None:

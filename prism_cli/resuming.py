@@ -40,7 +40,7 @@ class Resumption:
             done = finished_layers(self.target) if self._begun else 0
             if done:
                 self.reporter.close()
-                click.echo(f"stopped with {done} of {self.layers} layers done; --resume goes on after them", err=True)
+                self.reporter.notice(f"stopped with {done} of {self.layers} layers done; --resume goes on after them", layers_done=done)
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     raise exit_of(error) from None
             raise

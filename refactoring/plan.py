@@ -30,6 +30,7 @@ from refactoring.recipe import Recipe
 CARD = "README.md"
 MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
+_LAYER_MARGIN = 1.1
 # Of the weights written: headers, indices, the tensors that an unfinished run keeps twice.
 _DISK_MARGIN, _DISK_FIXED = 0.01, 2**22
 
@@ -44,7 +45,7 @@ class Plan:
         tensors_in, tensors_out: number of tensors.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         disk_needed, disk_free: at the output folder.
-        memory_needed: estimate of the peak: 2.5 layers in the compute dtype, hidden states, samples, 1 GiB.
+        memory_needed: estimate of the peak: a layer as stored and in the compute dtype, hidden states, samples, 1 GiB.
         memory_free: available now.
         compute: multiply-adds of profiling, for the estimate of time.
     """
@@ -205,7 +206,7 @@ def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
 
 
 def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
-    width = torch.finfo(calibration.resolved_dtype(layered.checkpoint)).bits // 8
+    width = calibration.resolved_dtype(layered.checkpoint).itemsize
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
     count, hidden, neurons = expert_shape(experts)
@@ -213,7 +214,9 @@ def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) 
     store = _text_bytes(layered, calibration)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
-    return int(2.5 * largest * width) + store + sample + 2 * inputs + _FIXED_BYTES
+    # A layer as stored, and widened to the compute type.
+    stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
+    return int(_LAYER_MARGIN * largest * (width + stored)) + store + sample + 2 * inputs + _FIXED_BYTES
 
 
 def free_memory() -> int:

@@ -44,7 +44,6 @@ def test_merged_shards_are_what_one_run_finds(source, folders, tmp_path):
                 torch.testing.assert_close(found[name], value, rtol=1e-13, atol=0)
             else:
                 assert torch.equal(found[name], value), name
-        few += "tokens_routed" in expected and sum(1 for count in expected["tokens_routed"] if count < 24)
 
 
 def test_experts_without_tokens_in_some_or_all_shards(tmp_path, command):

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Refactor every model folder in MODELS into OUT, one after the other; run it again after it was killed, and it goes on.
+#
+#     refactor-all.sh MODELS OUT [OPTION of prism-refactor]...
+#
+# Beside each OUT/NAME come NAME.json (summary) and NAME.log (progress, a JSON object a line). Ends with the exit code of the last
+# model that failed; the others are done all the same. PRISM_GATE is a condition that each must meet (exit code 4).
+set -uo pipefail
+models=$1 out=$2
+shift 2
+mkdir -p "$out"
+code=0
+for model in "$models"/*/; do
+    name=$(basename "$model")
+    [ -e "$out/$name/prism.json" ] && continue
+    prism-refactor "$model" "$out/$name" --resume --json --log-json --quality-gate "${PRISM_GATE:-full-k-error<1e-3}" "$@" \
+        > "$out/$name.json" 2>> "$out/$name.log" || code=$?
+done
+exit "$code"

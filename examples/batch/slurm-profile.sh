@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=prism-profile
+#SBATCH --array=1-4
+#SBATCH --cpus-per-task=2
+#SBATCH --requeue
+# One part of the calibration text per task of a job array, then slurm-refactor.sh puts them together:
+#
+#     job=$(sbatch --parsable slurm-profile.sh MODEL_DIR WORK_DIR [OPTION of prism-profile]...)
+#     sbatch --dependency=afterok:$job slurm-refactor.sh MODEL_DIR WORK_DIR OUT_DIR [OPTION of prism-refactor]...
+#
+# A task that is requeued goes on after its last finished layer.
+set -euo pipefail
+model=$1 work=$2
+shift 2
+mkdir -p "$work"
+shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+exec prism-profile "$model" "$work/stats-$SLURM_ARRAY_TASK_ID" --shard "$shard" --resume --log-json "$@"
