@@ -144,17 +144,12 @@ class LayeredModel:
             raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
         if widened:
             for owner, leaf, _ in self._stored_under(part):
-                value = getattr(owner, leaf)
-                value.data = value.data.float()
+                _put(owner, leaf, getattr(owner, leaf).detach().float())
 
     def _adopt_dtypes(self, part: str) -> None:
         """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
         for owner, leaf, names in self._stored_under(part):
-            dtype = self._stored_dtype(names)
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(torch.empty_like(owner._parameters[leaf], dtype=dtype), requires_grad=False)
-            else:
-                owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], dtype=dtype)
+            _put(owner, leaf, torch.empty_like(getattr(owner, leaf), dtype=self._stored_dtype(names)))
 
     def _stored_under(self, part: str) -> Iterator[tuple[Any, str, list[str]]]:
         """(module, leaf, names on disk) of every tensor of a part of the model that the checkpoint has."""
@@ -202,6 +197,14 @@ class LayeredModel:
             # What transformers does not know is passed through whatever it is.
             if target in state:
                 self._stored_dtype(names)
+
+
+def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:
+    """Replace a module's parameter or buffer by one of another type."""
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
 
 
 def _short(dtype: torch.dtype | None) -> str:
