@@ -1,6 +1,7 @@
 """Text in, token rows out: local files and Hub datasets through `datasets`, packed to a fixed length."""
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ class Source:
         kind = kinds.pop()
         chosen = [str(file) for file in files if FORMATS.get(file.suffix) == kind]
         options = {"sample_by": "document"} if kind == "text" else {}
-        return load_dataset(kind, data_files=chosen, split="train", streaming=True, **options)
+        # Local files need no cache, and a batch job may have no home to keep one in.
+        with tempfile.TemporaryDirectory() as cache:
+            return load_dataset(kind, data_files=chosen, split="train", streaming=True, cache_dir=cache, **options)
 
 
 def load_tokenizer(model_dir: Path) -> Any:

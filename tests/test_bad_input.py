@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAST, files
 from safetensors.torch import load_file, save_file
+from test_commands import start
 
 from checkpoints import Progress
 from checkpoints.reader import LONGEST_NAME
@@ -353,3 +354,11 @@ def test_broken_statistics_are_refused(tmp_path, models, command, name):
     assert result.code == 3
     assert message in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_at_hand_needs_no_cache(tmp_path, models):
+    """As in a container without a home."""
+    process = start(
+        "prism-profile", models["olmoe"], tmp_path / "stats", *FAST[:6], "--quiet", env=os.environ | {"HF_HOME": "/proc/nowhere"}
+    )
+    assert process.wait() == 0, process.stderr.read()

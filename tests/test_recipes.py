@@ -90,7 +90,7 @@ def test_ci_jobs(tmp_path, models_folder, name):
         # A small run, of a model that nobody trained.
         small = re.sub(r"--resume", f"--resume {' '.join(TEXT + SMALL)}", text).replace("error@50%<0.3", "error@50%<3")
         small = small.replace("--fail-if 'recovered@50%<0'", "--fail-if 'perplexity@50%<0' --max-seq-length 64")
-        run(
+        result = run(
             "bash",
             "-euo",
             "pipefail",
@@ -102,5 +102,6 @@ def test_ci_jobs(tmp_path, models_folder, name):
             CI="true",
             NO_COLOR="1",
         )
+        assert "\x1b" not in result.stdout + result.stderr
     assert all(gate["met"] for gate in json.loads((tmp_path / "summary.json").read_text())["gates"])
     assert json.loads((tmp_path / "evaluation.json").read_text())["refactored"]
