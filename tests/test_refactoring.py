@@ -541,7 +541,7 @@ def test_tilt_costs_less_per_layer_in_deeper_models(elastic):
         (["--max-shard-size", "many"], 2, "'many' is not a size; write 5GB or 512MiB"),
         (["--solver", "magic"], 2, "--solver"),
         (["--device", "cuda"], 2, "--device cuda: no CUDA device"),
-        (["--stats", "nowhere"], 3, "--stats nowhere: no readable index.json; make the folder with prism-profile"),
+        (["--stats", "nowhere"], 3, "nowhere: no readable index.json; make the folder with prism-profile"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(tmp_path, models, command, options, code, message):
