@@ -1,5 +1,6 @@
 """The neuron activation profiler: calibration text through the checkpoint, statistics out, one MoE layer after the other."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -133,7 +134,8 @@ class Profile:
     def origin(self) -> str:
         """Where the statistics come from, as far as it decides their bytes and `Calibration.recorded` does not say it."""
         dtype = str(self.calibration.resolved_dtype(self.checkpoint)).removeprefix("torch.")
-        return f"profiled in {dtype} on {self.calibration.resolved_device()}"
+        text = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
+        return f"profiled in {dtype} on {self.calibration.resolved_device()}, text {text}"
 
     def state(self) -> dict[str, torch.Tensor]:
         """Where the text is: its hidden states [S, T, H] and how many layers they have passed. Empty before the first layer."""

@@ -56,7 +56,7 @@ def write_statistics(
     profile: Profile,
     shard: tuple[int, int] = (1, 1),
     resume: bool = False,
-    on_start: Callable[[int], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Write a statistics folder; it appears only when complete. A run that ends before leaves its finished layers in TARGET.partial.
 
@@ -67,7 +67,7 @@ def write_statistics(
         profile: the statistics, while they are made.
         shard: which part of the text they are of, (I, M).
         resume: go on after the last finished layer of an interrupted run of the same checkpoint, calibration and versions.
-        on_start: told how many layers with experts an earlier run has finished.
+        on_start: told how many layers with experts an earlier run has finished, and the last of them.
 
     Returns:
         Of each layer, `summary` (a `LayerSummary` as a dict) and `shown`, what `reporting.profile_page` shows.
@@ -88,14 +88,15 @@ def write_statistics(
         records = [record for record, _ in progress.restored()]
         profile.restore(progress.text(), progress.layers)
         if on_start:
-            on_start(progress.layers)
+            on_start(progress.layers, records[-1]["summary"]["layer"] if records else -1)
         for statistics in profile:
             files = _write_layer(folder, statistics)
             records.append(_record(statistics))
             # Not kept while the next layer is made.
             del statistics
             progress.finish_layer(records[-1], profile.state(), files)
-        _write_index(folder, source, calibration, shard, records)
+        made = {"source": source, "calibration": calibration, "statistics": profile.origin(), "versions": versions()}
+        _write_index(folder, made, shard, records)
     return records
 
 
@@ -115,9 +116,11 @@ def merge_statistics(target: Path, folders: list[Path]) -> list[dict[str, Any]]:
     parts = sorted((Statistics(folder) for folder in folders), key=lambda part: part.shard)
     first = parts[0]
     for part in parts:
-        for what in ("source", "calibration", "layers"):
-            if getattr(part, what) != getattr(first, what):
-                raise InputError(f"{part.folder}: was made with another {what} than {first.folder}; merge shards of one run")
+        for what, value in part.made.items():
+            # One checkpoint may have several places.
+            mine, its = ((known["fingerprint"] if what == "source" else known) for known in (value, first.made[what]))
+            if mine != its:
+                raise InputError(f"{part.folder}: was made with other {what} than {first.folder}; merge shards of one run")
     expected = [(number + 1, first.shard[1]) for number in range(first.shard[1])]
     if [part.shard for part in parts] != expected:
         found = ", ".join("{}/{}".format(*part.shard) for part in parts)
@@ -132,7 +135,7 @@ def merge_statistics(target: Path, folders: list[Path]) -> list[dict[str, Any]]:
             _write_layer(folder, statistics)
             records.append(_record(statistics))
             del statistics
-        _write_index(folder, first.source, first.calibration, (1, 1), records)
+        _write_index(folder, first.made, (1, 1), records)
     return records
 
 
@@ -150,12 +153,8 @@ def _record(statistics: LayerStatistics) -> dict[str, Any]:
     return {"summary": asdict(summary), "shown": shown}
 
 
-def _write_index(
-    folder: Path, source: dict[str, Any], calibration: dict[str, Any], shard: tuple[int, int], records: list[dict[str, Any]]
-) -> None:
-    summaries = [record["summary"] for record in records]
-    index = {"format": FORMAT, "source": source, "calibration": calibration, "shard": list(shard), "layers": summaries}
-    write_json(folder / INDEX, index)
+def _write_index(folder: Path, made: dict[str, Any], shard: tuple[int, int], records: list[dict[str, Any]]) -> None:
+    write_json(folder / INDEX, {"format": FORMAT} | made | {"shard": list(shard), "layers": [record["summary"] for record in records]})
 
 
 def _layer_path(folder: Path, layer: int) -> Path:
@@ -177,7 +176,7 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> list[Path]:
     return [path, path.with_suffix(".coactivation.safetensors")]
 
 
-def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
+def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration, shards: int = 1) -> int:
     """Size of the statistics folder, at most: input and activation samples and co-activation of every layer; and of the text's state."""
     architecture, config = checkpoint.architecture, checkpoint.config
     experts, _, neurons, *_ = architecture.sizes(config).values()
@@ -185,7 +184,7 @@ def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
     tokens = calibration.tokens(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
     inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
-    text = 2 * width * tokens * config.hidden_size
+    text = 2 * width * tokens * config.hidden_size // shards
     return text + config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2 + 16 * neurons + 8 * sample))
 
 
@@ -197,7 +196,7 @@ class Statistics:
         checkpoint: that it must belong to, whole; None for any, or a shard.
 
     Attributes:
-        source: name and fingerprint of its checkpoint.
+        made: with what: the checkpoint's name and fingerprint, calibration, text and type of the numbers, versions.
         calibration: as recorded.
         shard: (I, M).
         layers: indices of the layers.
@@ -211,11 +210,12 @@ class Statistics:
         try:
             index = json.loads((folder / INDEX).read_text())
             written = index["format"]
-            self.source, self.calibration = index["source"], index["calibration"]
+            self.made = {key: index.get(key) for key in ("source", "calibration", "statistics", "versions")}
+            self.calibration = index["calibration"]
             Calibration(**self.calibration)
             self.layers: list[int] = [layer["layer"] for layer in index["layers"]]
             self._unrouted = {layer["layer"]: layer["unrouted"] for layer in index["layers"]}
-            fingerprint = self.source["fingerprint"]
+            fingerprint = index["source"]["fingerprint"]
             number, shards = index["shard"] if written == FORMAT else (1, 1)
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{folder}: no readable {INDEX}; make the folder with prism-profile") from None

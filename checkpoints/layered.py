@@ -33,9 +33,12 @@ def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
 
     Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
     """
+    # A copy: the model writes its dtype and experts implementation into its config. Which attention kernel the source was saved with, a
+    # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
     with torch.device("meta"):
-        # A copy: the model writes its dtype and experts implementation into its config.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     for module in model.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         if names and set(names) <= module._non_persistent_buffers_set:
@@ -77,6 +80,7 @@ class LayeredModel:
     def _match_tensors(self) -> dict[str, list[str]]:
         """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""
         state = self.model.state_dict()
+        self._known = set(state)
         sources = defaultdict(list)
         for name in self.checkpoint.weight_map:
             sources[self._target(name, state)].append(name)
@@ -154,7 +158,8 @@ class LayeredModel:
     def _stored_under(self, part: str) -> Iterator[tuple[Any, str, list[str]]]:
         """(module, leaf, names on disk) of every tensor of a part of the model that the checkpoint has."""
         for target, names in self._sources.items():
-            if f"{target}.".startswith(f"{part}."):
+            # Not what transformers does not know: a rotary table that an older release stored, say.
+            if target in self._known and f"{target}.".startswith(f"{part}."):
                 yield *self._owner(target), names
 
     def _stored_dtype(self, names: list[str]) -> torch.dtype:
@@ -195,7 +200,7 @@ class LayeredModel:
                 )
         for target, names in self._sources.items():
             # What transformers does not know is passed through whatever it is.
-            if target in state:
+            if target in self._known:
                 self._stored_dtype(names)
 
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoints.writer import STATE, record_path, save_tensors, sync, write_json
 
-PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "deap", "numba", "scikit-learn")
+PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "scipy", "deap", "numba", "scikit-learn", "pymetis")
 
 
 class Progress:
@@ -71,5 +72,9 @@ class Progress:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides the bytes of a result."""
-    return {package: version(package) for package in PACKAGES}
+    """Of every package here that decides the bytes of a result."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

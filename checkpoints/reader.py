@@ -46,6 +46,8 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config_json = self._read_json("config.json")
+        if not isinstance(self.config_json.get("auto_map", {}), dict):
+            raise InputError(f"{self.path / 'config.json'}: auto_map is no JSON object; correct it or remove it")
         try:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
@@ -119,11 +121,6 @@ class Checkpoint:
         length = getattr(self.config, "max_position_embeddings", None)
         if length is not None and (not isinstance(length, int) or length < 2):
             raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
-        if not isinstance(self.config_json.get("auto_map", {}), dict):
-            raise InputError(f"{path}: auto_map is no JSON object; correct it")
-        for key in ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"):
-            if "/" in str(self.config_json.get(key)):
-                raise InputError(f"{path}: {key} asks for code from the Hub, {self.config_json[key]}; remove the line")
 
     @contextmanager
     def _shard(self, file: str) -> Iterator[Any]:

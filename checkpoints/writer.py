@@ -135,9 +135,9 @@ def check_side_files(source: Path, written: Iterable[str]) -> int:
         if path.is_dir():
             raise InputError(f"{path}: is a folder where the output has a file; rename it")
     for folder, subfolders, _ in os.walk(source):
-        for name in subfolders:
-            path = Path(folder) / name
-            if not name.startswith(".") and (path.is_symlink() or not os.access(path, os.R_OK | os.X_OK)):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(folder) / name for name in subfolders):
+            if path.is_symlink() or not os.access(path, os.R_OK | os.X_OK):
                 raise InputError(f"{path}: a link, or not readable, so its files would be left out; copy it or remove it")
     total = 0
     for relative in side_files(source):
@@ -172,8 +172,10 @@ def check_target(target: Path, source: Path, overwrite: bool, marker: str) -> No
             raise UsageError(f"{target}: exists; choose another output folder or add --overwrite")
         if any(target.iterdir()) and not (target / marker).exists():
             raise UsageError(f"{target}: was not written by this command (no {marker}); remove it yourself if you mean it")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"{target}: the folder {target.resolve().parent} does not exist; create it first")
+    if not resolved.parent.is_dir():
+        raise UsageError(f"{target}: the folder {resolved.parent} does not exist; create it first")
+    if not os.access(resolved.parent, os.W_OK | os.X_OK):
+        raise ResourceError(f"{target}: cannot be written to {resolved.parent}; choose another folder")
 
 
 def gib(size: int) -> str:

@@ -180,6 +180,7 @@ def _as_prism_error(error: Exception) -> PrismError | None:
     # safetensors reports a full disk in an exception of its own, as text.
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         return ResourceError("the disk is full; free some space or choose a folder on another disk")
-    if isinstance(error, PermissionError):
-        return ResourceError(f"{error.filename}: permission denied; get the right to read or write it, or choose another folder")
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        where = getattr(error, "filename", None)
+        return ResourceError(f"{where}: permission denied; get the right to it or choose another folder")
     return None

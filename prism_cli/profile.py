@@ -14,6 +14,7 @@ from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
 from prism_cli.resuming import RESUME, Resumption
+from refactoring import check_memory, memory_needed
 from reporting import profile_page
 
 
@@ -68,7 +69,9 @@ def main(
     check_parent("--html", page)
     checkpoint = Checkpoint(model_dir)
     calibration = Calibration(**options)
-    check_disk(stats_dir, estimated_bytes(checkpoint, calibration) - (unfinished_bytes(stats_dir) if resume else 0))
+    layered = LayeredModel(checkpoint, None)
+    check_memory(memory_needed(layered, calibration))
+    check_disk(stats_dir, estimated_bytes(checkpoint, calibration, shard[1]) - (unfinished_bytes(stats_dir) if resume else 0))
     layers = checkpoint.config.num_hidden_layers
     rows = calibration.rows(checkpoint)
     reporter.warn_of(calibration.shortage(rows))
@@ -77,7 +80,7 @@ def main(
         reporter.step("rows profiled", layer, layers, done, total)
 
     profile = Profile(checkpoint, calibration, rows, on_rows, shard)
-    with_experts = sum(moe_block(layer) is not None for layer in LayeredModel(checkpoint, None).layers)
+    with_experts = sum(moe_block(layer) is not None for layer in layered.layers)
     resumption = Resumption(reporter, stats_dir, with_experts)
     with resumption.telling():
         records = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), profile, shard, resume, resumption.on_start)

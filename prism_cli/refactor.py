@@ -94,7 +94,7 @@ RECIPE_OPTIONS = (
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="local", help="Where those processes are: this machine, or a Ray cluster (extra [ray])."
 )
-@click.option("--ray-address", help="Of the cluster: auto, HOST:PORT or ray://HOST:PORT.  [default: RAY_ADDRESS, or one started here]")
+@click.option("--ray-address", help="Of the cluster: auto or HOST:PORT.  [default: RAY_ADDRESS, or one started here]")
 @click.option(
     "--quality-gate",
     "gates",
@@ -150,14 +150,15 @@ def main(
         _refuse_with_stats(context)
         statistics = Statistics(stats, checkpoint)
         calibration = Calibration(**statistics.calibration)
-    plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None)
+    plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None, pool.count or 1)
     for demand in demands:
         demand.check([recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
     if dry_run:
-        click.echo(_plan_table(plan, recipe, calibration, pool.count or 1, statistics is not None))
-        return
-    check_memory(plan)
+        click.echo(_plan_table(plan, recipe, calibration, pool.count, statistics is not None))
+    check_memory(plan.memory_needed)
     check_disk(out_dir, plan.disk_needed - (unfinished_bytes(out_dir) if resume else 0))
+    if dry_run:
+        return
     layers = checkpoint.config.num_hidden_layers
     # Of a layer's progress, the first half is profiling where there is any.
     half = 0.5 if statistics is None else 0.0
@@ -257,16 +258,17 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
     return {key: manifest["source"][key] for key in manifest["result"]}
 
 
-def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int, has_statistics: bool) -> str:
+def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int | None, has_statistics: bool) -> str:
     rows = [[key, before, plan.after[key]] for key, before in plan.before.items()]
     rows.append(["tensors", plan.tensors_in, plan.tensors_out])
     forward = 0.0 if has_statistics else profile_seconds(plan)
-    partition = partition_seconds(plan, recipe, calibration.tokens_per_expert, workers)
+    partition = partition_seconds(plan, recipe, calibration.tokens_per_expert, workers or 1)
+    shared = "one worker, and less by as many as the cluster has" if workers is None else f"{workers} workers"
     lines = [
         table(["", "source", "result"], rows),
         f"layers with experts: {len(plan.moe_layers)}",
         f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
-        f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {workers} workers, besides fitting and writing",
+        f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {shared}, besides fitting and writing",
     ]
     return "\n".join(lines)

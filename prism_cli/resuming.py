@@ -24,11 +24,10 @@ class Resumption:
     def __init__(self, reporter: Reporter, target: Path, layers: int):
         self.reporter, self.target, self.layers, self._begun = reporter, target, layers, False
 
-    def on_start(self, done: int) -> None:
-        """The run has begun, after `done` layers of an earlier one."""
+    def on_start(self, done: int, last: int) -> None:
+        """The run has begun, after `done` layers of an earlier one, of which layer `last` was the last."""
         self._begun = True
         if done:
-            last = done - 1
             self.reporter.line(f"going on after layer {last} ({done}/{self.layers})", event="resumed", layer=last, layers=self.layers)
 
     @contextmanager

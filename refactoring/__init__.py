@@ -2,7 +2,7 @@
 
 from refactoring.gate import QualityGate
 from refactoring.pipeline import refactor
-from refactoring.plan import Plan, Splits, check_memory, make_plan, partition_seconds, possible_splits, profile_seconds
+from refactoring.plan import Plan, Splits, check_memory, make_plan, memory_needed, partition_seconds, possible_splits, profile_seconds
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.timings import Timings
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
@@ -26,6 +26,7 @@ __all__ = [
     "compare_logits",
     "compare_tensors",
     "make_plan",
+    "memory_needed",
     "open_refactored",
     "partition_seconds",
     "possible_splits",

@@ -109,6 +109,8 @@ def refactor_layer(
             state[row_name], tilt = choose_tilt(target, rows, router["weight"], held_out.inputs, tilt_bound)
     with timings.stage("judging"):
         errors = _output_errors(source, target, config, router | original, state[row_name], held_out.inputs[:JUDGED], recipe)
+    if not np.isfinite([value for values in errors.values() for value in values]).all():
+        raise InputError("its outputs are not finite; check the checkpoint")
     experts = [
         {"tokens": tokens, "loss_before": round(partition.stored_loss, 6), "loss_after": round(partition.loss, 6)}
         for tokens, partition in zip(statistics.tokens_routed.tolist(), partitions, strict=True)

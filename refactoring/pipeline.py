@@ -75,7 +75,7 @@ def refactor(
     strict: bool = False,
     resume: bool = False,
     on_expert: OnExpert | None = None,
-    on_start: Callable[[int], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
     timings: Timings | None = None,
 ) -> dict[str, Any]:
     """Write the refactored checkpoint. The folder `target` appears only when it is complete.
@@ -96,7 +96,7 @@ def refactor(
         resume: go on after the last finished layer of an interrupted run with the same checkpoint, statistics, recipe and versions, if
             there is one. The bytes are those of a run that was not interrupted.
         on_expert: told (layer, experts done, experts in all).
-        on_start: told how many layers an earlier run has finished.
+        on_start: told how many layers an earlier run has finished, and the last of them.
         timings: told the seconds of each stage.
 
     Returns:
@@ -121,7 +121,7 @@ def refactor(
             writer.restore(record["shards"])
         statistics.restore(progress.text(), progress.layers)
         if on_start:
-            on_start(progress.layers)
+            on_start(progress.layers, progress.layers - 1)
         if not progress.layers:
             _copy_outer_tensors(source, writer)
         tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)

@@ -31,6 +31,14 @@ CARD = "README.md"
 MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
 _LAYER_MARGIN = 1.1
+CONTROL_GROUPS = {"": Path("/sys/fs/cgroup"), "memory": Path("/sys/fs/cgroup/memory")}
+# Files of limit and usage, and how the kinds of page cache begin that the kernel takes back when there is need.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+# Of a worker process: its interpreter and libraries.
+_WORKER_BYTES = 2**27
 # Of the weights written: headers, indices, the tensors that an unfinished run keeps twice.
 _DISK_MARGIN, _DISK_FIXED = 0.01, 2**22
 
@@ -45,7 +53,7 @@ class Plan:
         tensors_in, tensors_out: number of tensors.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         disk_needed, disk_free: at the output folder.
-        memory_needed: estimate of the peak: a layer as stored and in the compute dtype, hidden states, samples, 1 GiB.
+        memory_needed: estimate of the peak, see `memory_needed`.
         memory_free: available now.
         compute: multiply-adds of profiling, for the estimate of time.
     """
@@ -63,7 +71,7 @@ class Plan:
     compute: int
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path, profiled: bool) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, target: Path, profiled: bool, workers: int = 1) -> Plan:
     """Work out a run without doing any of it; `profiled`: it runs the calibration text itself.
 
     Raises:
@@ -101,7 +109,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         bytes_out=bytes_out,
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
         disk_free=free_disk(target),
-        memory_needed=_memory(layered, layers, calibration),
+        memory_needed=memory_needed(layered, calibration, workers),
         memory_free=free_memory(),
         compute=_compute(layered, layers, calibration),
     )
@@ -150,16 +158,17 @@ def possible_splits(checkpoint: Checkpoint) -> Splits:
 
 def _checked_layers(layered: LayeredModel) -> list[int]:
     layers = moe_layers(layered)
-    if not layers:
-        raise InputError(f"{layered.checkpoint.path}: none of its layers has experts")
     for index in layers:
         _check_names(layered, index)
     return layers
 
 
 def moe_layers(layered: LayeredModel) -> list[int]:
-    """Indices of the decoder layers that have experts."""
-    return [index for index, layer in enumerate(layered.layers) if moe_block(layer)]
+    """Indices of the decoder layers that have experts. Raises InputError when none has."""
+    layers = [index for index, layer in enumerate(layered.layers) if moe_block(layer)]
+    if not layers:
+        raise InputError(f"{layered.checkpoint.path}: none of its layers has experts")
+    return layers
 
 
 def block_name(layered: LayeredModel, index: int) -> str:
@@ -205,53 +214,65 @@ def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
     return calibration.tokens(checkpoint) * checkpoint.config.hidden_size * calibration.resolved_dtype(checkpoint).itemsize
 
 
-def _memory(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
+def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None) -> int:
+    """Bytes at the peak of profiling or, with a number of workers, of refactoring too, in all processes on this machine.
+
+    Profiling holds a layer as stored and widened to the compute type; fitting holds it as stored and split, and the workers' Gram matrices.
+    """
     width = calibration.resolved_dtype(layered.checkpoint).itemsize
+    stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
-    experts = layered.model.get_submodule(block_name(layered, layers[0])).experts
+    experts = layered.model.get_submodule(block_name(layered, moe_layers(layered)[0])).experts
     count, hidden, neurons = expert_shape(experts)
     tokens = calibration.tokens(layered.checkpoint)
-    store = _text_bytes(layered, calibration)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
-    # A layer as stored, and widened to the compute type.
-    stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
-    return int(_LAYER_MARGIN * largest * (width + stored)) + store + sample + 2 * inputs + _FIXED_BYTES
+    peak = _LAYER_MARGIN * largest * (width + stored)
+    if workers is not None:
+        # A regression of D features needs about four D x D matrices in float64.
+        regression = 4 * 8 * min(hidden, tokens) ** 2
+        processes = workers * (regression + _WORKER_BYTES) if workers > 1 else regression
+        peak = max(peak, 2 * _LAYER_MARGIN * largest * stored + processes + inputs)
+    return int(peak) + _text_bytes(layered, calibration) + sample + 2 * inputs + _FIXED_BYTES
 
 
-def free_memory() -> int:
-    """Bytes of memory that may be had: of the machine, or of the control group (a container, a batch job) where that is less."""
+def free_memory(own_groups: Path = Path("/proc/self/cgroup"), roots: dict[str, Path] = CONTROL_GROUPS) -> int:
+    """Bytes that this process may have, with what it has: of the machine, or of its control groups (a container, a batch job).
+
+    Args:
+        own_groups: the kernel's list of the groups that the process is in.
+        roots: where they are mounted, by controller; '' for version 2.
+    """
+    own = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
-    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+    for line in own_groups.read_text().splitlines() if own_groups.exists() else []:
         _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage, cache = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit, usage, cache = (
-                Path("/sys/fs/cgroup/memory"),
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
+        controller = "" if controllers == "" else "memory"
+        if controller not in roots or controller not in controllers.split(","):
             continue
-        # In a container its own group is mounted as the root.
-        for folder in (root / name.lstrip("/"), root):
+        root = roots[controller]
+        limit, usage, prefix = _GROUP_FILES[controller]
+        # The group's own limit and those of the groups it is in; in a container the root is its own.
+        group = root / name.lstrip("/")
+        for folder in [group, *(parent for parent in group.parents if root in (parent, *parent.parents))]:
             try:
                 most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
                 statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
+                # No such file, or no limit.
                 continue
-            free = min(free, most - used + int(statistics.get(cache, 0)))
-    return max(0, free)
+            cache = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            free = min(free, most - used + cache)
+    return max(0, free) + own
 
 
-def check_memory(plan: Plan) -> None:
-    """Raises ResourceError when a run needs more memory than there is."""
-    if plan.memory_needed > plan.memory_free:
+def check_memory(needed: int) -> None:
+    """Raises ResourceError when a run needs more bytes of memory than there are."""
+    free = free_memory()
+    if needed > free:
         raise ResourceError(
-            f"needs about {gib(plan.memory_needed)} of memory, {gib(plan.memory_free)} is available; lower --num-samples or "
-            "--tokens-per-expert, use --dtype bfloat16, or free some"
+            f"needs about {gib(needed)} of memory, {gib(free)} is available; lower --num-samples, --tokens-per-expert or --workers, use "
+            "--dtype bfloat16, or free some"
         )
 
 

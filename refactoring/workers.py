@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from types import TracebackType
@@ -18,6 +19,8 @@ from prism_errors import ResourceError, UsageError, one_line
 ENGINES = ("local", "ray")
 # Arrays of this many bytes travel together: joblib puts them into memory maps, which last until all the tasks that came with them are done.
 CHUNK_BYTES = 2**28
+# But no fewer tasks than these, for the workers wait for each other at the end of a chunk.
+TASKS_PER_WORKER = 4
 # A task is tried so many times before its workers' deaths end the run.
 TRIALS = 3
 ANSWER_SECONDS = 10
@@ -53,7 +56,11 @@ class Workers:
     def __enter__(self) -> "Workers":
         if self.engine == "ray":
             self._connect()
-        self._open()
+        try:
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -86,18 +93,33 @@ class Workers:
                     self._open()
 
     def _chunks(self, tasks: Iterable[Task]) -> Iterator[list[Task]]:
-        """Lists of tasks; an array that several of them take counts once. A process of one's own shares nothing: a task at a time."""
-        limit = 0 if self.count == 1 and self.engine == "local" else CHUNK_BYTES
+        """Lists of tasks, enough of them to keep all workers busy; an array that several of them share does not count.
+
+        Without workers nothing travels: a task at a time.
+        """
+        alone = self.count == 1 and self.engine == "local"
+        least = 1 if alone else TASKS_PER_WORKER * self._cores()
         chunk: list[Task] = []
+        uses: Counter[int] = Counter()
         sizes: dict[int, int] = {}
         for task in tasks:
             chunk.append(task)
-            sizes |= {id(value): value.nbytes for value in task[1] if isinstance(value, np.ndarray)}
-            if sum(sizes.values()) >= limit:
+            arrays = {id(value): value.nbytes for value in task[1] if isinstance(value, np.ndarray)}
+            sizes |= arrays
+            uses.update(arrays.keys())
+            if len(chunk) >= least and (alone or sum(sizes[key] for key, count in uses.items() if count == 1) >= CHUNK_BYTES):
                 yield chunk
-                chunk, sizes = [], {}
+                chunk, uses, sizes = [], Counter(), {}
         if chunk:
             yield chunk
+
+    def _cores(self) -> int:
+        """How many workers there are."""
+        if self.count is not None:
+            return self.count
+        import ray  # noqa: PLC0415  (optional)
+
+        return int(ray.cluster_resources()["CPU"])
 
     def _open(self) -> None:
         if self.engine == "ray":
@@ -106,16 +128,16 @@ class Workers:
             self._config = parallel_config("ray", n_jobs=self.count or -1, ray_remote_args=again)
             self._config.__enter__()
         # Ray gives a list and nothing before it is whole.
-        self._parallel = Parallel(return_as="list") if self.engine == "ray" else Parallel(n_jobs=self.count, return_as="generator")
+        parallel = Parallel(return_as="list") if self.engine == "ray" else Parallel(n_jobs=self.count, return_as="generator")
         try:
-            self._parallel.__enter__()
+            self._parallel = parallel.__enter__()
         except ValueError as error:
             raise UsageError(f"--workers {self.count}: {one_line(error)}") from error
 
     def _close(self) -> None:
         if self._parallel is not None:
-            self._parallel.__exit__(None, None, None)
-            self._parallel = None
+            parallel, self._parallel = self._parallel, None
+            parallel.__exit__(None, None, None)
         if self._config is not None:
             self._config.__exit__(None, None, None)
             self._config = None
@@ -125,7 +147,7 @@ class Workers:
         from ray.util.joblib import register_ray  # noqa: PLC0415
 
         address = self.address or os.environ.get("RAY_ADDRESS", "")
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        host, _, port = address.rpartition(":")
         try:
             if port.isdigit():
                 # Ray itself tries for minutes.

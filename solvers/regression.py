@@ -23,12 +23,17 @@ def ridge(x: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None) -> tuple
 
     Returns:
         weight float32 [M, D], bias float32 [M].
+
+    Raises:
+        LinAlgError: a feature or a target is not finite.
     """
     rows = np.arange(len(x)) if rows is None else rows
     with threadpool_limits(1):
         mean = sum(part.sum(0) for part in _centred(x, rows)) / len(rows)
         y_mean = y.mean(0, dtype=np.float64)
         target = y - y_mean
+        if not np.isfinite(mean).all() or not np.isfinite(target).all():
+            raise np.linalg.LinAlgError("not finite")
         values, vectors = _principal_axes(x, rows, mean)
         xy = sum(part.T @ some for part, some in zip(_centred(x, rows, mean), _chunks(target), strict=True))
         rotated = vectors.T @ xy

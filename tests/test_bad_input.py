@@ -7,6 +7,7 @@ import random
 import struct
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import FAST, files
@@ -15,6 +16,7 @@ from test_commands import start
 
 from checkpoints import Progress
 from checkpoints.reader import LONGEST_NAME
+from refactoring.plan import free_memory
 
 EXPERT, ROUTER = "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.gate.weight"
 
@@ -137,7 +139,7 @@ BROKEN = {
     "top 7 of 6": (lambda folder: edit(folder, num_experts_per_tok=7), "make no router"),
     "no positions": (lambda folder: edit(folder, max_position_embeddings=-1), "max_position_embeddings is -1"),
     "auto_map": (lambda folder: edit(folder, auto_map="x.M"), "auto_map"),
-    "code from the Hub": (lambda folder: edit(folder, _attn_implementation="someone/kernels"), "someone/kernels"),
+    "no auto_map": (lambda folder: edit(folder, auto_map=None), "auto_map is no JSON object"),
     "nested config": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot be read as JSON"),
     "config folder": (lambda folder: to_folder(folder, "config.json"), "cannot be read as JSON"),
     "side file that leads out": (
@@ -194,7 +196,10 @@ def test_a_flipped_bit_of_a_header_is_refused_or_makes_no_difference(tmp_path, m
     result = command("prism-refactor", folder, tmp_path / "out", "--quiet", *FAST)
     assert result.code in (0, 3), result.err
     if result.code == 0:
-        assert load_file(tmp_path / "out" / "model-00002-of-00003.safetensors").keys()
+        weights = [
+            {name: value for name, value in files(tmp_path / out).items() if name.endswith(".safetensors")} for out in ("intact", "out")
+        ]
+        assert weights[0] == weights[1]
     else:
         assert result.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
@@ -283,11 +288,40 @@ def test_a_name_too_long_for_its_neighbours_is_refused(tmp_path, models, command
     assert command("prism-refactor", models["olmoe"], tmp_path / ("x" * LONGEST_NAME), "--quiet", *FAST).code == 0
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_at_once(models, command, monkeypatch):
-    monkeypatch.setattr("prism_cli.refactor.Profile.__iter__", None)
-    result = command("prism-refactor", models["olmoe"], "/proc/out", "--quiet", *FAST)
-    assert result.code in (1, 5), result.err
-    assert result.err.count("\n") == 1
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, models, command, monkeypatch):
+    # Not by its mode: root may write anywhere.
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK) and access(path, mode))
+    for name, arguments in (("prism-refactor", FAST), ("prism-profile", FAST[:6])):
+        result = command(name, models["olmoe"], tmp_path / "out", "--quiet", *arguments)
+        assert result.code == 5, result.err
+        assert "cannot be written to" in result.err
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "someone/kernels"])
+def test_the_attention_kernel_of_the_source_is_not_asked_for(tmp_path, models, command, kernel):
+    folder = copy(models, tmp_path)
+    edit(folder, _attn_implementation=kernel, attn_implementation=kernel)
+    assert command("prism-refactor", folder, tmp_path / "out", "--quiet", *FAST).code == 0
+
+
+def test_tensors_that_transformers_does_not_know_pass_through(tmp_path, models, command):
+    """Rotary tables inside a layer, as older releases stored them, a table of whole numbers, a layer for further tokens."""
+    folder = copy(models, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4),
+        "model.layers.1.counts": torch.arange(5),
+        "model.layers.2.eh_proj.weight": torch.rand(3, 2),
+    }
+    save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    assert command("prism-refactor", folder, out, "--quiet", *FAST).code == 0
+    written = {name: value for path in out.glob("model-*.safetensors") for name, value in load_file(path).items()}
+    for name, value in extra.items():
+        assert torch.equal(written[name], value)
+    assert command("prism-verify", folder, out, "--quiet").code == 0
 
 
 def test_memory_is_checked_before_any_work(tmp_path, models, command, monkeypatch):
@@ -295,7 +329,27 @@ def test_memory_is_checked_before_any_work(tmp_path, models, command, monkeypatc
     result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--quiet", *FAST)
     assert result.code == 5
     assert "of memory, 1.0 MiB is available; lower --num-samples" in result.err
+    for name, arguments in (("prism-profile", FAST[:6]), ("prism-refactor", [*FAST, "--dry-run"])):
+        assert command(name, models["olmoe"], tmp_path / "out", "--quiet", *arguments).code == 5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_memory_limit_of_an_enclosing_group_counts(tmp_path, monkeypatch, version):
+    """As SLURM sets it: on the job, not on the task inside it."""
+    root = tmp_path / "cgroup"
+    group = root / "job" / "task"
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    for folder, limit in ((group, "max" if version == 2 else str(2**62)), (group.parent, str(2**20))):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(
+            (*names, "memory.stat"), (limit, "4096", "active_file 0\ninactive_file 1024\ntotal_inactive_file 1024\n"), strict=True
+        ):
+            (folder / name).write_text(value)
+    (tmp_path / "own").write_text("3:memory:/job/task\n" if version == 1 else "0::/job/task\n")
+    found = free_memory(tmp_path / "own", {1: {"memory": root}, 2: {"": root}}[version])
+    assert found - psutil.Process().memory_info().rss == pytest.approx(2**20 - 4096 + 1024, abs=2**24)
+    assert found < 2**32
 
 
 RUNS_OUT = {

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ def run(*command, cwd, code=0, **environment):
     return result
 
 
-def test_the_shell_batch_goes_on_where_it_stopped_and_fails_on_a_gate(tmp_path, models_folder):
+def test_the_shell_batch_does_what_is_left_and_fails_on_a_gate(tmp_path, models_folder):
     script = [RECIPES / "refactor-all.sh", models_folder, tmp_path / "out", *TEXT, *SMALL]
     run(*script, cwd=tmp_path, code=4, PRISM_GATE="dropped<0.01")
     summary = json.loads((tmp_path / "out" / "olmoe.json").read_text())
@@ -45,8 +48,23 @@ def test_the_shell_batch_goes_on_where_it_stopped_and_fails_on_a_gate(tmp_path, 
     assert "dropped<0.01 is not met" in events[-1]["error"]
     (tmp_path / "out" / "qwen3_moe" / "prism.json").unlink()
     (tmp_path / "out" / "qwen3_moe").rename(tmp_path / "elsewhere")
-    run(*script, cwd=tmp_path)
+    first = (tmp_path / "out" / "olmoe" / "prism.json").stat().st_mtime_ns
+    run(*script, cwd=tmp_path, code=4, PRISM_GATE="full-k-error<1")
     assert (tmp_path / "out" / "qwen3_moe" / "prism.json").exists()
+    # Done and found wanting: not done again, and not forgotten.
+    assert (tmp_path / "out" / "olmoe" / "prism.json").stat().st_mtime_ns == first
+
+
+def test_the_shell_batch_ends_when_it_is_interrupted(tmp_path, models_folder):
+    path = f"{BIN}:{os.environ['PATH']}"
+    script = [RECIPES / "refactor-all.sh", models_folder, tmp_path / "out", *TEXT, "--solver", "genetic", "--workers", "1"]
+    process = subprocess.Popen([str(part) for part in script], env=os.environ | {"PATH": path}, start_new_session=True)
+    while not (tmp_path / "out" / "olmoe.log").exists() or not (tmp_path / "out" / "olmoe.log").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() in (130, -signal.SIGINT)
+    assert not (tmp_path / "out" / "qwen3_moe.json").exists()
 
 
 def test_make_keeps_what_is_done(tmp_path, models_folder):
@@ -59,6 +77,9 @@ def test_make_keeps_what_is_done(tmp_path, models_folder):
         f"OPTIONS={' '.join(SMALL)}",
         "GATE=perplexity@50%<0",
     ]
+    for _ in range(2):
+        # A gate that fails fails again.
+        run(*make[:-1], "GATE=perplexity@50%>0", cwd=tmp_path, code=2)
     run(*make, cwd=tmp_path)
     for name in ("olmoe", "qwen3_moe"):
         assert json.loads((tmp_path / "out" / name / "evaluation.json").read_text())["refactored"]
@@ -70,6 +91,10 @@ def test_a_job_array_profiles_and_the_next_job_refactors(tmp_path, models_folder
     for task in range(1, 5):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "4"}
         run(RECIPES / "slurm-profile.sh", model, work, *TEXT, "--batch-size", "2", cwd=tmp_path, **array)
+    again = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "1", "SHARDS": "4"}
+    shutil.rmtree(work / "stats-2")
+    for _ in range(2):
+        run(RECIPES / "slurm-profile.sh", model, work, *TEXT, "--batch-size", "2", cwd=tmp_path, **again)
     found = run(RECIPES / "slurm-refactor.sh", model, work, tmp_path / "out", "--solver", "ascent", cwd=tmp_path, SLURM_CPUS_PER_TASK="1")
     assert json.loads(found.stdout)["sizes"]["num_experts"] == {"source": 6, "result": 24}
 

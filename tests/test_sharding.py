@@ -88,7 +88,7 @@ def test_missing_and_repeated_shards_are_refused(folders, tmp_path, capsys, give
 def test_shards_of_another_run_are_refused(source, folders, tmp_path, command, capsys):
     assert command("prism-profile", source, tmp_path / "other", *TEXT, "--seed", "7", "--shard", "2/3").code == 0
     assert run_merge(tmp_path / "merged", folders / "part1", tmp_path / "other", folders / "part3") == 3
-    assert "another calibration" in capsys.readouterr().err
+    assert "was made with other calibration than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -138,3 +138,12 @@ def test_statistics_are_read_back(source, folders):
     for layer in whole:
         assert [len(sample) for sample in layer.activations] == [len(tokens) for tokens in layer.sampled]
         assert all((tokens.diff() > 0).all() for tokens in layer.sampled)
+
+
+def test_shards_of_another_text_are_refused(source, tmp_path, command, capsys):
+    text = tmp_path / "text.txt"
+    for number, words in ((1, "one and two "), (2, "two and one ")):
+        text.write_text(words * 500)
+        assert command("prism-profile", source, tmp_path / f"{number}", *TEXT, "--dataset", text, "--shard", f"{number}/2").code == 0
+    assert run_merge(tmp_path / "merged", tmp_path / "1", tmp_path / "2") == 3
+    assert "was made with other statistics than" in capsys.readouterr().err

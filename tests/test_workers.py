@@ -51,10 +51,12 @@ def test_large_arrays_are_shared_by_memory_map(monkeypatch):
         assert list(workers.run((kind_of, (array * value,)) for value in range(5))) == [("memmap", value * 1e6) for value in range(5)]
 
 
-def test_no_more_arrays_travel_at_once_than_a_chunk_holds():
-    array, shared = np.ones(1_000_000, np.float32), np.ones(25_000_000, np.float32)
-    chunks = [len(chunk) for chunk in Workers(2)._chunks((double, (array.copy(), shared)) for _ in range(100))]
-    assert chunks == [43, 43, 14]
+@pytest.mark.parametrize(("megabytes", "shared", "expected"), [(4, 100, [68, 32]), (4, 1000, [68, 32]), (100, 0, [8] * 12 + [4])])
+def test_no_more_arrays_travel_at_once_than_a_chunk_holds_and_workers_need(megabytes, shared, expected):
+    """One array that all tasks share, however large, does not part them; each worker has some tasks of a chunk."""
+    shared = np.broadcast_to(np.float32(1), (shared * 250_000,))
+    arrays = (np.broadcast_to(np.float32(value), (megabytes * 250_000,)) for value in range(100))
+    assert [len(chunk) for chunk in Workers(2)._chunks((double, (array, shared)) for array in arrays)] == expected
 
 
 def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):

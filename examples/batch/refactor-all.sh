@@ -12,8 +12,18 @@ mkdir -p "$out"
 code=0
 for model in "$models"/*/; do
     name=$(basename "$model")
-    [ -e "$out/$name/prism.json" ] && continue
+    if [ -e "$out/$name/prism.json" ]; then
+        grep -q '"met": false' "$out/$name.json" && code=4
+        continue
+    fi
     prism-refactor "$model" "$out/$name" --resume --json --log-json --quality-gate "${PRISM_GATE:-full-k-error<1e-3}" "$@" \
-        > "$out/$name.json" 2>> "$out/$name.log" || code=$?
+        > "$out/$name.json" 2>> "$out/$name.log"
+    ended=$?
+    # Interrupted or terminated: so is the batch.
+    case $ended in
+        0) ;;
+        130 | 143) exit "$ended" ;;
+        *) code=$ended ;;
+    esac
 done
 exit "$code"

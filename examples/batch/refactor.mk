@@ -23,5 +23,7 @@ $(OUT)/%/evaluation.json: $(OUT)/%/prism.json
 $(STATS) $(OUT):
 	mkdir -p $@
 
+# A measurement that fails its gate is made again.
+.DELETE_ON_ERROR:
 .PRECIOUS: $(STATS)/%/index.json $(OUT)/%/prism.json
 .PHONY: all
