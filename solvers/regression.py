@@ -28,7 +28,8 @@ def ridge(x: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None) -> tuple
         LinAlgError: a feature or a target is not finite.
     """
     rows = np.arange(len(x)) if rows is None else rows
-    with threadpool_limits(1):
+    # What is not finite is an error of its own, below, and no warning.
+    with threadpool_limits(1), np.errstate(invalid="ignore", over="ignore"):
         mean = sum(part.sum(0) for part in _centred(x, rows)) / len(rows)
         y_mean = y.mean(0, dtype=np.float64)
         target = y - y_mean
