@@ -10,7 +10,7 @@ import torch
 from calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
-from checkpoints import Checkpoint, moe_block
+from checkpoints import Checkpoint, dtype_name, moe_block
 from prism_errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,7 +133,7 @@ class Profile:
 
     def origin(self) -> str:
         """Where the statistics come from, as far as it decides their bytes and `Calibration.recorded` does not say it."""
-        dtype = str(self.calibration.resolved_dtype(self.checkpoint)).removeprefix("torch.")
+        dtype = dtype_name(self.calibration.resolved_dtype(self.checkpoint))
         text = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
         return f"profiled in {dtype} on {self.calibration.resolved_device()}, text {text}"
 

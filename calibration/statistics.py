@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from checkpoints import expert_shape
+from checkpoints import dtype_name, expert_shape
 from prism_errors import InputError
 from routers.proxy import coactive_marks
 from routers.runtime import expert_activations, experts_forward
@@ -236,7 +236,7 @@ class LayerCollector:
             self.add(expert, positions, some, expert_activations(self.experts, expert, some))
         if not torch.isfinite(self._activation_sum).all():
             raise InputError(
-                f"layer {self.layer}: activations are not finite in {str(inputs.dtype).removeprefix('torch.')}; check the weights of this "
+                f"layer {self.layer}: activations are not finite in {dtype_name(inputs.dtype)}; check the weights of this "
                 "layer and of those before it" + ("" if inputs.dtype == torch.float32 else ", or use --dtype float32")
             )
         for expert, tokens in enumerate(self._sample_tokens):

@@ -76,13 +76,9 @@ def write_statistics(
         What iterating `profile` raises; UsageError as `output_folder` does.
     """
     source = {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint()}
-    identity = {
-        "source": source["fingerprint"],
-        "calibration": calibration,
-        "shard": "{}/{}".format(*shard),
-        "versions": versions(),
-        "statistics": profile.origin(),
-    }
+    made = {"source": source, "calibration": calibration, "statistics": profile.origin(), "versions": versions()}
+    # The same checkpoint in another place is the same.
+    identity = made | {"source": source["fingerprint"], "shard": "{}/{}".format(*shard)}
     with output_folder(target, identity, resume) as folder:
         progress = Progress(folder)
         records = [record for record, _ in progress.restored()]
@@ -95,7 +91,6 @@ def write_statistics(
             # Not kept while the next layer is made.
             del statistics
             progress.finish_layer(records[-1], profile.state(), files)
-        made = {"source": source, "calibration": calibration, "statistics": profile.origin(), "versions": versions()}
         _write_index(folder, made, shard, records)
     return records
 

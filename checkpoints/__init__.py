@@ -10,7 +10,7 @@ from checkpoints.architectures import (
     router_name,
     routing_state,
 )
-from checkpoints.layered import LayeredModel, build_meta_model, names_on_disk
+from checkpoints.layered import LayeredModel, build_meta_model, dtype_name, names_on_disk
 from checkpoints.progress import Progress, versions
 from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
@@ -47,6 +47,7 @@ __all__ = [
     "check_disk",
     "check_side_files",
     "check_target",
+    "dtype_name",
     "expert_shape",
     "finished_layers",
     "free_disk",

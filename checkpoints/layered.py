@@ -71,6 +71,9 @@ class LayeredModel:
             raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {one_line(error)}") from error
         self.layers: nn.ModuleList = self.model.base_model.layers
         self._mapping: Any = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._known = set(self.model.state_dict())
         self._sources = self._match_tensors()
 
     def layer_name(self, index: int) -> str:
@@ -80,7 +83,6 @@ class LayeredModel:
     def _match_tensors(self) -> dict[str, list[str]]:
         """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""
         state = self.model.state_dict()
-        self._known = set(state)
         sources = defaultdict(list)
         for name in self.checkpoint.weight_map:
             sources[self._target(name, state)].append(name)
@@ -92,9 +94,7 @@ class LayeredModel:
 
     def _target(self, name: str, state: dict[str, torch.Tensor]) -> str:
         """The name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        return rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
+        return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
 
     def tensors_under(self, prefix: str) -> list[str]:
         """Names of the checkpoint tensors that make up the part of the model called `prefix`, a module or a buffer."""
@@ -172,8 +172,8 @@ class LayeredModel:
                 )
             if dtypes[name] != dtypes[names[0]]:
                 raise InputError(
-                    f"{self.checkpoint.where(name)} is stored in {_short(dtypes[name])} and {names[0]}, of the same kind, in "
-                    f"{_short(dtypes[names[0]])}; convert the checkpoint to one type"
+                    f"{self.checkpoint.where(name)} is stored in {dtype_name(dtypes[name])} and {names[0]}, of the same kind, in "
+                    f"{dtype_name(dtypes[names[0]])}; convert the checkpoint to one type"
                 )
         dtype = dtypes[names[0]]
         assert dtype is not None
@@ -212,7 +212,8 @@ def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def _short(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A type as people write it: 'float32'."""
     return str(dtype).removeprefix("torch.")
 
 

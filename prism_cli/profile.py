@@ -9,12 +9,12 @@ import click
 import numpy as np
 
 from calibration import INDEX, TOKEN_FLOOR, Calibration, Profile, estimated_bytes, write_statistics
-from checkpoints import Checkpoint, LayeredModel, check_disk, check_target, moe_block, output_file, unfinished_bytes
+from checkpoints import Checkpoint, LayeredModel, check_disk, check_target, output_file, unfinished_bytes
 from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
 from prism_cli.resuming import RESUME, Resumption
-from refactoring import check_memory, memory_needed
+from refactoring import check_memory, memory_needed, moe_layers
 from reporting import profile_page
 
 
@@ -80,8 +80,7 @@ def main(
         reporter.step("rows profiled", layer, layers, done, total)
 
     profile = Profile(checkpoint, calibration, rows, on_rows, shard)
-    with_experts = sum(moe_block(layer) is not None for layer in layered.layers)
-    resumption = Resumption(reporter, stats_dir, with_experts)
+    resumption = Resumption(reporter, stats_dir, len(moe_layers(layered)))
     with resumption.telling():
         records = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), profile, shard, resume, resumption.on_start)
     if page is not None:

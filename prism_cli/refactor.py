@@ -215,11 +215,17 @@ def _warn_unrouted(manifest: dict[str, Any], reporter: Reporter) -> None:
             )
 
 
+def _dropped(layer: dict[str, Any]) -> tuple[float, float]:
+    """Mean share that the experts of a layer drop, in stored order and partitioned."""
+    before, after = (mean(expert[key] for expert in layer["experts"]) for key in ("loss_before", "loss_after"))
+    return before, after
+
+
 def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
     rows = []
     for layer in manifest["layers"]:
         experts = layer["experts"]
-        before, after = (sum(expert[key] for expert in experts) / len(experts) for key in ("loss_before", "loss_after"))
+        before, after = _dropped(layer)
         rows.append(
             [layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}", layer["tilt"]]
         )
@@ -240,8 +246,7 @@ def _json_summary(manifest: dict[str, Any], out_dir: Path, judged: list[tuple[Qu
             "experts": len(layer["experts"]),
             "fewest_tokens": min(expert["tokens"] for expert in layer["experts"]),
             "unrouted": layer["unrouted"],
-            "dropped_stored": round(mean(expert["loss_before"] for expert in layer["experts"]), 6),
-            "dropped": round(mean(expert["loss_after"] for expert in layer["experts"]), 6),
+            **{name: round(share, 6) for name, share in zip(("dropped_stored", "dropped"), _dropped(layer), strict=True)},
             "tilt": layer["tilt"],
             "full_k_error": layer["full_k_error"],
             "output_error": layer["output_error"],

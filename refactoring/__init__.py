@@ -2,7 +2,17 @@
 
 from refactoring.gate import QualityGate
 from refactoring.pipeline import refactor
-from refactoring.plan import Plan, Splits, check_memory, make_plan, memory_needed, partition_seconds, possible_splits, profile_seconds
+from refactoring.plan import (
+    Plan,
+    Splits,
+    check_memory,
+    make_plan,
+    memory_needed,
+    moe_layers,
+    partition_seconds,
+    possible_splits,
+    profile_seconds,
+)
 from refactoring.recipe import ROUTERS, SALIENCIES, Recipe
 from refactoring.timings import Timings
 from refactoring.verify import KL_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
@@ -27,6 +37,7 @@ __all__ = [
     "compare_tensors",
     "make_plan",
     "memory_needed",
+    "moe_layers",
     "open_refactored",
     "partition_seconds",
     "possible_splits",

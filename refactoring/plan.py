@@ -16,6 +16,7 @@ from checkpoints import (
     Checkpoint,
     LayeredModel,
     check_side_files,
+    dtype_name,
     expert_shape,
     free_disk,
     gib,
@@ -151,7 +152,7 @@ def possible_splits(checkpoint: Checkpoint) -> Splits:
             width = checkpoint.architecture.refactored_sizes(checkpoint.config, sub_experts)[checkpoint.architecture.width]
             _check_row_bytes(checkpoint, block, layered, width, sub_experts)
         except UsageError as error:
-            return Splits(len(layered.layers), layers, str(dtype).removeprefix("torch."), possible, str(error))
+            return Splits(len(layered.layers), layers, dtype_name(dtype), possible, str(error))
         possible.append(sub_experts)
         sub_experts *= 2
 
