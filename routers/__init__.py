@@ -14,6 +14,7 @@ from routers.modeling_prism import (
     router_of,
     router_tensors,
     set_active,
+    set_token_active,
     two_level_router,
 )
 from routers.output import relative_error, stock_output, two_level_output
@@ -52,6 +53,7 @@ __all__ = [
     "router_of",
     "router_tensors",
     "set_active",
+    "set_token_active",
     "stock_output",
     "tilted_rows",
     "two_level_output",

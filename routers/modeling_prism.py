@@ -87,28 +87,33 @@ class TwoLevelRouter(nn.Module):
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
         return weights, experts, value.flatten(1)
 
-    def forward(self, hidden_states, k):
+    def forward(self, hidden_states, k, token_k=None):
         """Pick the k best sub-experts of each token; what the others would add is left in `missing`, [T, H] or None.
 
         Args:
             hidden_states: MoE inputs [..., H].
             k: sub-experts per token, at most K * N.
+            token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the index that
+                transformers' experts skip (the number of sub-experts), with weight 0, in its other slots.
 
         Returns:
             (weights [T, k], indices int64 [T, k]); the weights are divided by the factor that `down_proj` carries.
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         self.missing = None
-        if k == self.original.top_k * self.sub_experts:
+        most = self.original.top_k * self.sub_experts
+        if k == most and token_k is None:
             weights, experts = self.route(hidden_states)
             indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
             return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1)
         weights, experts, value = self.rank(hidden_states)
         compensated = hasattr(self, "compensation")
-        order = value.topk(value.shape[1] if compensated else k, dim=-1).indices
+        order = value.topk(most if compensated else k, dim=-1).indices
         slots = order // self.sub_experts
         indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
         shares = weights.gather(1, slots)
+        if token_k is not None:
+            return self._ragged(hidden_states, k, token_k, value.gather(1, order), indices, shares)
         kept = shares[:, :k] / self.factor
         if compensated:
             size = value.gather(1, order[:, k:]).exp()
@@ -121,6 +126,19 @@ class TwoLevelRouter(nn.Module):
             kept = kept * (1 + chosen - chosen.detach())
         return kept, indices[:, :k]
 
+    def _ragged(self, hidden_states, k, token_k, value, indices, shares):
+        """The end of `forward` for tokens with a k each; value, indices and shares [T, k or all], best sub-expert first."""
+        own = token_k[:, None]
+        dropped = torch.arange(indices.shape[1], device=indices.device) >= own
+        kept = shares[:, :k] / self.factor
+        if hasattr(self, "compensation"):
+            absent = shares.float() * dropped, value.exp() * dropped
+            self.missing = self.expected(indices, *absent).to(hidden_states.dtype)
+            whole = own == self.original.top_k * self.sub_experts
+            kept = torch.where(whole, kept, (kept * self.scale[own - 1]).to(kept.dtype))
+        skipped = self.original.weight.shape[0] * self.sub_experts
+        return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped)
+
     def expected(self, indices, shares, size):
         """Expected output [T, H] of some sub-experts: sum of share x (mean output) + size x (mean direction); all arguments [T, m]."""
         mean, direction = self.compensation.flatten(1, 2)
@@ -129,7 +147,7 @@ class TwoLevelRouter(nn.Module):
 
 
 def _two_level_hook(gate, arguments, output):
-    weights, indices = gate.two_level(arguments[0], gate.top_k)
+    weights, indices = gate.two_level(arguments[0], gate.top_k, getattr(gate, "token_k", None))
     return output[0], weights, indices
 
 
@@ -269,7 +287,21 @@ def set_active(model, k):
     # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
     setattr(model.config, recipe["top_k"], max(per_layer))
     for gate, value in zip(gates, per_layer, strict=True):
-        gate.top_k = value
+        gate.top_k, gate.token_k = value, None
+
+
+def set_token_active(model, token_k):
+    """Run the tokens of the next forward passes of a model with two-level routing with a k of their own each.
+
+    Args:
+        model: the model.
+        token_k: a list of numbers, 1 to `full_k`, one per token of the batch in the order in which MoE blocks see them.
+    """
+    most = max(token_k)
+    # A batch of one k runs as if `set_active` had been called: nothing is ranked at full k, nothing is dropped.
+    ragged = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
+    for gate in moe_gates(model):
+        gate.top_k, gate.token_k = most, ragged
 
 
 class PrismForCausalLM(PreTrainedModel):
