@@ -98,6 +98,7 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     @wraps(function)
     def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         # It logs the errors that it also raises.
         datasets.logging.set_verbosity(logging.CRITICAL)

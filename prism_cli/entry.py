@@ -17,6 +17,11 @@ def _open(door: str) -> NoReturn:
     sys.exit(main())
 
 
+def bench() -> NoReturn:
+    """prism-bench."""
+    _open("bench")
+
+
 def evaluate() -> NoReturn:
     """prism-eval."""
     _open("evaluate")
@@ -25,6 +30,11 @@ def evaluate() -> NoReturn:
 def finetune() -> NoReturn:
     """prism-finetune."""
     _open("finetune")
+
+
+def loadtest() -> NoReturn:
+    """prism-loadtest."""
+    _open("loadtest")
 
 
 def profile() -> NoReturn:
@@ -43,6 +53,11 @@ def refactor() -> NoReturn:
 def report() -> NoReturn:
     """prism-report."""
     _open("report")
+
+
+def serve() -> NoReturn:
+    """prism-serve."""
+    _open("serve")
 
 
 def verify() -> NoReturn:

@@ -44,6 +44,12 @@ CALIBRATION_OPTIONS = (
     ),
     *TEXT_OPTIONS[3:],
 )
+SERVING_OPTIONS = (
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model runs."),
+    click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Type of the weights; auto is the checkpoint's."),
+    click.option("--max-batch-tokens", type=click.IntRange(16), default=512, help="Tokens of one step."),
+    click.option("--max-requests", type=click.IntRange(1), default=64, help="Requests that run at a time."),
+)
 CALIBRATION_NAMES = ("datasets", "text_column", "num_samples", "max_seq_length", "tokens_per_expert", "dtype", "device", "batch_size")
 
 

@@ -38,8 +38,8 @@ from routers import attach, full_k, set_active, set_token_active
 from serving.performance import PerformanceModel
 from serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
 
-# Tokens of a KV page on a CPU, where reads are by token and small pages waste little; elsewhere transformers' own, which kernels want.
-CPU_PAGE = 32
+# Tokens of a KV page: small ones waste little on a CPU, where reads are by token; elsewhere kernels want transformers' own size.
+CPU_PAGE, KV_PAGE = 32, 256
 # Share of free memory that the KV cache may have on a CPU.
 CPU_KV_SHARE = 0.25
 # k is mixed into what KV blocks are found by: token + k * _SALT, in the 32 bits that transformers hashes.
@@ -648,7 +648,8 @@ class _BatchScheduler(TransformersScheduler):
         engine, now = self.engine, time.monotonic()
         self._expire(now)
         active = [self._job(state) for state in self.active_requests.values()]
-        waiting = [] if self.block_new_requests else [self._job(state) for state in self._get_waiting_candidates()]
+        closed = self.block_new_requests or not engine.policy.room(active)
+        waiting = [] if closed else [self._job(state) for state in self._get_waiting_candidates()]
         chosen = engine.policy.step(active, waiting, now)
         states = {**self.waiting_requests, **self.active_requests}
         candidates = [states[job.id] for job in chosen]

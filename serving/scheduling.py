@@ -4,7 +4,8 @@ One step runs some tokens of some requests: one token of a request that is decod
 (arXiv 2510.19366) schedules whole batches; here every step is a batch, so a request never waits for another one's last token.
 """
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -96,7 +97,7 @@ class Scheduler:
         """
         raise NotImplementedError
 
-    def room(self, active: Sequence[Job]) -> int:
+    def room(self, active: Sized) -> int:
         """How many more jobs may get a KV cache."""
         return max(self.limits.requests - len(active), 0)
 
@@ -137,7 +138,7 @@ class _ByDue(Scheduler):
 
     def candidates(self, active: Sequence[Job], waiting: Sequence[Job]) -> list[Job]:
         """Active jobs, decoding ones first, then as many waiting ones as there is room for; each by when they are due."""
-        return _decoding_first(active, lambda job: job.due) + sorted(waiting, key=lambda job: job.due)[: self.room(active)]
+        return _decoding_first(active, lambda job: job.due) + heapq.nsmallest(self.room(active), waiting, key=lambda job: job.due)
 
 
 class VirtualQueues(_ByDue):

@@ -1,0 +1,103 @@
+"""`prism-bench`: how long a step takes, over tokens, k and context."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from calibration import DTYPES
+from prism_cli.door import Reporter, command
+from prism_cli.options import FOLDER, SERVING_OPTIONS, add, check_parent, table
+from prism_errors import UsageError
+from serving import Limits, PerformanceModel, Table
+from serving.engine import KV_PAGE, Engine, load
+from serving.performance import fit, powers
+
+
+@command
+@click.argument("refactored_dir", type=FOLDER)
+@add(SERVING_OPTIONS)
+@click.option("--context", type=click.IntRange(1), help="Longest context measured.  [default: half of the model's, at most 1024]")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Times that every point is measured; medians count.")
+@click.option("--held-out", type=click.IntRange(0), default=12, help="Points of each kind that predictions are compared with.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the held-out points.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it: .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print the model as JSON.")
+def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure how long a step of the serving engine takes with the checkpoint in REFACTORED_DIR, on this machine.
+
+    A step is a batch of requests that each run one token (decode), or a prompt (prefill). Medians over the tokens of a step, k and the
+    context are written to REFACTORED_DIR/performance.json, where prism-serve and prism-loadtest --simulate find them, with the error on
+    points between those measured.
+    """
+    check_parent("--plot", plot)
+    torch.set_grad_enabled(False)
+    model = load(refactored_dir, options["device"], DTYPES.get(options["dtype"]))
+    limits = Limits(options["max_batch_tokens"], options["max_requests"])
+    context = options["context"] or min(1024, model.config.get_text_config().max_position_embeddings // 2)
+    engine = Engine(model, "fifo", limits, kv_tokens=limits.requests * (context + KV_PAGE) + limits.tokens)
+    if context + limits.tokens > engine.context:
+        raise UsageError(f"--context {context} and {limits.tokens} tokens of a step: the model takes {engine.context} together")
+    contexts = sorted({min(16, context), context // 4 or 1, context})
+    ks = sorted({max(engine.full_k * quarter // 4, 1) for quarter in (1, 2, 3, 4)})
+    performance = fit(
+        engine.measure,
+        engine.full_k,
+        Table(powers(limits.requests), ks, contexts),
+        Table(powers(limits.tokens, 16, 2), ks, [0, context]),
+        options["held_out"],
+        options["repeats"],
+        options["seed"],
+        lambda done, total: reporter.step("steps measured", 0, 1, done, total),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+    engine.close()
+    path = performance.save(refactored_dir)
+    reporter.close()
+    if plot is not None:
+        draw(performance, plot)
+    click.echo(path.read_text().rstrip() if as_json else describe(performance))
+    if not as_json:
+        click.echo(f"written to {path}" + (f" and {plot}" if plot else ""))
+
+
+def describe(performance: PerformanceModel) -> str:
+    """Milliseconds of a step at the middle context, by tokens and k, and how far predictions were off."""
+    parts = []
+    for name, grid in (("decode", performance.decode), ("prefill", performance.prefill)):
+        middle = len(grid.context) // 2 if name == "decode" else 0
+        rows = [
+            [tokens, *(f"{grid.seconds[row][column][middle] * 1e3:.1f}" for column in range(len(grid.k)))]
+            for row, tokens in enumerate(grid.tokens)
+        ]
+        parts.append(f"{name}, context {grid.context[middle]}: milliseconds of a step")
+        parts.append(table(["tokens", *(f"k={k}" for k in grid.k)], rows))
+    if performance.held_out:
+        parts.append(
+            f"{len(performance.held_out)} points between these: predictions were off by {performance.error():.1%} (median), "
+            f"{performance.error(0.9):.1%} (90 % of them at most)"
+        )
+    return "\n".join(parts)
+
+
+def draw(performance: PerformanceModel, path: Path) -> None:
+    """Seconds against tokens, a line per k, with quartiles and the held-out points."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (half a second that only --plot needs)
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
+        grid: Table = getattr(performance, name)
+        middle = len(grid.context) // 2 if name == "decode" else 0
+        for column, k in enumerate(grid.k):
+            low, mid, high = ([row[column][middle] * 1e3 for row in values] for values in (grid.low, grid.seconds, grid.high))
+            line = axes.plot(grid.tokens, mid, marker="o", markersize=3, label=f"k = {k}")[0]
+            axes.fill_between(grid.tokens, low, high, alpha=0.2, color=line.get_color())
+        points = [point for point in performance.held_out if point.kind == name]
+        axes.plot([point.tokens for point in points], [point.seconds * 1e3 for point in points], "kx", label="held out")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"{name}, context {grid.context[middle]}")
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
