@@ -195,7 +195,8 @@ class PerformanceModel:
             for name in ("format", "median_error", "p90_error"):
                 del content[name]
             tables = {name: Table(**content.pop(name)) for name in ("decode", "prefill")}
-            return cls(**content, **tables | {"held_out": [HeldOut(**point) for point in content.pop("held_out")]})
+            held_out = [HeldOut(**point) for point in content.pop("held_out")]
+            return cls(**content, **tables, held_out=held_out)
         except FileNotFoundError:
             return None
         except (KeyError, TypeError, ValueError) as error:
