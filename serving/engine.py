@@ -237,6 +237,8 @@ class Engine:
         self._step_start = self._scheduling = 0.0
         self._seconds_per_token = 0.0
         self._stopping = False
+        # Requests that `stop` had to end.
+        self.unfinished = 0
         self._attention, self._experts = model.config._attn_implementation, model.config._experts_implementation
         self._manager = self._make_manager(kv_tokens)
         # The manager forgets it when it stops; here it still tells whether blocks leaked.
@@ -344,6 +346,7 @@ class Engine:
         with self._lock:
             left = [live for live in self._live.values() if not live.cancelled]
             self._live.clear()
+        self.unfinished += len(left)
         for live in left:
             live.deliver(Chunk(live.request.id, [], [], "error", "the engine stopped", self._served(live)))
 

@@ -1,0 +1,106 @@
+"""`prism-serve`: an OpenAI-compatible server where every request has its own k."""
+
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+import uvicorn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from calibration import DTYPES
+from prism_cli.door import Reporter, command
+from prism_cli.options import FOLDER, SERVING_OPTIONS, add
+from prism_errors import InputError, UsageError
+from serving import SCHEDULERS, Limits, PerformanceModel
+from serving.engine import Engine, apart, load
+from serving.metrics import Metrics
+from serving.quality import QualityCurve
+from serving.server import Site, create_app
+
+
+@command
+@click.argument("refactored_dir", type=FOLDER)
+@add(SERVING_OPTIONS)
+@click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), default="per-token", help="Which requests share a step, and at which k.")
+@click.option("--max-wait", type=click.FloatRange(0), default=Limits.wait, help="Seconds that schedulers other than fifo hold back work.")
+@click.option("--kv-tokens", type=click.IntRange(64), help="Tokens of the KV cache.  [default: a quarter of free memory]")
+@click.option("--max-waiting", type=click.IntRange(0), default=256, help="Requests that may queue; more get 429.")
+@click.option("--served-model-name", help="Name of the model for clients.  [default: the folder's]")
+@click.option("--chat-template", type=click.Path(path_type=Path, dir_okay=False), help="Jinja file, where the tokenizer has no template.")
+@click.option("--api-key", envvar="PRISM_API_KEY", help="Required of clients; better set PRISM_API_KEY.", show_envvar=True)
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
+@click.option("--drain-seconds", type=click.IntRange(0), default=30, help="What running requests get after SIGTERM or Ctrl-C.")
+def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
+    """Serve the checkpoint in REFACTORED_DIR over HTTP as OpenAI does, every request at its own quality floor.
+
+    A request says how many sub-experts per token it needs, {"prism": {"k": 12}}, or how good it must be, {"prism": {"quality": 0.97}}
+    (after prism-eval --save), or asks for the model NAME@12. It is served at that k whatever runs beside it. SIGTERM stops taking
+    requests, lets the running ones end, and exits with 0.
+    """
+    name = options["served_model_name"] or refactored_dir.resolve().name
+    if "@" in name:
+        raise UsageError(f"--served-model-name {name}: must have no @, which separates the name from k")
+    tokenizer = _tokenizer(refactored_dir, options["chat_template"])
+    listener = _listen(options["host"], options["port"])
+    reporter.line(f"loading {refactored_dir}")
+    metrics = Metrics()
+    engine = apart(_engine, refactored_dir, metrics, options)
+    metrics.watch(engine)
+    router = "stock" if engine.model.config.prism["router"] == "replicate" else "two-level"
+    curve = QualityCurve.load(refactored_dir, router, engine.full_k)
+    site = Site(name, engine, tokenizer, metrics, curve, options["api_key"])
+    server = _Server(uvicorn.Config(create_app(site, engine.stop), log_config=None, timeout_graceful_shutdown=options["drain_seconds"]), site)
+    # uvicorn drains on these, and then raises them again for whoever had them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine.start()
+    host, port = listener.getsockname()[:2]
+    reporter.line(f"serving {name} at http://{host}:{port} ({options['scheduler']}, k = 1 to {engine.full_k})", host=host, port=port)
+    server.run(sockets=[listener])
+    left = engine.unfinished
+    reporter.line("stopped" + (f"; {left} requests were ended" if left else ""), unfinished=left)
+
+
+class _Server(uvicorn.Server):
+    """Says that it is stopping as soon as it is asked to."""
+
+    def __init__(self, config: uvicorn.Config, site: Site):
+        super().__init__(config)
+        self.site = site
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.site.stopping = True
+        super().handle_exit(sig, frame)
+
+
+def _engine(folder: Path, metrics: Metrics, options: dict[str, Any]) -> Engine:
+    model = load(folder, options["device"], DTYPES.get(options["dtype"]))
+    limits = Limits(options["max_batch_tokens"], options["max_requests"], options["max_wait"])
+    performance = PerformanceModel.load(folder)
+    return Engine(model, options["scheduler"], limits, performance, options["kv_tokens"], options["max_waiting"], metrics.on_step)
+
+
+def _tokenizer(folder: Path, template: Path | None) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: transformers cannot load its tokenizer: {error}") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, which streaming needs")
+    if template is not None:
+        try:
+            tokenizer.chat_template = template.read_text()
+        except OSError as error:
+            raise UsageError(f"--chat-template {template}: {error.strerror}") from None
+    return tokenizer
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from None
