@@ -1,6 +1,6 @@
 """Throughput and latency of the schedulers, beside the original model served first come, first served; and MoE time against k.
 
-    python benchmarks/schedulers.py WORK_DIR [--requests N] [--loads low,medium,high] [--plot FILE]
+    python benchmarks/schedulers.py WORK_DIR [--loads low,medium,high] [--systems per-token,...]
 
 WORK_DIR keeps the models (1.7 GB each) and the measured performance, so that a second run starts at once. The model is a Mixtral with
 random weights whose expert compute dominates: hidden 1,024, intermediate 3,584, 8 experts of which 2 are chosen, 4 layers, 352 million
@@ -8,8 +8,7 @@ parameters, float32; refactored with N = 4 into 32 sub-experts, k = 1 to 8. Rand
 
 The trace is Poisson, the same for every system at a load: prompts of about 220 tokens and answers of about 37 (the ratio of the
 conversations in Azure's published trace is 5 to 1), every answer of its full length, floors Normal(4, 2) clipped to 1 to 8, the paper's.
-The original model has one quality, its own, for everybody. Loads are shares of what the original model does when it never waits: low 0.3,
-medium 0.7, high 1.5.
+The original model has one quality, its own, for everybody.
 """
 
 import argparse
@@ -37,7 +36,8 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 1024, 3584, 8, 2, 4
 PROMPT, ANSWER = 190, 32
 LIMITS = Limits(tokens=512, requests=256, wait=1.0)
 KV_TOKENS = 256 * 384
-LOADS = {"low": 0.3, "medium": 0.7, "high": 1.5}
+# Requests per second as a share of what the original model serves when it never waits, and requests of the trace.
+LOADS = {"low": (0.3, 60), "medium": (0.7, 120), "high": (3.0, 240)}
 SLO = Slo(first=10.0, per_token=1.0)
 SEED = 7
 ORIGINAL = "original, fifo"
@@ -205,7 +205,6 @@ HEADERS = [
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
-    parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--systems", default=",".join(SCHEDULERS))
     arguments = parser.parse_args()
@@ -223,12 +222,13 @@ def main() -> None:
     capacity = run(original, "fifo", None, at_once, full_k)["requests_per_second"]
     print(f"the original serves {capacity:.2f} requests/s when all are there at once\n")
     for load_name in arguments.loads.split(","):
-        trace = poisson(arguments.requests, LOADS[load_name] * capacity, PROMPT, ANSWER, ks, weights, SEED)
+        share, requests = LOADS[load_name]
+        trace = poisson(requests, share * capacity, PROMPT, ANSWER, ks, weights, SEED)
         baseline = run(original, "fifo", None, trace, full_k)
         rows = [row(ORIGINAL, baseline, baseline)]
         for scheduler in arguments.systems.split(","):
             rows.append(row(scheduler, run(refactored, scheduler, performance, trace, full_k), baseline))
-        print(f"{load_name}: {LOADS[load_name] * capacity:.2f} requests/s, {len(trace)} requests\n")
+        print(f"{load_name}: {share * capacity:.2f} requests/s, {len(trace)} requests\n")
         print(markdown(HEADERS, rows) + "\n", flush=True)
 
 

@@ -49,7 +49,7 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
         options["held_out"],
         options["repeats"],
         options["seed"],
-        lambda done, total: reporter.step("steps measured", 0, 1, done, total),
+        lambda done, total: reporter.count("steps measured", done, total),
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),

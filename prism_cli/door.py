@@ -56,6 +56,15 @@ class Reporter:
         elif self._lines and share == 1:
             self.line(f"{name}: {what}" + (f" {total}" if total else ""), event=what, layer=layer, layers=layers, total=total)
 
+    def count(self, what: str, done: int, total: int) -> None:
+        """Note that `done` of `total` things that belong to no layer are finished."""
+        if self._bar:
+            if self._tqdm is None:
+                self._tqdm = tqdm(total=total, file=sys.stderr, desc=what, leave=False)
+            self._tqdm.update(done - self._tqdm.n)
+        elif done == total:
+            self.line(f"{total} {what}", event=what, total=total)
+
     def line(self, text: str, **fields: Any) -> None:
         """One line of progress; with --log-json the fields instead of the text."""
         seconds = time.monotonic() - self._start
