@@ -160,7 +160,8 @@ def run(folder: Path, scheduler: str, performance: PerformanceModel | None, trac
     result["tokens_per_step"] = statistics.fmean(step.prefill + step.decode for step in steps)
     known = [step for step in steps if step.predicted]
     result["prediction_error"] = statistics.median(abs(step.predicted - step.seconds) / step.seconds for step in known) if known else None
-    assert result["below_floor"] == 0 and result["done"] == len(trace), result
+    assert result["below_floor"] == 0, result
+    assert result["done"] == len(trace), result
     return result
 
 

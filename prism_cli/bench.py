@@ -100,4 +100,3 @@ def draw(performance: PerformanceModel, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"{name}, context {grid.context[middle]}")
         axes.legend()
     figure.savefig(path, dpi=150)
-

@@ -52,7 +52,9 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     router = "stock" if engine.model.config.prism["router"] == "replicate" else "two-level"
     curve = QualityCurve.load(refactored_dir, router, engine.full_k)
     site = Site(name, engine, tokenizer, metrics, curve, options["api_key"])
-    server = _Server(uvicorn.Config(create_app(site, engine.stop), log_config=None, timeout_graceful_shutdown=options["drain_seconds"]), site)
+    server = _Server(
+        uvicorn.Config(create_app(site, engine.stop), log_config=None, timeout_graceful_shutdown=options["drain_seconds"]), site
+    )
     # uvicorn drains on these, and then raises them again for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -85,7 +87,7 @@ def _engine(folder: Path, metrics: Metrics, options: dict[str, Any]) -> Engine:
 
 def _tokenizer(folder: Path, template: Path | None) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load its tokenizer: {error}") from None
     if not tokenizer.is_fast:

@@ -57,7 +57,7 @@ class Answer:
 
 
 def _name(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
-    return tokenizer.decode([token])
+    return str(tokenizer.decode([token]))
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:

@@ -173,12 +173,13 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
         InputError: the folder is no refactored checkpoint that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
     recipe = getattr(model.config, "prism", None)
     if not recipe:
         raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
+    model = model.to(device).eval()
     return model if recipe["router"] == "replicate" else attach(model, str(folder))
 
 
@@ -249,7 +250,7 @@ class Engine:
         ]
 
     def _make_manager(self, kv_tokens: int | None) -> ContinuousBatchingManager:
-        model = self.model
+        model: Any = self.model
         on_cpu = model.device.type == "cpu"
         config = ContinuousBatchingConfig(
             max_batch_tokens=self.limits.tokens,
@@ -271,15 +272,17 @@ class Engine:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        for expert in (module for module in model.modules() if hasattr(module, "_is_expert_parallel")):
+        experts: list[Any] = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+        for module in experts:
             # transformers' name for: an index beyond the last expert is a slot that is not computed.
-            expert._is_expert_parallel = True
+            module._is_expert_parallel = True
         # Measured on a CPU: the loop over experts and the grouped product are equal on small batches, the loop is up to twice as fast on
         # large ones (docs/serving.md). Neither computes dropped slots; the batched product does.
         model.set_experts_implementation("eager" if on_cpu else "grouped_mm")
-        SCHEDULER_MAPPING[config.scheduler_type] = functools.partial(_BatchScheduler, engine=self)
+        mapping: dict[str, Any] = SCHEDULER_MAPPING
+        mapping[config.scheduler_type] = functools.partial(_BatchScheduler, engine=self)
         try:
-            manager = model.init_continuous_batching(generation, config)
+            manager: ContinuousBatchingManager = model.init_continuous_batching(generation, config)
             if on_cpu and model.config._attn_implementation == "sdpa":
                 AttentionInterface.register(_ATTENTION, segment_attention)
                 model.set_attn_implementation(_ATTENTION)
@@ -287,7 +290,7 @@ class Engine:
             # Creates the cache and the scheduler; compiles nothing.
             manager.warmup()
         finally:
-            del SCHEDULER_MAPPING[config.scheduler_type]
+            del mapping[config.scheduler_type]
         return manager
 
     def _kv_tokens_that_fit(self) -> int:
@@ -675,9 +678,7 @@ class _BatchScheduler(TransformersScheduler):
             return (None, fast, 0, 0) if starved else ([], fast, 0, 0)
         jobs = {job.id: job for job in chosen}
         ks = step_k([(jobs[future.state.request_id], future.query_length) for future in scheduled], engine.policy.exact)
-        engine._batch = [
-            (future, engine._live[future.state.request_id], ks[future.state.request_id]) for future in scheduled
-        ]
+        engine._batch = [(future, engine._live[future.state.request_id], ks[future.state.request_id]) for future in scheduled]
         for _, live, _ in engine._batch:
             live.last_run = now
         engine._step_start, engine._scheduling = now, time.monotonic() - now

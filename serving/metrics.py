@@ -3,6 +3,7 @@
 import threading
 from collections import Counter as Count
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -19,7 +20,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()
         self.registry = CollectorRegistry()
-        known = {"registry": self.registry}
+        known: dict[str, Any] = {"registry": self.registry}
         self.first = Histogram("prism_ttft_seconds", "From a request to its first token.", ["k"], buckets=_SECONDS, **known)
         self.per_token = Histogram("prism_tpot_seconds", "Per token after the first.", ["k"], buckets=_SECONDS, **known)
         self.whole = Histogram("prism_request_seconds", "From a request to its last token.", ["k"], buckets=_SECONDS, **known)
@@ -42,6 +43,13 @@ class Metrics:
         if step.predicted is not None:
             self.predicted.inc(step.predicted)
             self.measured.inc(step.seconds)
+
+    def served(self, k: int | None, first: float, whole: float, tokens: int) -> None:
+        """Note an answer: seconds to its first and last token, and how many there were."""
+        self.first.labels(str(k)).observe(first)
+        self.whole.labels(str(k)).observe(whole)
+        if tokens > 1:
+            self.per_token.labels(str(k)).observe((whole - first) / (tokens - 1))
 
     def watch(self, engine: Engine) -> None:
         """Show the state of an engine too."""

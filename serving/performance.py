@@ -165,7 +165,9 @@ class PerformanceModel:
     def cost(self, tokens: int, k: float) -> float:
         """Seconds of a step of so many tokens, for schedulers: as decoding while decoding batches of that size were measured."""
         decoding = tokens <= self.decode.tokens[-1]
-        return self.predict_step(0 if decoding else tokens, tokens if decoding else 0, k, self.decode.context[len(self.decode.context) // 2])
+        return self.predict_step(
+            0 if decoding else tokens, tokens if decoding else 0, k, self.decode.context[len(self.decode.context) // 2]
+        )
 
     def error(self, share: float = 0.5) -> float:
         """The relative error that a share of the held-out points stay below; 0 where none were measured."""
@@ -194,9 +196,8 @@ class PerformanceModel:
                 raise ValueError(f"format {content['format']}")
             for name in ("format", "median_error", "p90_error"):
                 del content[name]
-            tables = {name: Table(**content.pop(name)) for name in ("decode", "prefill")}
-            held_out = [HeldOut(**point) for point in content.pop("held_out")]
-            return cls(**content, **tables, held_out=held_out)
+            content |= {name: Table(**content[name]) for name in ("decode", "prefill")}
+            return cls(**content | {"held_out": [HeldOut(**point) for point in content["held_out"]]})
         except FileNotFoundError:
             return None
         except (KeyError, TypeError, ValueError) as error:
@@ -252,9 +253,7 @@ def fit(
             if repeat:
                 runs[kind, tokens, k, context].append(seconds)
             on_progress(repeat * len(points) + number + 1, (repeats + 1) * len(points))
-    filled = {
-        kind: table.filled({point: runs[kind, *point] for point in table.points()}) for kind, table in tables.items()
-    }
+    filled: dict[str, Any] = {kind: table.filled({point: runs[kind, *point] for point in table.points()}) for kind, table in tables.items()}
     model = PerformanceModel(full_k, **about, **filled, machine=f"{platform.machine()}, {os.cpu_count()} cores")
     for kind, tokens, k, context in tests:
         predicted = model.predict(tokens, k, context, kind == "prefill").seconds

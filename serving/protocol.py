@@ -48,7 +48,7 @@ class Generation(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    prism: Prism = Field(default_factory=Prism)
+    prism: Prism = Field(default_factory=lambda: Prism.model_validate({}))
     ignore_eos: bool = Field(False, description="Go on after the end of text, to max_tokens (as in vLLM; for load tests).")
     n: Literal[1] | None = 1
     presence_penalty: Nothing | None = 0.0
@@ -64,9 +64,12 @@ class Generation(BaseModel):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)] | Annotated[
-        list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)
-    ]
+    prompt: (
+        Text
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
     max_tokens: int | None = Field(16, ge=1, le=_INT32)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = False

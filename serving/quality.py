@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class QualityCurve:
         path = folder / EVALUATION_FILE
         try:
             runs = json.loads(path.read_text())["refactored"]
-            points = next((run["points"] for run in runs if run["router"] == router), [])
+            points: list[dict[str, Any]] = next((run["points"] for run in runs if run["router"] == router), [])
             perplexities = {point["k"]: float(point["perplexity"]) for point in points}
         except FileNotFoundError:
             return None

@@ -212,7 +212,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {kind.name: kind for kind in (Fifo, Ful
 
 def take(jobs: Sequence[Job], limits: Limits) -> list[tuple[Job, int]]:
     """The jobs of one step with the tokens each of them gets, in their order, where memory is no limit."""
-    taken, left = [], limits.tokens
+    taken: list[tuple[Job, int]] = []
+    left = limits.tokens
     for job in jobs:
         if left == 0 or len(taken) == limits.requests:
             break

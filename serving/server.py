@@ -162,7 +162,10 @@ def _submit(site: Site, prepared: Sequence[_Prepared]) -> None:
     loop = asyncio.get_running_loop()
 
     def deliver_to(news: asyncio.Queue[Chunk]) -> Callable[[Chunk], None]:
-        return lambda chunk: loop.call_soon_threadsafe(news.put_nowait, chunk)
+        def deliver(chunk: Chunk) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, chunk)
+
+        return deliver
 
     for number, item in enumerate(prepared):
         try:
@@ -178,45 +181,8 @@ def _submit(site: Site, prepared: Sequence[_Prepared]) -> None:
 
 async def _parts(site: Site, prepared: Sequence[_Prepared]) -> AsyncIterator[_Part]:
     """The answers of all prompts as they grow. Whatever is not done when the reader leaves is cancelled."""
-    live = {item.request.id: item for item in prepared}
     arrived: asyncio.Queue[_Part | Exception] = asyncio.Queue()
-
-    async def follow(index: int, item: _Prepared) -> None:
-        first = None
-        labels, end = str(item.request.k), "error"
-        try:
-            while True:
-                chunk = await item.news.get()
-                now = time.monotonic() - item.start
-                if chunk.tokens and first is None:
-                    first = now
-                    site.metrics.first.labels(labels).observe(now)
-                if chunk.finish in ("error", "deadline"):
-                    end = chunk.finish
-                    raise EngineFailed(chunk.error or "the engine failed") if end == "error" else Rejected(chunk.error or end, 1.0)
-                known = len(item.answer.tokens)
-                text = item.answer.add(chunk.tokens, chunk.finish is not None)
-                finish = "stop" if item.answer.stopped else chunk.finish
-                if item.answer.stopped and chunk.finish is None:
-                    site.engine.cancel(item.request.id)
-                tokens = item.answer.tokens[known:]
-                arrived.put_nowait(_Part(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
-                if finish:
-                    end = finish
-                    del live[item.request.id]
-                    site.metrics.whole.labels(labels).observe(now)
-                    if first is not None and len(item.answer.tokens) > 1:
-                        site.metrics.per_token.labels(labels).observe((now - first) / (len(item.answer.tokens) - 1))
-                    return
-        except asyncio.CancelledError:
-            end = "cancelled"
-            raise
-        except Exception as error:
-            arrived.put_nowait(error)
-        finally:
-            site.metrics.finished.labels(end).inc()
-
-    tasks = [asyncio.create_task(follow(index, item)) for index, item in enumerate(prepared)]
+    tasks = [asyncio.create_task(_follow(site, index, item, arrived.put_nowait)) for index, item in enumerate(prepared)]
     try:
         left = len(prepared)
         while left:
@@ -228,8 +194,34 @@ async def _parts(site: Site, prepared: Sequence[_Prepared]) -> AsyncIterator[_Pa
     finally:
         for task in tasks:
             task.cancel()
-        for name in live:
-            site.engine.cancel(name)
+
+
+async def _follow(site: Site, index: int, item: _Prepared, tell: Callable[[_Part | Exception], None]) -> None:
+    """Tell the parts of one prompt's answer, or what went wrong; cancelled, cancel it in the engine too."""
+    first, end = None, "cancelled"
+    try:
+        while True:
+            chunk = await item.news.get()
+            now = time.monotonic() - item.start
+            first = now if first is None and chunk.tokens else first
+            if chunk.finish in ("error", "deadline"):
+                end = chunk.finish
+                message = chunk.error or "the engine failed"
+                tell(EngineFailed(message) if end == "error" else Rejected(message, 1.0))
+                return
+            known = len(item.answer.tokens)
+            text = item.answer.add(chunk.tokens, chunk.finish is not None)
+            finish = "stop" if item.answer.stopped else chunk.finish
+            tokens = item.answer.tokens[known:]
+            tell(_Part(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
+            if finish:
+                end = finish
+                site.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
+                return
+    finally:
+        # A stop sequence ends it before the engine does.
+        site.engine.cancel(item.request.id)
+        site.metrics.finished.labels(end).inc()
 
 
 def _usage(prepared: Sequence[_Prepared]) -> Usage:
@@ -243,7 +235,7 @@ class _Shape:
 
     def __init__(self, site: Site, body: Generation, prepared: Sequence[_Prepared], chat: bool):
         self.site, self.body, self.prepared, self.chat = site, body, prepared, chat
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": body.model,
@@ -287,7 +279,7 @@ class _Shape:
 
     def whole(self, parts: Sequence[_Part]) -> Completion | ChatCompletion:
         """All parts, as one answer."""
-        choices = []
+        choices: list[Any] = []
         for index in range(len(self.prepared)):
             own = [part for part in parts if part.index == index]
             self.served[index] = own[-1].served_k
@@ -442,7 +434,7 @@ def create_app(site: Site, on_stopped: Callable[[], None] = lambda: None) -> Fas
             for item in body.messages
         ]
         try:
-            prompt = await asyncio.to_thread(
+            prompt: Any = await asyncio.to_thread(
                 site.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:

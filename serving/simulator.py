@@ -84,7 +84,7 @@ def simulate(
                 held += needed
                 running[job.id] = job
             allowed.append(job)
-        if len(running) and waiting:
+        if running and waiting:
             waiting = [job for job in waiting if job.id not in running]
         taken = take(allowed, limits)
         if not taken:

@@ -7,14 +7,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
-from prism_cli import door, evaluate, finetune, profile, refactor, verify
+from prism_cli import bench, door, evaluate, finetune, loadtest, profile, refactor, serve, verify
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
 COMMANDS = {
+    "prism-bench": bench,
     "prism-eval": evaluate,
     "prism-finetune": finetune,
+    "prism-loadtest": loadtest,
     "prism-profile": profile,
     "prism-refactor": refactor,
+    "prism-serve": serve,
     "prism-verify": verify,
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

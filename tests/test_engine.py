@@ -1,0 +1,382 @@
+"""The engine against transformers' own generate, with small models."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import FAST, Models, build
+
+from prism_errors import InputError, UsageError
+from routers import set_active
+from serving import SCHEDULERS, Limits, Table
+from serving import engine as engines
+from serving.engine import Engine, Logprob, Rejected, Request, load
+from serving.performance import fit
+
+SMALL = Limits(tokens=64, requests=8, wait=0.02)
+KS = (1, 3, 4, 6, 8, 11, 16)
+
+
+@pytest.fixture(scope="module")
+def model(elastic):
+    return load(elastic, dtype=torch.float32)
+
+
+@pytest.fixture
+def engine_of(model):
+    """Started engines, closed after the test."""
+    made = []
+
+    def make(scheduler="per-token", limits=SMALL, on=None, start=True, **options):
+        engine = Engine(on or model, scheduler, limits, performance=options.pop("performance", flat()), **options)
+        made.append(engine)
+        if start:
+            engine.start()
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def flat():
+    """A performance model that was not measured."""
+    grid = [1, 64], [1, 16], [0, 256]
+    return fit(
+        lambda requests, tokens, context, k: 1e-3 + 1e-4 * requests * tokens * k,
+        16,
+        Table(*grid),
+        Table(*grid),
+        0,
+        1,
+        device="cpu",
+        dtype="float32",
+        threads=2,
+    )
+
+
+def prompt(length, seed):
+    return torch.randint(2, 4096, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def alone(model, request, k=None):
+    """Greedy tokens of a request run by itself through transformers."""
+    if getattr(model.config, "prism", None):
+        set_active(model, k or request.k or engines.full_k(model.config))
+    count = request.max_new_tokens
+    ids = torch.tensor([request.prompt])
+    with torch.no_grad():
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return output[0, len(request.prompt) :].tolist()
+
+
+def greedy(count=12, tokens=10, seed=0, longest=50):
+    return [Request(prompt(5 + (7 * n) % longest, seed + n), KS[n % len(KS)], tokens, stop_at_eos=False) for n in range(count)]
+
+
+def test_every_request_of_a_mixed_batch_gets_what_it_gets_alone(engine_of, model):
+    steps = []
+    engine = engine_of(on_step=steps.append)
+    requests = greedy()
+    answers = engine.generate(requests)
+    assert max(len(step.requests) for step in steps) > 3, "no step mixed several k"
+    engine.close()
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.tokens == alone(model, request), request.k
+        assert (answer.finish, answer.served_k) == ("length", request.k)
+    assert engine.kv_in_use == 0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_no_scheduler_serves_below_a_floor_or_loses_a_request(engine_of, model, scheduler):
+    engine = engine_of(scheduler)
+    requests = greedy(20)
+    answers = engine.generate(requests)
+    assert all(len(answer.tokens) == 10 and answer.finish == "length" for answer in answers)
+    assert all(answer.served_k >= request.k for request, answer in zip(requests, answers, strict=True))
+    same = [Request(request.prompt, 6, 10, stop_at_eos=False) for request in requests]
+    answers = engine.generate(same)
+    engine.close()
+    # Where all floors are one, there is nothing to be upgraded to.
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in same]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "granitemoe", "ernie4_5_moe"])
+def test_other_families(engine_of, models, command, tmp_path, family):
+    assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
+    model = load(tmp_path / "out", dtype=torch.float32)
+    engine = engine_of(on=model)
+    requests = [Request(prompt(5 + 9 * n, n), 1 + n % engine.full_k, 8, stop_at_eos=False) for n in range(9)]
+    answers = engine.generate(requests)
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
+    build("mixtral", tmp_path / "in", sliding_window=24)
+    assert command("prism-refactor", tmp_path / "in", tmp_path / "out", *FAST).code == 0
+    model = load(tmp_path / "out", dtype=torch.float32)
+    engine = engine_of(on=model)
+    requests = [Request(prompt(20 + 15 * n, n), 2 + n, 12, stop_at_eos=False) for n in range(5)]
+    answers = engine.generate(requests)
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def test_prompts_longer_than_a_step_are_run_in_pieces(engine_of, model):
+    steps = []
+    engine = engine_of(limits=Limits(tokens=16, requests=4), on_step=steps.append)
+    requests = [Request(prompt(100, n), 5 + n, 6, stop_at_eos=False) for n in range(3)]
+    answers = engine.generate(requests)
+    assert max(step.prefill + step.decode for step in steps) <= 16
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def test_requests_that_are_evicted_start_again_and_end_the_same(engine_of, model):
+    """Twelve requests that grow to 60 tokens do not fit 8 pages of 32."""
+    engine = engine_of(kv_tokens=8 * engines.CPU_PAGE)
+    evicted = []
+    manager = engine._processor.offloading_manager
+    original = manager.offload_requests
+    manager.offload_requests = lambda: evicted.append(1) or original()
+    requests = [Request(prompt(20, n), KS[n % len(KS)], 40, stop_at_eos=False) for n in range(12)]
+    answers = engine.generate(requests)
+    assert evicted, "the cache was large enough"
+    assert engine.kv_in_use == 0
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def prefilled(engine, steps, request):
+    """Prompt tokens that were run for a request, and its answer."""
+    del steps[:]
+    answer = engine.generate([request])[0]
+    return sum(step.prefill for step in steps) + sum(step.decode for step in steps) - (len(answer.tokens) - 1), answer.tokens
+
+
+def shared_prefix(engine, steps):
+    """Prompt tokens run by a request of k = 4, by another of k = 4, and by one of k = 16, with the same first 96 tokens; its answer."""
+    start = prompt(96, 5)
+    first, _ = prefilled(engine, steps, Request([*start, *prompt(6, 6)], 4, 8, stop_at_eos=False))
+    same, _ = prefilled(engine, steps, Request([*start, *prompt(7, 7)], 4, 8, stop_at_eos=False))
+    last = Request([*start, *prompt(8, 8)], 16, 8, stop_at_eos=False)
+    return first, same, *prefilled(engine, steps, last), last
+
+
+def test_a_prefix_is_shared_with_requests_of_the_same_k_alone(engine_of, model, monkeypatch):
+    steps = []
+    engine = engine_of(on_step=steps.append)
+    first, same, other, tokens, last = shared_prefix(engine, steps)
+    engine.close()
+    assert (first, same) == (102, 7), "the second request of the k did not reuse the pages"
+    assert other == 104, "pages of another k were reused"
+    assert tokens == alone(model, last)
+
+    # Without k in the key they are, and the test above would say so.
+    monkeypatch.setattr(engines, "_SALT", 0)
+    engine = engine_of(on_step=steps.append)
+    first, same, other, wrong, last = shared_prefix(engine, steps)
+    engine.close()
+    assert other == 8
+    assert wrong != tokens
+
+
+def test_schedulers_that_raise_k_share_no_prefix(engine_of):
+    steps = []
+    first, same, other, _, _ = shared_prefix(engine_of("fifo", on_step=steps.append), steps)
+    assert (first, same, other) == (102, 103, 104)
+
+
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside(engine_of):
+    engine = engine_of()
+    request = {"k": 6, "max_new_tokens": 12, "temperature": 1.0, "stop_at_eos": False}
+    one, other = (engine.generate([Request(prompt(9, 1), seed=seed, **request)])[0].tokens for seed in (1, 2))
+    beside = engine.generate([*greedy(6), Request(prompt(9, 1), seed=1, **request)])[-1].tokens
+    assert one == beside
+    assert one != other
+    free = {tuple(engine.generate([Request(prompt(9, 1), **request)])[0].tokens) for _ in range(3)}
+    assert len(free) == 3
+
+
+def test_little_top_p_or_temperature_is_greedy(engine_of, model):
+    engine = engine_of()
+    plain = Request(prompt(9, 1), 6, 10, stop_at_eos=False)
+    for change in ({"top_p": 1e-6, "temperature": 1.0}, {"temperature": 1e-3}):
+        assert (
+            engine.generate([Request(prompt(9, 1), 6, 10, stop_at_eos=False, seed=3, **change)])[0].tokens
+            == engine.generate([plain])[0].tokens
+        )
+
+
+def test_sampling_follows_the_softmax(engine_of):
+    engine = engine_of(start=False)
+    logits = torch.tensor([1.0, 2.0, 0.0, -1.0])
+    live = engines._Live(Request([1], temperature=0.7, top_p=0.95), 4, 0.0, print, torch.Generator().manual_seed(0), 0.0)
+    counts = torch.bincount(torch.tensor([engine._choose(logits, live) for _ in range(4000)]), minlength=4) / 4000
+    expected = (logits / 0.7).softmax(-1)
+    kept = expected.clone()
+    kept[3] = 0  # the others have reached 0.95 before it
+    assert expected[[1, 0]].sum() < 0.95 < expected[[1, 0, 2]].sum()
+    assert counts == pytest.approx((kept / kept.sum()), abs=0.03)
+
+
+def test_log_probabilities_are_those_of_the_model(engine_of, model):
+    engine = engine_of()
+    request = Request(prompt(9, 1), 6, 5, logprobs=3, stop_at_eos=False)
+    answer = engine.generate([request, *greedy(3)])[0]
+    engine.close()
+    set_active(model, 6)
+    with torch.no_grad():
+        expected = model(torch.tensor([request.prompt + answer.tokens])).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+    assert len(answer.logprobs) == 5
+    for row, token, item in zip(expected, answer.tokens, answer.logprobs, strict=True):
+        assert isinstance(item, Logprob)
+        assert item.chosen == pytest.approx(float(row[token]), abs=1e-3)
+        assert [value for _, value in item.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+
+
+def test_generation_ends_at_the_end_of_text(engine_of, model):
+    engine = engine_of()
+    request = greedy(1, 10)[0]
+    tokens = engine.generate([request])[0].tokens
+    engine.eos_token_ids = [tokens[4]]
+    answer = engine.generate([Request(request.prompt, request.k, 10)])[0]
+    assert (answer.tokens, answer.finish) == (tokens[: tokens.index(tokens[4]) + 1], "stop")
+
+
+def test_what_is_cancelled_is_freed_and_silent(engine_of):
+    engine = engine_of()
+    heard, started = [], threading.Event()
+
+    def listen(chunk):
+        heard.append(chunk)
+        started.set()
+
+    name = engine.submit(Request(prompt(40, 1), 8, 200, stop_at_eos=False), listen)
+    assert started.wait(30)
+    assert engine.running == 1
+    assert engine.kv_in_use > 0
+    engine.cancel(name)
+    engine.cancel("unknown")
+    count = len(heard)
+    assert engine.generate([Request(prompt(4, 2), 8, 3)])[0].finish
+    assert len(heard) <= count + 1
+    assert not any(chunk.finish for chunk in heard)
+    assert (engine.running, engine.kv_in_use, engine.waiting) == (0, 0, [])
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back(engine_of):
+    engine = engine_of(limits=Limits(tokens=64, requests=1), max_waiting=2)
+    done = threading.Semaphore(0)
+    for number in range(3):
+        engine.submit(Request(prompt(30, number), 4, 60, stop_at_eos=False), lambda chunk: chunk.finish and done.release())
+        time.sleep(0.1)
+    with pytest.raises(Rejected, match="2 requests wait") as refused:
+        engine.submit(Request(prompt(30, 9), 4, 60), print)
+    assert refused.value.retry_after >= 1
+    for _ in range(3):
+        assert done.acquire(timeout=60)
+    assert engine.generate([Request(prompt(30, 9), 4, 2)])[0].finish
+
+
+def test_deadlines_that_cannot_be_met_are_refused_or_given_up(engine_of):
+    engine = engine_of(limits=Limits(tokens=64, requests=1))
+    with pytest.raises(Rejected, match="cannot be met"):
+        engine.submit(Request(prompt(200, 1), 16, 4, deadline=0.01), print)
+    first = threading.Event()
+    engine.submit(Request(prompt(30, 1), 16, 200, stop_at_eos=False), lambda chunk: chunk.finish and first.set())
+    time.sleep(0.1)
+    late = engine.generate([Request(prompt(30, 2), 4, 4, deadline=0.15)])[0]
+    assert (late.finish, late.tokens) == ("deadline", [])
+    assert not first.is_set()
+    assert first.wait(60)
+    assert engine.kv_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 4), "at least one prompt token"),
+        (Request([5], 0), "choose 1 to 16"),
+        (Request([5], 17), "choose 1 to 16"),
+        (Request([5], 4, 0), "one token to generate"),
+        (Request([5] * 1000, 4, 100), "together at most 1024"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(engine_of, request_, message):
+    with pytest.raises(UsageError, match=message):
+        engine_of().submit(request_, print)
+
+
+def test_a_name_can_be_used_once_at_a_time(engine_of):
+    engine = engine_of()
+    done = threading.Event()
+    engine.submit(Request(prompt(9, 1), 4, 50, id="same", stop_at_eos=False), lambda chunk: chunk.finish and done.set())
+    with pytest.raises(UsageError, match="running already"):
+        engine.submit(Request(prompt(9, 1), 4, 5, id="same"), print)
+    assert done.wait(60)
+    assert engine.generate([Request(prompt(9, 1), 4, 5, id="same")])[0].finish
+
+
+def test_stopping_drains_or_ends_what_runs(engine_of):
+    engine = engine_of()
+    ended = []
+    for number in range(3):
+        engine.submit(Request(prompt(9, number), 4, 20, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish))
+    engine.stop(drain=60)
+    assert ended == ["length"] * 3
+    assert engine.unfinished == 0
+    with pytest.raises(Rejected, match="stopping"):
+        engine.submit(Request(prompt(9, 1), 4, 5), print)
+
+    engine = engine_of()
+    ended.clear()
+    for number in range(3):
+        engine.submit(Request(prompt(9, number), 4, 900, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish))
+    engine.stop()
+    assert ended == ["error"] * 3
+    assert engine.unfinished == 3
+    assert engine.kv_in_use == 0
+
+
+def test_a_checkpoint_without_a_router_has_one_k_at_a_time(engine_of, models, command, tmp_path):
+    assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST, "--router", "replicate").code == 0
+    model = load(tmp_path / "out", dtype=torch.float32)
+    with pytest.raises(UsageError, match="--scheduler fifo"):
+        engine_of(on=model)
+    engine = engine_of("fifo", on=model)
+    requests = [Request(prompt(9, n), 4, 8, stop_at_eos=False) for n in range(3)]
+    answers = engine.generate(requests)
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def test_schedulers_that_predict_ask_for_prism_bench(model):
+    with pytest.raises(UsageError, match="prism-bench"):
+        Engine(model, "tiers", SMALL)
+
+
+def test_only_refactored_checkpoints_are_loaded(models, tmp_path):
+    with pytest.raises(InputError, match="not a refactored checkpoint"):
+        load(Models(tmp_path)["olmoe"])
+    with pytest.raises(InputError, match="cannot load"):
+        load(tmp_path)
+
+
+def test_a_closed_engine_leaves_the_model_as_it_was(model, engine_of):
+    before = model.config._attn_implementation, model.config._experts_implementation
+    engine_of().close()
+    assert (model.config._attn_implementation, model.config._experts_implementation) == before
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_measuring_a_step(engine_of):
+    engine = engine_of(start=False)
+    assert 0 < engine.measure(4, 1, 32, 8) < 5
+    assert 0 < engine.measure(1, 64, 0, 8) < 5
+    assert engine.kv_in_use == 0
+    with pytest.raises(UsageError, match="do not fit"):
+        engine_of(start=False, kv_tokens=128).measure(8, 1, 64, 8)
