@@ -35,7 +35,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from prism_errors import InputError, PrismError, UsageError
-from routers import attach, full_k, set_active, set_token_active
+from routers import EXPERTS, attach, full_k, set_active, set_token_active
 from serving.performance import PerformanceModel
 from serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
 
@@ -276,9 +276,9 @@ class Engine:
         for module in experts:
             # transformers' name for: an index beyond the last expert is a slot that is not computed.
             module._is_expert_parallel = True
-        # Measured on a CPU: the loop over experts and the grouped product are equal on small batches, the loop is up to twice as fast on
-        # large ones (docs/serving.md). Neither computes dropped slots; the batched product does.
-        model.set_experts_implementation("eager" if on_cpu else "grouped_mm")
+        # Neither computes dropped slots. Measured on a CPU (docs/serving.md): the loop over experts is as fast as the grouped product on
+        # small batches, and up to twice as fast on large ones.
+        model.set_experts_implementation(EXPERTS if on_cpu else "grouped_mm")
         mapping: dict[str, Any] = SCHEDULER_MAPPING
         mapping[config.scheduler_type] = functools.partial(_BatchScheduler, engine=self)
         try:
@@ -344,12 +344,14 @@ class Engine:
         until = time.monotonic() + drain
         while self._live and self.alive and time.monotonic() < until:
             time.sleep(0.01)
+        with self._lock:
+            self.unfinished += sum(not live.cancelled for live in self._live.values())
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
+        # The manager has ended what it knew of.
         with self._lock:
             left = [live for live in self._live.values() if not live.cancelled]
             self._live.clear()
-        self.unfinished += len(left)
         for live in left:
             live.deliver(Chunk(live.request.id, [], [], "error", "the engine stopped", self._served(live)))
 

@@ -157,11 +157,11 @@ def prefilled(engine, steps, request):
 
 
 def shared_prefix(engine, steps):
-    """Prompt tokens run by a request of k = 4, by another of k = 4, and by one of k = 16, with the same first 96 tokens; its answer."""
+    """Prompt tokens run by a request of k = 1, by another of k = 1, and by one of k = 16, with the same first 96 tokens; its answer."""
     start = prompt(96, 5)
-    first, _ = prefilled(engine, steps, Request([*start, *prompt(6, 6)], 4, 8, stop_at_eos=False))
-    same, _ = prefilled(engine, steps, Request([*start, *prompt(7, 7)], 4, 8, stop_at_eos=False))
-    last = Request([*start, *prompt(8, 8)], 16, 8, stop_at_eos=False)
+    first, _ = prefilled(engine, steps, Request([*start, *prompt(6, 6)], 1, 8, stop_at_eos=False))
+    same, _ = prefilled(engine, steps, Request([*start, *prompt(7, 7)], 1, 8, stop_at_eos=False))
+    last = Request([*start, *prompt(8, 8)], 16, 24, stop_at_eos=False)
     return first, same, *prefilled(engine, steps, last), last
 
 
@@ -322,7 +322,7 @@ def test_a_name_can_be_used_once_at_a_time(engine_of):
 
 def test_stopping_drains_or_ends_what_runs(engine_of):
     engine = engine_of()
-    ended = []
+    ended: list[str] = []
     for number in range(3):
         engine.submit(Request(prompt(9, number), 4, 20, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish))
     engine.stop(drain=60)
@@ -330,6 +330,7 @@ def test_stopping_drains_or_ends_what_runs(engine_of):
     assert engine.unfinished == 0
     with pytest.raises(Rejected, match="stopping"):
         engine.submit(Request(prompt(9, 1), 4, 5), print)
+    engine.close()
 
     engine = engine_of()
     ended.clear()
@@ -378,5 +379,6 @@ def test_measuring_a_step(engine_of):
     assert 0 < engine.measure(4, 1, 32, 8) < 5
     assert 0 < engine.measure(1, 64, 0, 8) < 5
     assert engine.kv_in_use == 0
+    engine.close()
     with pytest.raises(UsageError, match="do not fit"):
         engine_of(start=False, kv_tokens=128).measure(8, 1, 64, 8)
