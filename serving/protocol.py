@@ -12,14 +12,10 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_lengt
 Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
-class Strict(BaseModel):
-    """A body whose unknown fields are refused: a misspelt floor must not become full quality."""
+class Prism(BaseModel):
+    """The quality floor and the urgency of a request. Unknown fields are refused: a misspelt floor must not become full quality."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Prism(Strict):
-    """The quality floor and the urgency of a request."""
+    model_config = ConfigDict(extra="forbid")
 
     k: int | None = Field(None, ge=1, le=_INT32, description="Least sub-experts per token.")
     quality: float | None = Field(None, gt=0, le=1, description="Least quality: perplexity of the full model over that at k.")
@@ -27,7 +23,7 @@ class Prism(Strict):
     deadline: float | None = Field(None, gt=0, le=86400, description="Seconds in which the whole answer should be there.")
 
 
-class StreamOptions(Strict):
+class StreamOptions(BaseModel):
     """Options of a stream."""
 
     include_usage: bool = False
