@@ -34,9 +34,10 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
-from prism_errors import InputError, PrismError, UsageError
+from prism_errors import InputError, PrismError, UsageError, one_line
 from routers import EXPERTS, attach, full_k, set_active, set_token_active
 from serving.performance import PerformanceModel
+from serving.sampling import sample
 from serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
 
 # Tokens of a KV page: small ones waste little on a CPU, where reads are by token; elsewhere kernels want transformers' own size.
@@ -153,8 +154,10 @@ class _Live:
     floor: int
     arrival: float
     deliver: Callable[[Chunk], None]
-    generator: torch.Generator | None
+    # Of a request that samples; what it drew last and its logit.
+    dice: random.Random | None
     last_run: float
+    drawn: tuple[int, float] | None = None
     sent: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     tokens: int = 0
@@ -208,6 +211,7 @@ class Engine:
 
     Raises:
         UsageError: the scheduler needs what the model or the performance model does not have.
+        InputError: transformers' continuous batching does not run the architecture, as a first step shows.
     """
 
     def __init__(
@@ -248,6 +252,11 @@ class Engine:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        try:
+            self.measure(1, 2, 0, self.full_k)
+        except Exception as error:
+            self.close()
+            raise InputError(f"transformers' continuous batching does not run {type(model).__name__}: {one_line(error)}") from error
 
     def _make_manager(self, kv_tokens: int | None) -> ContinuousBatchingManager:
         model: Any = self.model
@@ -272,9 +281,9 @@ class Engine:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        experts: list[Any] = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
-        for module in experts:
-            # transformers' name for: an index beyond the last expert is a slot that is not computed.
+        # transformers' name for: an index beyond the last expert is a slot that is not computed.
+        self._slots: list[Any] = [module for module in model.modules() if getattr(module, "_is_expert_parallel", True) is False]
+        for module in self._slots:
             module._is_expert_parallel = True
         # Neither computes dropped slots. Measured on a CPU (docs/serving.md): the loop over experts is as fast as the grouped product on
         # small batches, and up to twice as fast on large ones.
@@ -289,6 +298,8 @@ class Engine:
             manager.output_router = _Router(self._deliver)
             # Creates the cache and the scheduler; compiles nothing.
             manager.warmup()
+        except Exception as error:
+            raise InputError(f"transformers' continuous batching does not take {type(model).__name__}: {one_line(error)}") from error
         finally:
             del mapping[config.scheduler_type]
         return manager
@@ -358,6 +369,8 @@ class Engine:
     def close(self) -> None:
         """Stop, and leave the model as it was."""
         self.stop()
+        for module in self._slots:
+            module._is_expert_parallel = False
         for hook in self._hooks:
             hook.remove()
         if self._elastic:
@@ -395,15 +408,9 @@ class Engine:
             raise Rejected(f"{waiting} requests wait already", self._queue_seconds())
         if request.deadline is not None and (needed := self._least_seconds(request, floor)) > request.deadline:
             raise Rejected(f"a deadline of {request.deadline:g} s cannot be met: the prompt alone is done in {needed:.1f} s", needed)
-        generator = None
-        if request.temperature > 0:
-            generator = torch.Generator(self.model.device)
-            if request.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(request.seed)
+        dice = random.Random(request.seed) if request.temperature > 0 else None
         request.id = request.id or f"request-{next(_names)}"
-        live = _Live(request, floor, now, deliver, generator, last_run=now)
+        live = _Live(request, floor, now, deliver, dice, last_run=now)
         with self._lock:
             if request.id in self._live:
                 raise UsageError(f"a request {request.id} is running already")
@@ -503,38 +510,40 @@ class Engine:
         if not self._batch:
             return
         new = [live for state, live, _ in self._batch if state.has_new_token]
-        rows = output.logits[0] if "logits_to_keep" in options else output.logits[0].index_select(0, options["logits_indices"])
-        for row, live in enumerate(new):
-            if live.generator is None and live.request.logprobs is None:
-                continue
-            token = self._choose(rows[row].float(), live)
-            if live.generator is not None:
-                position = row if "logits_to_keep" in options else options["logits_indices"][row]
-                # The manager takes the largest.
-                output.logits[0, position, token] = torch.inf
+        positions = torch.arange(len(new)) if "logits_to_keep" in options else options["logits_indices"]
+        self._sample(output.logits[0], positions, new)
+        self._note_logprobs(output.logits[0], positions, new)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         self._report(time.monotonic() - self._step_start)
 
-    def _choose(self, logits: torch.Tensor, live: _Live) -> int:
-        """The next token of one request: the largest of log probability / temperature + Gumbel noise is a sample of the softmax."""
-        request = live.request
-        if live.generator is None:
-            token = int(logits.argmax())
-        else:
-            scores = logits / request.temperature
-            if request.top_p < 1:
-                ordered, order = scores.softmax(-1).sort(descending=True)
-                # The tokens after those that have reached top_p; the most likely one always stays.
-                scores = scores.index_fill(0, order[ordered.cumsum(0) - ordered >= request.top_p], -torch.inf)
-            noise = torch.empty_like(scores).exponential_(generator=live.generator).clamp_min_(1e-30)
-            token = int((scores - noise.log()).argmax())
-        if request.logprobs is not None:
-            logprobs = logits.log_softmax(-1)
-            top = logprobs.topk(request.logprobs) if request.logprobs else None
-            pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
-            live.logprobs.append(Logprob(float(logprobs[token]), pairs))
-        return token
+    @staticmethod
+    def _sample(logits: torch.Tensor, positions: torch.Tensor, new: list[_Live]) -> None:
+        """Make the token drawn for each sampling request the one that the manager will choose: it takes the largest logit."""
+        rows = [row for row, live in enumerate(new) if live.dice is not None]
+        if not rows:
+            return
+        settings = [(new[row].request.temperature, new[row].request.top_p, new[row].dice.random()) for row in rows]  # type: ignore[union-attr]
+        chosen = positions[rows].to(logits.device)
+        tokens = sample(logits[chosen].float(), *torch.tensor(settings, device=logits.device).unbind(1))
+        # Log probabilities are of the logits as they were; what is largest stays to be read off.
+        for row, token, value in zip(rows, tokens.tolist(), logits[chosen, tokens].tolist(), strict=True):
+            new[row].drawn = token, value
+        logits[chosen, tokens] = torch.inf
+
+    @staticmethod
+    def _note_logprobs(logits: torch.Tensor, positions: torch.Tensor, new: list[_Live]) -> None:
+        """Log probabilities of the tokens that were chosen and of the most likely ones, where they are wanted."""
+        for row, live in enumerate(new):
+            if live.request.logprobs is None:
+                continue
+            scores = logits[positions[row]].float()
+            if live.drawn is not None:
+                scores[live.drawn[0]] = live.drawn[1]
+            logprobs = scores.log_softmax(-1)
+            token = live.drawn[0] if live.drawn is not None else int(logprobs.argmax())
+            top = logprobs.topk(live.request.logprobs)
+            live.logprobs.append(Logprob(float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
 
     def _report(self, seconds: float) -> None:
         prefill = decode = sub_experts = 0

@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from conftest import FAST, Models, build
 
 from prism_errors import InputError, UsageError
@@ -13,6 +15,7 @@ from serving import SCHEDULERS, Limits, Table
 from serving import engine as engines
 from serving.engine import Engine, Logprob, Rejected, Request, load
 from serving.performance import fit
+from serving.sampling import sample
 
 SMALL = Limits(tokens=64, requests=8, wait=0.02)
 KS = (1, 3, 4, 6, 8, 11, 16)
@@ -210,21 +213,42 @@ def test_little_top_p_or_temperature_is_greedy(engine_of, model):
         )
 
 
-def test_sampling_follows_the_softmax(engine_of):
-    engine = engine_of(start=False)
-    logits = torch.tensor([1.0, 2.0, 0.0, -1.0])
-    live = engines._Live(Request([1], temperature=0.7, top_p=0.95), 4, 0.0, print, torch.Generator().manual_seed(0), 0.0)
-    counts = torch.bincount(torch.tensor([engine._choose(logits, live) for _ in range(4000)]), minlength=4) / 4000
-    expected = (logits / 0.7).softmax(-1)
-    kept = expected.clone()
-    kept[3] = 0  # the others have reached 0.95 before it
-    assert expected[[1, 0]].sum() < 0.95 < expected[[1, 0, 2]].sum()
-    assert counts == pytest.approx((kept / kept.sum()), abs=0.03)
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([1.0, 2.0, 0.0, -1.0]).expand(4000, 4)
+    draws = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    temperature = torch.full((4000,), 0.7)
+
+    def shares(top_p):
+        return torch.bincount(sample(logits, temperature, torch.full((4000,), top_p), draws), minlength=4) / 4000
+
+    expected = (logits[0] / 0.7).softmax(-1)
+    assert shares(1.0) == pytest.approx(expected, abs=0.03)
+    assert expected[[1, 0]].sum() < 0.96 < expected[[1, 0, 2]].sum()
+    # Two tokens do not reach 0.96, three do: the last is never drawn.
+    assert shares(0.96) == pytest.approx(expected * torch.tensor([1, 1, 1, 0]) / (1 - expected[3]), abs=0.03)
+    assert shares(0.96)[3] == 0
+    assert shares(0.01).tolist() == [0, 1, 0, 0]
 
 
-def test_log_probabilities_are_those_of_the_model(engine_of, model):
+@given(rows=st.integers(1, 5), seed=st.integers(0, 100), edge=st.sampled_from([0.0, 0.5, 1 - 2**-24]))
+@settings(deadline=None)
+def test_a_draw_is_always_a_token_and_does_not_depend_on_the_other_rows(rows, seed, edge):
+    dice = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(rows, 50, generator=dice)
+    temperature, top_p = (torch.rand(rows, generator=dice).clamp_min(0.01) for _ in range(2))
+    top_p[0] = 1.0
+    draw = torch.full((rows,), edge)
+    tokens = sample(logits, temperature, top_p, draw)
+    assert ((tokens >= 0) & (tokens < 50)).all()
+    for row in range(rows):
+        one = slice(row, row + 1)
+        assert sample(logits[one], temperature[one], top_p[one], draw[one])[0] == tokens[row]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_log_probabilities_are_those_of_the_model(engine_of, model, temperature):
     engine = engine_of()
-    request = Request(prompt(9, 1), 6, 5, logprobs=3, stop_at_eos=False)
+    request = Request(prompt(9, 1), 6, 5, logprobs=3, stop_at_eos=False, temperature=temperature, seed=1)
     answer = engine.generate([request, *greedy(3)])[0]
     engine.close()
     set_active(model, 6)

@@ -274,7 +274,9 @@ def test_a_large_body_is_not_read(url):
 
     # Without a length it is read, and given up when it has become too long.
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-    connection.request("POST", "/v1/completions", iter([b" " * (1 << 16)] * 17), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    connection.request(
+        "POST", "/v1/completions", iter([b" " * (1 << 16)] * 17), encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
+    )
     assert connection.getresponse().status == 413
     connection.close()
 
