@@ -537,7 +537,7 @@ class Engine:
         for row, live in enumerate(new):
             if live.request.logprobs is None:
                 continue
-            scores = logits[positions[row]].float()
+            scores = logits[positions[row]].float().clone()
             if live.drawn is not None:
                 scores[live.drawn[0]] = live.drawn[1]
             logprobs = scores.log_softmax(-1)

@@ -20,7 +20,7 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
     cut = top_p < 1
     # Sorting a vocabulary is by far the most expensive part, so only rows that need it are.
     tokens[~cut] = _invert(probabilities[~cut], draw[~cut], top_p[~cut])
-    ordered, order = probabilities[cut].sort(-1, descending=True, stable=True)
+    ordered, order = probabilities[cut].sort(dim=-1, descending=True, stable=True)
     tokens[cut] = order.gather(1, _invert(ordered, draw[cut], top_p[cut])[:, None])[:, 0]
     return tokens
 

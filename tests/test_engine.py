@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
+from conftest import FAST, Models, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from conftest import FAST, Models, build
 
 from prism_errors import InputError, UsageError
 from routers import set_active
