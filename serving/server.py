@@ -375,6 +375,7 @@ class _Guard:
         length = headers.get(b"content-length", b"0")
         message = f"a body may have {self.site.most_bytes} bytes"
         if not length.isdigit() or int(length) > self.site.most_bytes:
+            await _skip(receive, 16 * self.site.most_bytes)
             return await _respond(413, message, headers={"Connection": "close"})(scope, receive, send)
         read = 0
 
@@ -388,6 +389,15 @@ class _Guard:
             return part
 
         await self.app(scope, counted, send)
+
+
+async def _skip(receive: Receive, most: int) -> None:
+    """Read a body and forget it: to close a connection that is still being written to would lose the answer. Not if it is very long."""
+    while most > 0:
+        part = await receive()
+        most -= len(part.get("body", b""))
+        if not part.get("more_body"):
+            break
 
 
 def create_app(site: Site, on_stopped: Callable[[], None] = lambda: None) -> FastAPI:
