@@ -299,6 +299,7 @@ class Engine:
             # Creates the cache and the scheduler; compiles nothing.
             manager.warmup()
         except Exception as error:
+            self._restore()
             raise InputError(f"transformers' continuous batching does not take {type(model).__name__}: {one_line(error)}") from error
         finally:
             del mapping[config.scheduler_type]
@@ -369,12 +370,15 @@ class Engine:
     def close(self) -> None:
         """Stop, and leave the model as it was."""
         self.stop()
-        for module in self._slots:
-            module._is_expert_parallel = False
         for hook in self._hooks:
             hook.remove()
         if self._elastic:
             set_active(self.model, self.full_k)
+        self._restore()
+
+    def _restore(self) -> None:
+        for module in self._slots:
+            module._is_expert_parallel = False
         self.model.set_attn_implementation(self._attention)
         self.model.set_experts_implementation(self._experts)
 

@@ -116,6 +116,17 @@ def test_other_families(engine_of, models, command, tmp_path, family):
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
 
 
+@pytest.mark.parametrize("family", ["lfm2_moe", "deepseek_v3"])
+def test_families_that_continuous_batching_does_not_run_are_refused(engine_of, models, command, tmp_path, family):
+    assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
+    model = load(tmp_path / "out", dtype=torch.float32)
+    before = model.config._experts_implementation
+    with pytest.raises(InputError, match="continuous batching does not"):
+        engine_of(on=model)
+    assert not model._forward_hooks
+    assert model.config._experts_implementation == before
+
+
 def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
     build("mixtral", tmp_path / "in", sliding_window=24)
     assert command("prism-refactor", tmp_path / "in", tmp_path / "out", *FAST).code == 0
