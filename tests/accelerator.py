@@ -100,6 +100,8 @@ def run(function, args, kwargs):
 def install() -> None:
     """Make torch know the device, and the commands use it."""
     _setup_privateuseone_for_python_backend(NAME)
+    # transformers asks for it.
+    torch.get_device_module(NAME).__name__ = f"torch.{NAME}"
     # torch.tensor(..., device=...) makes a CPU tensor and moves it.
     torch._C._set_only_lift_cpu_tensors(True)
     library = torch.library.Library("aten", "IMPL")

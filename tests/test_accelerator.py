@@ -82,3 +82,42 @@ def test_fine_tuning_runs_and_resumes_on_a_device(tmp_path, refactored):
     finished("prism-finetune", refactored, tmp_path / "whole", *FINETUNE)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert "step" in finished("prism-finetune", refactored, tmp_path / "stock", *FINETUNE, "--router", "stock", "--loss", "distill")
+
+
+ENGINE = """
+import sys, torch, accelerator
+from pathlib import Path
+from serving import Limits
+from serving.engine import Engine, Request, load
+
+accelerator.install()
+with accelerator.Installed():
+    engine = Engine(load(Path(sys.argv[1]), sys.argv[2], torch.float32), "per-token", Limits(64, 8), kv_tokens=2048)
+    loop = engine._manager._run_generation_loop
+
+    def on_device():
+        # Both are of a thread.
+        torch._C._set_only_lift_cpu_tensors(True)
+        with accelerator.Installed():
+            loop()
+
+    engine._manager._run_generation_loop = on_device
+    engine.start()
+    kinds = ((3, 0.0, 1.0), (16, 1.0, 1.0), (7, 0.0, 1.0), (9, 0.7, 0.9))
+    rest = {"seed": 1, "logprobs": 1, "stop_at_eos": False}
+    requests = [Request(list(range(5, 20 + k)), k, 6, temperature, top_p, **rest) for k, temperature, top_p in kinds]
+    print([answer.tokens for answer in engine.generate(requests)])
+    engine.close()
+"""
+
+
+def test_the_engine_generates_on_a_device_what_it_generates_on_the_cpu(refactored):
+    """Mixed k, greedy and sampled, with transformers' grouped experts on the device and our loop on the CPU."""
+    said = []
+    for device in ("standin", "cpu"):
+        arguments = [sys.executable, "-c", ENGINE, refactored, device]
+        result = subprocess.run(arguments, capture_output=True, text=True, cwd=STANDIN.parent, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        said.append(json.loads(result.stdout.splitlines()[-1]))
+    assert said[0] == said[1]
+    assert [len(tokens) for tokens in said[0]] == [6] * 4
