@@ -15,6 +15,7 @@ from checkpoints.progress import Progress, versions
 from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
 from checkpoints.writer import (
+    EVALUATION,
     MANIFEST,
     STATE,
     ShardWriter,
@@ -35,6 +36,7 @@ from checkpoints.writer import (
 
 __all__ = [
     "ARCHITECTURES",
+    "EVALUATION",
     "MANIFEST",
     "REFUSED",
     "STATE",

@@ -18,6 +18,8 @@ from checkpoints.reader import INDEX_FILE, LONGEST_NAME
 from prism_errors import InputError, ResourceError, UsageError, one_line
 
 MANIFEST = "prism.json"
+# What prism-eval --save adds to a refactored checkpoint.
+EVALUATION = "evaluation.json"
 # In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
 INCOMPLETE, STATE = ".incomplete", ".state"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

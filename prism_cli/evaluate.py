@@ -8,15 +8,13 @@ from typing import Any
 import click
 
 from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
-from checkpoints import MANIFEST, Checkpoint, write_json
+from checkpoints import EVALUATION, MANIFEST, Checkpoint, write_json
 from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
 from prism_cli.door import Reporter, command
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add, check_parent, table
 from prism_errors import GateError, InputError, UsageError
 from refactoring import open_refactored
 from routers import full_k
-
-RESULT = "evaluation.json"
 
 
 @command
@@ -34,7 +32,7 @@ RESULT = "evaluation.json"
 @click.option("--num-tokens", type=click.IntRange(2), help="Read at most this much text.  [default: all of it]")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute type; auto is float32 on a CPU.")
 @click.option("--allocate", "allocated", is_flag=True, help="Also find how many sub-experts each layer should get; stored in prism.json.")
-@click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {RESULT}, for prism-report.")
+@click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {EVALUATION}, for prism-report.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save the curves as a picture (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--fail-if", "gates", multiple=True, metavar="CONDITION", help="Exit with 4 when true, e.g. 'recovered@50%<0.3'.")
@@ -91,7 +89,7 @@ def main(
         if allocated:
             _store_points(model, found, result["text"])
         if save:
-            write_json(model.path / RESULT, result)
+            write_json(model.path / EVALUATION, result)
     reporter.close()
     if plot is not None:
         plot_curves(evaluation.original, curves, plot)

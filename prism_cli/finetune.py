@@ -14,9 +14,19 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from calibration import DTYPES, Calibration
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, names_on_disk, output_file, output_folder, save_tensors, write_json
+from checkpoints import (
+    EVALUATION,
+    MANIFEST,
+    Checkpoint,
+    check_disk,
+    check_target,
+    names_on_disk,
+    output_file,
+    output_folder,
+    save_tensors,
+    write_json,
+)
 from prism_cli.door import Reporter, command, exit_of
-from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, TEXT_OPTIONS, add
 from prism_cli.report import PAGE
 from prism_errors import InputError, UsageError
@@ -172,7 +182,7 @@ def _write(
             shards = {ROUTER_FILE}
         for path in sorted(checkpoint.path.rglob("*")):
             relative = path.relative_to(checkpoint.path)
-            if path.is_dir() or relative.parts[0] in (MANIFEST, RESULT, PAGE) or relative.parts[0].startswith("."):
+            if path.is_dir() or relative.parts[0] in (MANIFEST, EVALUATION, PAGE) or relative.parts[0].startswith("."):
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) in shards:

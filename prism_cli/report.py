@@ -12,9 +12,8 @@ from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from checkpoints import MANIFEST, output_file
+from checkpoints import EVALUATION, MANIFEST, output_file
 from prism_cli.door import Reporter, command
-from prism_cli.evaluate import RESULT
 from prism_cli.options import FOLDER, check_parent
 from prism_errors import InputError, one_line
 from refactoring import open_refactored
@@ -37,13 +36,13 @@ def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     _, manifest = open_refactored(out_dir)
     target = output or out_dir / PAGE
     check_parent("--output", target)
-    evaluation, pictures = _evaluation(out_dir / RESULT), _pictures(out_dir / PICTURE_FILE)
-    with _broken(f"{out_dir}: {MANIFEST}, {RESULT} or {PICTURE_FILE}", "refactor and evaluate again"):
+    evaluation, pictures = _evaluation(out_dir / EVALUATION), _pictures(out_dir / PICTURE_FILE)
+    with _broken(f"{out_dir}: {MANIFEST}, {EVALUATION} or {PICTURE_FILE}", "refactor and evaluate again"):
         page = report_page(manifest, evaluation, pictures)
     with output_file(target) as partial:
         partial.write_text(page, encoding="utf-8")
     if evaluation is None:
-        reporter.line(f"no {RESULT} in {out_dir}: prism-eval MODEL_DIR {out_dir} --save measures the quality curve", missing=RESULT)
+        reporter.line(f"no {EVALUATION} in {out_dir}: prism-eval MODEL_DIR {out_dir} --save measures the quality curve", missing=EVALUATION)
     click.echo(str(target))
 
 

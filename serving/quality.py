@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints import EVALUATION
 from prism_errors import InputError
-
-EVALUATION_FILE = "evaluation.json"
 
 
 class QualityCurve:
@@ -53,7 +52,7 @@ class QualityCurve:
         Raises:
             InputError: the file cannot be read.
         """
-        path = folder / EVALUATION_FILE
+        path = folder / EVALUATION
         try:
             runs = json.loads(path.read_text())["refactored"]
             points: list[dict[str, Any]] = next((run["points"] for run in runs if run["router"] == router), [])
