@@ -1,6 +1,6 @@
 """Throughput and latency of the schedulers, beside the original model served first come, first served; and MoE time against k.
 
-    python benchmarks/schedulers.py WORK_DIR [--loads low,medium,high] [--systems per-token,...]
+    python benchmarks/schedulers.py WORK_DIR [--loads low,medium,high] [--systems per-token,...] [--rounds 1]
 
 WORK_DIR keeps the models (1.7 GB each) and the measured performance, so that a second run starts at once. The model is a Mixtral with
 random weights whose expert compute dominates: hidden 1,024, intermediate 3,584, 8 experts of which 2 are chosen, 4 layers, 352 million
@@ -8,7 +8,8 @@ parameters, float32; refactored with N = 4 into 32 sub-experts, k = 1 to 8. Rand
 
 The trace is Poisson, the same for every system at a load: prompts of about 220 tokens and answers of about 37 (the ratio of the
 conversations in Azure's published trace is 5 to 1), every answer of its full length, floors Normal(4, 2) clipped to 1 to 8, the paper's.
-The original model has one quality, its own, for everybody.
+The original model has one quality, its own, for everybody. A round serves the trace with every system in turn; figures are medians over
+rounds, and the ratio to the original is taken within each round, because a shared machine drifts.
 """
 
 import argparse
@@ -165,25 +166,31 @@ def run(folder: Path, scheduler: str, performance: PerformanceModel | None, trac
     return result
 
 
-def row(name: str, result: dict[str, Any], original_speed: float) -> list[str]:
-    def both(kind: str) -> str:
-        return f"{result[kind]['p50']:.2f} / {result[kind]['p99']:.2f}"
+def row(name: str, results: list[dict[str, Any]], originals: list[dict[str, Any]]) -> list[str]:
+    """Medians over the rounds, and the range of the ratio."""
 
-    error = "" if result["prediction_error"] is None else f"{result['prediction_error']:.0%}"
-    ratio = result["generated_tokens_per_second"] / original_speed
+    def middle(key: str) -> float:
+        return statistics.median(result[key] for result in results)
+
+    def both(kind: str) -> str:
+        return " / ".join(f"{statistics.median(result[kind][share] for result in results):.2f}" for share in ("p50", "p99"))
+
+    speed = "generated_tokens_per_second"
+    ratios = [result[speed] / original[speed] for result, original in zip(results, originals, strict=True)]
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
     return [
         name,
-        f"{result['tokens_per_second']:.0f}",
-        f"{result['generated_tokens_per_second']:.1f}",
-        f"{ratio:.2f}",
+        f"{middle('tokens_per_second'):.0f}",
+        f"{middle(speed):.1f}",
+        f"{statistics.median(ratios):.2f}{spread}",
         both("ttft"),
         both("tpot"),
         both("e2e"),
-        f"{result['goodput_share']:.0%}",
-        f"{result['mean_asked_k']:.2f} / {result['mean_served_k']:.2f}",
-        f"{result['step'] * 1e3:.0f}",
-        f"{result['scheduling_share']:.2%}",
-        error,
+        f"{middle('goodput_share'):.0%}",
+        f"{middle('mean_asked_k'):.2f} / {middle('mean_served_k'):.2f}",
+        f"{middle('step') * 1e3:.0f}",
+        f"{middle('scheduling_share'):.2%}",
+        "" if results[0]["prediction_error"] is None else f"{middle('prediction_error'):.0%}",
     ]
 
 
@@ -191,7 +198,7 @@ HEADERS = [
     "system",
     "tokens/s",
     "generated/s",
-    "x original (mean of both)",
+    "x original",
     "TTFT p50 / p99, s",
     "TPOT p50 / p99, s",
     "end to end p50 / p99, s",
@@ -208,6 +215,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--systems", default=",".join(SCHEDULERS))
+    parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -225,13 +233,12 @@ def main() -> None:
     for load_name in arguments.loads.split(","):
         share, requests = LOADS[load_name]
         trace = poisson(requests, share * capacity, PROMPT, ANSWER, ks, weights, SEED)
-        # Once before the others and once after them: what differs is the machine.
-        before = run(original, "fifo", None, trace, full_k)
-        results = {scheduler: run(refactored, scheduler, performance, trace, full_k) for scheduler in arguments.systems.split(",")}
-        after = run(original, "fifo", None, trace, full_k)
-        speed = statistics.fmean(result["generated_tokens_per_second"] for result in (before, after))
-        all_results = {ORIGINAL: before, **results, f"{ORIGINAL}, again": after}
-        rows = [row(name, result, speed) for name, result in all_results.items()]
+        results: dict[str, list[dict[str, Any]]] = {ORIGINAL: []} | {scheduler: [] for scheduler in arguments.systems.split(",")}
+        for _ in range(arguments.rounds):
+            results[ORIGINAL].append(run(original, "fifo", None, trace, full_k))
+            for scheduler in arguments.systems.split(","):
+                results[scheduler].append(run(refactored, scheduler, performance, trace, full_k))
+        rows = [row(name, found, results[ORIGINAL]) for name, found in results.items()]
         print(f"{load_name}: {share * capacity:.2f} requests/s, {len(trace)} requests\n")
         print(markdown(HEADERS, rows) + "\n", flush=True)
 

@@ -109,7 +109,7 @@ class LayeredModel:
         """
         try:
             for part in parts:
-                self._load(part)
+                self.load(part)
             yield
         finally:
             for part in parts:
@@ -125,7 +125,8 @@ class LayeredModel:
         owner, _, leaf = name.rpartition(".")
         return self.model.get_submodule(owner), leaf
 
-    def _load(self, part: str) -> None:
+    def load(self, part: str) -> None:
+        """Materialise a part of the model to stay; see `loaded`."""
         names = self.tensors_under(part)
         # To float32 after loading, a tensor at a time: transformers would convert all of a layer's experts before it stacks them.
         widened = self.dtype == torch.float32

@@ -45,6 +45,16 @@ def profile() -> NoReturn:
     _open("profile")
 
 
+def replay() -> NoReturn:
+    """prism-replay."""
+    _open("replay")
+
+
+def run() -> NoReturn:
+    """prism-run."""
+    _open("run")
+
+
 def refactor() -> NoReturn:
     """prism-refactor."""
     _open("refactor")

@@ -8,6 +8,8 @@ import click
 
 from calibration import DTYPES, Calibration
 from prism_errors import UsageError
+from serving.offload.policies import POLICIES, PREFETCHES
+from serving.offload.store import DIRECT, READS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -49,6 +51,18 @@ SERVING_OPTIONS = (
     click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Type of the weights; auto is the checkpoint's."),
     click.option("--max-batch-tokens", type=click.IntRange(16), default=512, help="Tokens of one step."),
     click.option("--max-requests", type=click.IntRange(1), default=64, help="Requests that run at a time."),
+)
+OFFLOAD_OPTIONS = (
+    click.option("--policy", type=click.Choice(list(POLICIES)), default="activation", help="Which sub-expert leaves fast memory."),
+    click.option(
+        "--prefetch", type=click.Choice(PREFETCHES), default="both", help="By what sub-experts are fetched before they are needed."
+    ),
+    click.option(
+        "--read",
+        type=click.Choice(READS),
+        default=DIRECT,
+        help="direct: past the page cache; buffered: through it; pinned: all in page-locked host memory, for --device cuda.",
+    ),
 )
 CALIBRATION_NAMES = ("datasets", "text_column", "num_samples", "max_seq_length", "tokens_per_expert", "dtype", "device", "batch_size")
 

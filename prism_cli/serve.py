@@ -11,11 +11,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calibration import DTYPES
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, SERVING_OPTIONS, add
+from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, add
 from prism_errors import InputError, UsageError
 from serving import SCHEDULERS, Limits, PerformanceModel
 from serving.engine import Engine, apart, load
 from serving.metrics import Metrics
+from serving.offload import FastMemory, load_offloaded
 from serving.quality import QualityCurve
 from serving.server import Site, create_app
 
@@ -27,6 +28,8 @@ from serving.server import Site, create_app
 @click.option("--max-wait", type=click.FloatRange(0), default=Limits.wait, help="Seconds that schedulers other than fifo hold back work.")
 @click.option("--kv-tokens", type=click.IntRange(64), help="Tokens of the KV cache.  [default: a quarter of free memory]")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, help="Requests that may queue; more get 429.")
+@click.option("--fast-memory", help="Keep only so much of the sub-experts in memory: bytes (2GiB) or a share (25%).  [default: all]")
+@add(OFFLOAD_OPTIONS)
 @click.option("--served-model-name", help="Name of the model for clients.  [default: the folder's]")
 @click.option("--chat-template", type=click.Path(path_type=Path, dir_okay=False), help="Jinja file, where the tokenizer has no template.")
 @click.option("--api-key", envvar="PRISM_API_KEY", help="Required of clients; better set PRISM_API_KEY.", show_envvar=True)
@@ -79,10 +82,19 @@ class _Server(uvicorn.Server):
 
 
 def _engine(folder: Path, metrics: Metrics, options: dict[str, Any]) -> Engine:
-    model = load(folder, options["device"], DTYPES.get(options["dtype"]))
+    model = _model(folder, options)
     limits = Limits(options["max_batch_tokens"], options["max_requests"], options["max_wait"])
     performance = PerformanceModel.load(folder)
     return Engine(model, options["scheduler"], limits, performance, options["kv_tokens"], options["max_waiting"], metrics.on_step)
+
+
+def _model(folder: Path, options: dict[str, Any]) -> Any:
+    if options["fast_memory"] is None:
+        return load(folder, options["device"], DTYPES.get(options["dtype"]))
+    if options["dtype"] != "auto":
+        raise UsageError("--dtype: with --fast-memory sub-experts are used as they are stored; leave it out")
+    budget = FastMemory(options["fast_memory"])
+    return load_offloaded(folder, budget, options["policy"], options["prefetch"], options["read"], options["device"])
 
 
 def _tokenizer(folder: Path, template: Path | None) -> PreTrainedTokenizerFast:

@@ -19,8 +19,8 @@ from routers.modeling_prism import (
 )
 from routers.output import relative_error, stock_output, two_level_output
 from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
-from routers.routed import Routed, Run, in_float32
-from routers.runtime import EXPERTS, experts_forward
+from routers.routed import Routed, Run, in_float32, route
+from routers.runtime import EXPERTS, by_expert, expert_activations, experts_forward, weighted_output
 from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
 __all__ = [
@@ -37,8 +37,10 @@ __all__ = [
     "TwoLevelRouter",
     "attach",
     "attach_block",
+    "by_expert",
     "choose_tilt",
     "coactive_marks",
+    "expert_activations",
     "experts_forward",
     "fit_compensation",
     "fit_linear",
@@ -50,6 +52,7 @@ __all__ = [
     "operating_points",
     "recorded",
     "relative_error",
+    "route",
     "router_of",
     "router_tensors",
     "set_active",
@@ -58,4 +61,5 @@ __all__ = [
     "tilted_rows",
     "two_level_output",
     "two_level_router",
+    "weighted_output",
 ]

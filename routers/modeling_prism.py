@@ -50,6 +50,9 @@ class TwoLevelRouter(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         # What the dropped sub-experts of the last forward would have added, until the experts module has run.
         self.missing = None
+        # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, their
+        # log values, k of each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
+        self.choose = None
 
     def log_size(self, hidden_states, experts):
         """Predicted log size of the output of each chosen expert's sub-experts: float32 [T, K, N] for inputs [T, H], experts [T, K]."""
@@ -102,15 +105,22 @@ class TwoLevelRouter(nn.Module):
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         self.missing = None
         most = self.original.top_k * self.sub_experts
-        if k == most and token_k is None:
-            weights, experts = self.route(hidden_states)
-            indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
-            return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1)
+        everything = k == most and token_k is None
+        if everything and self.choose is None:
+            return self._everything(*self.route(hidden_states))
         weights, experts, value = self.rank(hidden_states)
         compensated = hasattr(self, "compensation")
-        order = value.topk(most if compensated else k, dim=-1).indices
+        order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
         slots = order // self.sub_experts
         indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
+        if self.choose is not None:
+            asked = token_k if token_k is not None else torch.full(order.shape[:1], k, device=order.device)
+            chosen = self.choose(indices, value.gather(1, order), asked)
+            if chosen is not None:
+                positions, token_k = chosen
+                order, indices, slots = (part.gather(1, positions) for part in (order, indices, slots))
+            elif everything:
+                return self._everything(weights, experts)
         shares = weights.gather(1, slots)
         if token_k is not None:
             return self._ragged(hidden_states, k, token_k, value.gather(1, order), indices, shares)
@@ -125,6 +135,11 @@ class TwoLevelRouter(nn.Module):
             chosen = margin.sigmoid()
             kept = kept * (1 + chosen - chosen.detach())
         return kept, indices[:, :k]
+
+    def _everything(self, weights, experts):
+        """The end of `forward` at full k, from the original routing."""
+        indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
+        return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1)
 
     def _ragged(self, hidden_states, k, token_k, value, indices, shares):
         """The end of `forward` for tokens with a k each; value, indices and shares [T, k or all], best sub-expert first."""

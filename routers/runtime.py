@@ -29,6 +29,11 @@ def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch
     return experts._apply_gate(F.linear(inputs, *_rows(experts, "gate_up_proj", expert, inputs.dtype)))
 
 
+def weighted_output(experts: Any, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
+    return F.linear(activations, *_rows(experts, "down_proj", expert, activations.dtype)) * weights[:, None]
+
+
 def experts_forward(
     self: Any,
     hidden_states: torch.Tensor,
@@ -53,7 +58,7 @@ def experts_forward(
         activations = expert_activations(self, expert, inputs)
         if on_expert is not None:
             on_expert(expert, tokens, inputs, activations)
-        weighted = F.linear(activations, *_rows(self, "down_proj", expert, inputs.dtype)) * top_k_weights[tokens, slots, None]
+        weighted = weighted_output(self, expert, activations, top_k_weights[tokens, slots])
         output.index_add_(0, tokens, weighted.to(output.dtype))
     return output
 

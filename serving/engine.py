@@ -36,6 +36,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler as T
 
 from prism_errors import InputError, PrismError, UsageError, one_line
 from routers import EXPERTS, attach, full_k, set_active, set_token_active
+from serving.offload import OFFLOADED, OffloadManager
 from serving.performance import PerformanceModel
 from serving.sampling import sample
 from serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
@@ -229,6 +230,10 @@ class Engine:
         recipe = getattr(model.config, "prism", None)
         self.full_k = full_k(model.config) if recipe else 1
         self._elastic = bool(recipe)
+        # Where the experts are in slow memory.
+        self.offload: OffloadManager | None = getattr(model, "offload", None)
+        if self.offload is not None:
+            self.offload.tolerant = True
         kind = SCHEDULERS[scheduler]
         if kind.exact and recipe and recipe["router"] == "replicate":
             raise UsageError(f"--scheduler {scheduler} needs a sub-expert router, and this checkpoint has none; use --scheduler fifo")
@@ -287,7 +292,7 @@ class Engine:
             module._is_expert_parallel = True
         # Neither computes dropped slots. Measured on a CPU (docs/serving.md): the loop over experts is as fast as the grouped product on
         # small batches, and up to twice as fast on large ones.
-        model.set_experts_implementation(EXPERTS if on_cpu else "grouped_mm")
+        model.set_experts_implementation(OFFLOADED if self.offload is not None else EXPERTS if on_cpu else "grouped_mm")
         mapping: dict[str, Any] = SCHEDULER_MAPPING
         mapping[config.scheduler_type] = functools.partial(_BatchScheduler, engine=self)
         try:
@@ -475,7 +480,10 @@ class Engine:
 
     def _forget(self, name: str) -> _Live | None:
         with self._lock:
-            return self._live.pop(name, None)
+            live = self._live.pop(name, None)
+        if live is not None and self.offload is not None:
+            self.offload.end_request(name)
+        return live
 
     @staticmethod
     def _served(live: _Live) -> float:
@@ -501,7 +509,9 @@ class Engine:
         live.deliver(Chunk(output.request_id, tokens, logprobs, finish, output.error, self._served(live)))
 
     def _before_forward(self, model: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        """Give every token of the step its k."""
+        """Give every token of the step its k, and an offloading manager its request."""
+        if self.offload is not None:
+            self.offload.requests = [(live.request.id, state.query_length) for state, live, _ in self._batch]
         if self._elastic and self._batch:
             ks = {k for _, _, k in self._batch}
             if len(ks) == 1:
@@ -513,6 +523,8 @@ class Engine:
         """Choose the tokens of sampling requests, note log probabilities, report the step."""
         if not self._batch:
             return
+        if self.offload is not None and self.offload.faults:
+            self._fail(self.offload.faults)
         new = [live for state, live, _ in self._batch if state.has_new_token]
         positions = torch.arange(len(new)) if "logits_to_keep" in options else options["logits_indices"]
         self._sample(output.logits[0], positions, new)
@@ -520,6 +532,19 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         self._report(time.monotonic() - self._step_start)
+
+    def _fail(self, faults: list[tuple[list[int], PrismError]]) -> None:
+        """End the requests some of whose tokens did not get their sub-experts; the others of the batch go on.
+
+        The KV blocks of a request that is forgotten are never found by another one, see `_share_by_k`.
+        """
+        owners = [live for state, live, _ in self._batch for _ in range(state.query_length)]
+        reasons = {owners[token].request.id: str(error) for tokens, error in faults for token in tokens}
+        for name, reason in reasons.items():
+            live = self._forget(name)
+            self._manager.cancel_request(name)
+            if live is not None and not live.cancelled:
+                live.deliver(Chunk(name, [], [], "error", reason, self._served(live)))
 
     @staticmethod
     def _sample(logits: torch.Tensor, positions: torch.Tensor, new: list[_Live]) -> None:

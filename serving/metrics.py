@@ -3,10 +3,11 @@
 import threading
 from collections import Counter as Count
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serving.engine import Engine, Step
@@ -76,3 +77,6 @@ class _State(Collector):
             by_k.add_metric([str(k)], number)
         yield by_k
         yield GaugeMetricFamily("prism_kv_blocks_in_use", "KV blocks that requests hold.", self.engine.kv_in_use)
+        if self.engine.offload is not None:
+            for name, value in asdict(self.engine.offload.counters).items():
+                yield CounterMetricFamily(f"prism_offload_{name}", "Of offloading, see serving.offload.Counters.", value)

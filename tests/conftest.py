@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
-from prism_cli import bench, door, evaluate, finetune, loadtest, profile, refactor, serve, verify
+from prism_cli import bench, door, evaluate, finetune, loadtest, profile, refactor, replay, run, serve, verify
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
 COMMANDS = {
@@ -17,6 +17,8 @@ COMMANDS = {
     "prism-loadtest": loadtest,
     "prism-profile": profile,
     "prism-refactor": refactor,
+    "prism-replay": replay,
+    "prism-run": run,
     "prism-serve": serve,
     "prism-verify": verify,
 }

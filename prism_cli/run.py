@@ -1,0 +1,157 @@
+"""`prism-run`: generate with a model that does not fit in memory."""
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from calibration import load_tokenizer
+from checkpoints import Checkpoint, output_file
+from prism_cli.door import Reporter, command
+from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, add, check_parent
+from prism_errors import PrismError, UsageError
+from routers import full_k, set_active
+from serving.offload import Counters, Elastic, FastMemory, load_offloaded
+
+# Prompt tokens of one forward pass: a long prompt must not need more memory than its answer.
+CHUNK = 256
+
+
+@command
+@click.argument("refactored_dir", type=FOLDER)
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on with; repeat for several, one after the other.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Tokens to generate for each.")
+@click.option("--k", type=click.IntRange(1), help="Sub-experts per token.  [default: all]")
+@click.option("--fast-memory", default="50%", help="Memory for sub-experts: bytes (2GiB) or a share of all of them (25%).")
+@add(OFFLOAD_OPTIONS)
+@click.option("--latency-target", type=click.FloatRange(0, min_open=True), help="Milliseconds per token; skips sub-experts to meet it.")
+@click.option("--k-min", type=click.IntRange(1), help="With --latency-target: never fewer sub-experts per token.  [default: half of --k]")
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Record the routing as JSON lines, for prism-replay.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model computes, and fast memory is.")
+@click.option("--json", "as_json", is_flag=True, help="Print answers and figures as JSON.")
+def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], trace: Path | None, as_json: bool, **options: Any) -> None:
+    """Generate text, greedily, with the checkpoint in REFACTORED_DIR, of whose sub-experts only --fast-memory is in memory.
+
+    Everything else of the model is in memory; sub-experts are read from the checkpoint when they are needed, or a little before. The
+    text is the same as with the whole model in memory, unless --latency-target allows to skip sub-experts. Figures go to stderr.
+    """
+    check_parent("--trace", trace)
+    if options["k_min"] is not None and options["latency_target"] is None:
+        raise UsageError("--k-min: belongs to --latency-target")
+    checkpoint = Checkpoint(refactored_dir)
+    if not getattr(checkpoint.config, "prism", None):
+        raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
+    full = full_k(checkpoint.config)
+    k = options["k"] or full
+    if k > full:
+        raise UsageError(f"--k {k}: choose 1 to {full}")
+    tokenizer = load_tokenizer(refactored_dir)
+    encoded = [_encode(tokenizer, prompt, checkpoint, options["max_new_tokens"]) for prompt in prompts]
+    model = load_offloaded(
+        refactored_dir, FastMemory(options["fast_memory"]), options["policy"], options["prefetch"], options["read"], options["device"]
+    )
+    set_active(model, k)
+    store, slots = model.offload.cache.store, model.offload.cache.slots
+    total = store.layers * store.experts
+    reporter.line(
+        f"{slots} of {total} sub-experts fit in fast memory, {slots * store.sub_expert_bytes / 2**20:,.0f} MiB", slots=slots, total=total
+    )
+    if options["latency_target"] is not None:
+        model.offload.set_elastic(Elastic(options["latency_target"] / 1e3, options["k_min"] or max(k // 2, 1)))
+    answers, failed = [], None
+    with ExitStack() as stack:
+        stack.callback(model.offload.close)
+        if trace is not None:
+            model.offload.record(stack.enter_context(open(stack.enter_context(output_file(trace)), "w", encoding="utf-8")))
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            try:
+                answers.append(_answer(reporter, model, tokenizer, ids, options["max_new_tokens"], k, as_json) | {"prompt": prompt})
+            except PrismError as error:
+                # The others may not need what could not be read.
+                failed = error
+                reporter.notice(str(error), "error", prompt=prompt)
+                answers.append({"prompt": prompt, "error": str(error)})
+            model.offload.end_request()
+    if as_json:
+        click.echo(json.dumps({"k": k, "slots": slots, "sub_experts": total, "answers": answers}, indent=2))
+    if failed is not None:
+        raise click.exceptions.Exit(failed.exit_code)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, checkpoint: Checkpoint, new: int) -> torch.Tensor:
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    most = checkpoint.config.get_text_config().max_position_embeddings
+    if not ids.shape[1]:
+        raise UsageError("--prompt: is empty")
+    if ids.shape[1] + new > most:
+        raise UsageError(f"--prompt: {ids.shape[1]} tokens and {new} to generate are more than the model's {most}; shorten one")
+    return ids
+
+
+class _Clock(TextStreamer):
+    """Prints the text as it comes, unless it is to be quiet, and notes when each token came."""
+
+    def __init__(self, tokenizer: Any, quiet: bool):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.quiet = quiet
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.quiet:
+            click.echo(text, nl=stream_end)
+
+
+@torch.inference_mode()
+def _answer(
+    reporter: Reporter, model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, new: int, k: int, quiet: bool
+) -> dict[str, Any]:
+    """Generate for one prompt; its text and figures, which are also reported."""
+    clock, before = _Clock(tokenizer, quiet), model.offload.counters
+    start = time.perf_counter()
+    output = model.generate(
+        ids.to(model.device),
+        max_new_tokens=new,
+        do_sample=False,
+        streamer=clock,
+        pad_token_id=model.generation_config.eos_token_id,
+        prefill_chunk_size=CHUNK,
+    )
+    # The streamer is given the prompt first.
+    times = clock.times[1:]
+    counters = model.offload.counters.since(before)
+    figures = {
+        "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
+        "prompt_tokens": ids.shape[1],
+        "tokens": len(times),
+        "first_token_seconds": times[0] - start,
+        "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+        "hit_rate": counters.hit_rate,
+        "mean_k": k - counters.skipped / (len(times) - 1) / model.offload.cache.store.layers if len(times) > 1 else k,
+        **asdict(counters),
+    }
+    reporter.line(_describe(figures, counters), **{key: value for key, value in figures.items() if key != "text"})
+    return figures
+
+
+def _describe(figures: dict[str, Any], counters: Counters) -> str:
+    speed = figures["tokens_per_second"]
+    parts = [
+        f"{figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
+        f"first after {figures['first_token_seconds']:.2f} s",
+        f"hit rate {figures['hit_rate']:.1%}",
+        f"{counters.late_hits} late",
+        f"{counters.loaded_bytes / 2**20:,.0f} MiB loaded, {counters.wasted_bytes / 2**20:,.0f} of them for nothing",
+    ]
+    if counters.skipped:
+        parts.append(f"{counters.skipped} sub-experts skipped: {figures['mean_k']:.1f} per token and layer on average")
+    return "; ".join(parts)

@@ -1,0 +1,238 @@
+"""Which sub-expert leaves fast memory when another one must come in.
+
+A policy sees what every layer of every forward pass used, and says how much each sub-expert is worth keeping; the cache evicts the least.
+The same classes run in the cache and in `serving.offload.replay`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Requests whose activations are remembered, MoE-Infinity's expert activation matrix collection.
+COLLECTION = 64
+# Windows over a request's last tokens: after so many a use counts half.
+HALF_LIVES = (2.0, 16.0, 128.0)
+# A request's own history weighs as much as the past request most like it after so many tokens.
+TRUST = 8.0
+
+# Of each request in a forward pass, how many of its tokens each sub-expert of a layer was used for: float [E].
+Uses = Mapping[str, np.ndarray]
+
+
+class Policy:
+    """What a replacement policy is told, and asked.
+
+    Args:
+        layers, experts: MoE layers, and sub-experts of each.
+    """
+
+    def __init__(self, layers: int, experts: int):
+        self.layers, self.experts = layers, experts
+        self.worth = np.zeros((layers, experts))
+
+    def begin_pass(self) -> None:
+        """A forward pass starts."""
+
+    def use(self, layer: int, uses: Uses) -> None:
+        """A layer's sub-experts are about to be used."""
+
+    def load(self, layer: int, expert: int) -> None:
+        """A sub-expert comes in ahead of its use."""
+
+    def end(self, request: str) -> None:
+        """A request is over."""
+
+    def keep(self) -> np.ndarray:
+        """What each sub-expert is worth keeping, float [L, E]; only the order matters."""
+        return self.worth
+
+
+def _used(uses: Uses) -> np.ndarray:
+    return np.flatnonzero(sum(uses.values()))
+
+
+class LeastRecentlyUsed(Policy):
+    """LRU, MoE-Prism's: the one whose last use is longest ago."""
+
+    def __init__(self, layers: int, experts: int):
+        super().__init__(layers, experts)
+        self._now = 0
+
+    def use(self, layer: int, uses: Uses) -> None:
+        self._now += 1
+        self.worth[layer, _used(uses)] = self._now
+
+    def load(self, layer: int, expert: int) -> None:
+        self.worth[layer, expert] = self._now
+
+
+class LeastFrequentlyUsed(Policy):
+    """LFU: the one that fewest forward passes have used so far; of equals the one used longest ago."""
+
+    def __init__(self, layers: int, experts: int):
+        super().__init__(layers, experts)
+        self._now = 0
+
+    def use(self, layer: int, uses: Uses) -> None:
+        self._now += 1
+        used = _used(uses)
+        # The whole part counts, the fraction is the time of the last use.
+        self.worth[layer, used] = np.floor(self.worth[layer, used]) + 1 + self._now / (self._now + 1e6)
+
+
+class LeastStale(Policy):
+    """After SpecMD (arXiv 2602.03921): what this forward pass has used goes last; among the stale the layer that comes last goes first.
+
+    Layers come round in order, so the layer just passed is the one needed latest.
+    """
+
+    def __init__(self, layers: int, experts: int):
+        super().__init__(layers, experts)
+        self._last = np.zeros((layers, experts))
+        self._pass, self._layer = 0, 0
+
+    def begin_pass(self) -> None:
+        self._pass += 1
+        self._layer = 0
+
+    def use(self, layer: int, uses: Uses) -> None:
+        self._layer = layer
+        self._last[layer, _used(uses)] = self._pass
+
+    def load(self, layer: int, expert: int) -> None:
+        self._last[layer, expert] = self._pass
+
+    def keep(self) -> np.ndarray:
+        ahead = (np.arange(self.layers) - self._layer - 1) % self.layers
+        fresh = self._last == self._pass
+        return fresh * 1e9 + (self.layers - ahead[:, None]) * 1e6 + self._last
+
+
+class ActivationAware(Policy):
+    """MoE-Infinity's: every request has a matrix of how often it used each sub-expert; what is predicted to be used last goes.
+
+    A new request has used little, so the past request whose matrix is most like its own so far, by cosine over the layers, speaks for it
+    until it has a history. Two things differ from MoE-Infinity. Its matrix counts all of a request's tokens alike; here the probability
+    that the next token uses a sub-expert is the mean of averages over the last few, some and many tokens, because text moves on. And it
+    weighs a layer by its depth; here a probability becomes the expected number of layers until the next use, because layers come round
+    in order.
+    """
+
+    def __init__(self, layers: int, experts: int):
+        super().__init__(layers, experts)
+        self._collection = np.zeros((0, layers, experts))
+        self._requests: dict[str, _Activations] = {}
+        self._active: list[str] = []
+        self._layer = 0
+
+    def use(self, layer: int, uses: Uses) -> None:
+        self._layer, self._active = layer, list(uses)
+        for request, counts in uses.items():
+            if request not in self._requests:
+                self._requests[request] = _Activations(self.layers, self.experts)
+            self._requests[request].add(layer, counts)
+
+    def end(self, request: str) -> None:
+        activations = self._requests.pop(request, None)
+        if activations is None:
+            return
+        matrix = activations.counts
+        if len(self._collection) < COLLECTION:
+            self._collection = np.concatenate([self._collection, matrix[None]])
+        else:
+            # The one most like it makes room: the collection stays as different as can be.
+            self._collection[int((_directions(self._collection) * _directions(matrix)).sum((1, 2)).argmax())] = matrix
+
+    def predict(self) -> np.ndarray:
+        """Probability that a sub-expert is used when its layer comes round next, [L, E]."""
+        unused = np.ones((self.layers, self.experts))
+        for request in self._active:
+            activations = self._requests[request]
+            own, tokens = activations.probability(), activations.tokens[:, None]
+            if len(self._collection) and tokens.min() < TRUST * 8:
+                alike = (_directions(self._collection) * _directions(activations.counts)).sum((1, 2))
+                past = self._collection[int(alike.argmax())]
+                own = (own * tokens + past * TRUST) / (tokens + TRUST)
+            unused *= 1 - own
+        return 1 - unused
+
+    def keep(self) -> np.ndarray:
+        ahead = (np.arange(self.layers)[:, None] - self._layer - 1) % self.layers
+        return -(ahead + self.layers / np.maximum(self.predict(), 1e-4))
+
+
+class _Activations:
+    """What one request used: probabilities per token, over windows of several lengths.
+
+    Attributes:
+        tokens: seen by each layer, [L].
+    """
+
+    def __init__(self, layers: int, experts: int):
+        self.tokens = np.zeros(layers)
+        self._means = np.zeros((len(HALF_LIVES), layers, experts))
+        self._weights = np.zeros((len(HALF_LIVES), layers, 1))
+
+    def add(self, layer: int, counts: np.ndarray) -> None:
+        """A layer was used by some tokens: [E], for how many of them each sub-expert."""
+        # The busiest one was used by at most all of them.
+        tokens = max(float(counts.max()), 1.0)
+        for number, half_life in enumerate(HALF_LIVES):
+            fade = 0.5 ** (tokens / half_life)
+            self._means[number, layer] = self._means[number, layer] * fade + counts / tokens * (1 - fade)
+            self._weights[number, layer] = self._weights[number, layer] * fade + (1 - fade)
+        self.tokens[layer] += tokens
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Over the longest window, [L, E]."""
+        return self._means[-1] / np.maximum(self._weights[-1], 1e-12)
+
+    def probability(self) -> np.ndarray:
+        """Mean over the windows, [L, E]."""
+        return (self._means / np.maximum(self._weights, 1e-12)).mean(0)
+
+
+def _directions(matrices: np.ndarray) -> np.ndarray:
+    """Every layer's row at length one; matrices [..., L, E]."""
+    return matrices / np.maximum(np.linalg.norm(matrices, axis=-1, keepdims=True), 1e-12)
+
+
+class Belady(Policy):
+    """The bound: evicts the one whose next use is furthest away, which only a recorded trace knows.
+
+    Args:
+        layers, experts: as for all.
+        future: for each layer of each forward pass in order, the sub-experts used.
+    """
+
+    def __init__(self, layers: int, experts: int, future: list[np.ndarray]):
+        super().__init__(layers, experts)
+        self._next = np.full((layers, experts), np.inf)
+        self._after: list[np.ndarray] = [np.empty(0)] * len(future)
+        coming = np.full((layers, experts), np.inf)
+        for number in range(len(future) - 1, -1, -1):
+            layer, used = number % layers, future[number]
+            self._after[number] = coming[layer, used].copy()
+            coming[layer, used] = number
+        self._next = coming
+        self._future, self._number = future, 0
+
+    def use(self, layer: int, uses: Uses) -> None:
+        self._next[layer, self._future[self._number]] = self._after[self._number]
+        self._number += 1
+
+    def keep(self) -> np.ndarray:
+        return -self._next
+
+
+POLICIES: dict[str, Any] = {
+    "lru": LeastRecentlyUsed,
+    "lfu": LeastFrequentlyUsed,
+    "least-stale": LeastStale,
+    "activation": ActivationAware,
+}
+
+# By what sub-experts are fetched ahead: the next layer's router on this layer's input, activation matrices, or both.
+PREFETCHES = ("none", "router", "activation", "both")
