@@ -226,9 +226,14 @@ def router_of(block):
 
 
 def attach_block(block, config, tensors):
-    """Install the two-level router on one MoE block; arguments as for `two_level_router`."""
+    """Make and install the two-level router of one MoE block; arguments as for `two_level_router`."""
+    install(block, two_level_router(block, config, tensors))
+
+
+def install(block, two_level):
+    """Let a two-level router route one MoE block."""
     router = router_of(block)
-    router.two_level = block.experts.two_level = two_level_router(block, config, tensors)
+    router.two_level = block.experts.two_level = two_level
     router.register_forward_hook(_two_level_hook)
     block.experts.register_forward_hook(_compensation_hook)
 

@@ -43,6 +43,8 @@ from serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
 
 # Tokens of a KV page: small ones waste little on a CPU, where reads are by token; elsewhere kernels want transformers' own size.
 CPU_PAGE, KV_PAGE = 32, 256
+# Bytes to which torch aligns the memory of tensors on a CPU.
+ALIGNMENT = 64
 # Share of free memory that the KV cache may have on a CPU.
 CPU_KV_SHARE = 0.25
 # k is mixed into what KV blocks are found by: token + k * _SALT, in the 32 bits that transformers hashes.
@@ -184,7 +186,12 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     if not recipe:
         raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
     model = model.to(device).eval()
-    return model if recipe["router"] == "replicate" else attach(model, str(folder))
+    model = model if recipe["router"] == "replicate" else attach(model, str(folder))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # transformers leaves some tensors where they lie in the file, and products of unaligned ones differ in the last bit.
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def apart(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -114,6 +114,8 @@ class Cache:
         self._awaited: set[Key] = set()
         self._failed: dict[Key, PrismError] = {}
         self._closed = False
+        # What ended a thread that should not have ended.
+        self._crash: Exception | None = None
         device = getattr(pool, pool.names[0]).device
         self._cuda = device if device.type == "cuda" else None
         # When the last computation that reads a slot is done, on a GPU.
@@ -196,6 +198,8 @@ class Cache:
         start = time.perf_counter()
         with self._changed:
             while True:
+                if self._crash is not None:
+                    raise RuntimeError("a loading thread ended") from self._crash
                 for key in self._awaited:
                     if self._resident[key] or key in self._failed:
                         self._awaited.discard(key)
@@ -273,6 +277,15 @@ class Cache:
 
     def _work(self) -> None:
         """A loading thread."""
+        try:
+            self._load_on()
+        except Exception as error:
+            with self._changed:
+                self._crash = error
+                self._changed.notify_all()
+
+    def _load_on(self) -> None:
+        """Load what is needed and expected, until the cache is closed."""
         staging = self.store.staging()
         stream = torch.cuda.Stream(self._cuda) if self._cuda is not None else None
         host = None

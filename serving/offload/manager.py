@@ -24,14 +24,15 @@ from checkpoints import Checkpoint, LayeredModel, moe_block
 from prism_errors import InputError, PrismError, UsageError
 from routers import (
     ROUTER_FILE,
-    attach_block,
     by_expert,
     expert_activations,
     full_k,
+    install,
     moe_gates,
     route,
     router_tensors,
     set_active,
+    two_level_router,
     weighted_output,
 )
 from serving.offload.cache import Cache, Counters, Key, Pool
@@ -342,6 +343,11 @@ def load_offloaded(
     _load_resident(layered, set(modules))
     if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
         _attach(layered, layers, folder)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # Until now some lie in the file's map: a file that is truncated while the model runs would end the process. And rotary tables,
+        # which are in no checkpoint, are still on the CPU.
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device, copy=True)
     store = PinnedStore(disk) if read == PINNED else disk
     pool = Pool(store, layers[0][1].experts, slots, device)
     cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
@@ -394,10 +400,6 @@ def _load_resident(layered: LayeredModel, offloaded: set[str]) -> None:
 
     visit("", model)
     model.tie_weights()
-    for module in model.modules():
-        # Rotary tables, which are in no checkpoint.
-        if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
-            module.to(layered.device)
     left = [name for name, value in model.state_dict().items() if value.is_meta and name.rpartition(".")[0] not in offloaded]
     if left:
         raise InputError(f"{layered.checkpoint.path}: tensor {left[0]} is missing; complete the checkpoint")
@@ -407,9 +409,7 @@ def _attach(layered: LayeredModel, layers: list[tuple[str, Any]], folder: Path) 
     """Install two-level routing, a layer at a time: gate neurons are rows of experts, which are read for it and let go."""
     routers = router_tensors(folder / ROUTER_FILE)
     for name, block in layers:
-        if "gate_neurons" in routers[name]:
-            with layered.loaded(f"{name}.experts"):
-                attach_block(block, layered.model.config, routers[name])
-        else:
-            attach_block(block, layered.model.config, routers[name])
+        with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
+            two_level = two_level_router(block, layered.model.config, routers[name])
+        install(block, two_level)
     set_active(layered.model, full_k(layered.model.config))

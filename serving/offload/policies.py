@@ -123,15 +123,17 @@ class ActivationAware(Policy):
         super().__init__(layers, experts)
         self._collection = np.zeros((0, layers, experts))
         self._requests: dict[str, _Activations] = {}
-        self._active: list[str] = []
+        # Of the last pass; what it used is the best guess also when its requests are over.
+        self._active: list[_Activations] = []
         self._layer = 0
 
     def use(self, layer: int, uses: Uses) -> None:
-        self._layer, self._active = layer, list(uses)
+        self._layer = layer
         for request, counts in uses.items():
             if request not in self._requests:
                 self._requests[request] = _Activations(self.layers, self.experts)
             self._requests[request].add(layer, counts)
+        self._active = [self._requests[request] for request in uses]
 
     def end(self, request: str) -> None:
         activations = self._requests.pop(request, None)
@@ -147,8 +149,7 @@ class ActivationAware(Policy):
     def predict(self) -> np.ndarray:
         """Probability that a sub-expert is used when its layer comes round next, [L, E]."""
         unused = np.ones((self.layers, self.experts))
-        for request in self._active:
-            activations = self._requests[request]
+        for activations in self._active:
             own, tokens = activations.probability(), activations.tokens[:, None]
             if len(self._collection) and tokens.min() < TRUST * 8:
                 alike = (_directions(self._collection) * _directions(activations.counts)).sum((1, 2))
