@@ -65,6 +65,10 @@ def experts_forward(
 
 def by_expert(top_k_index: torch.Tensor, num_experts: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """The tokens of each expert that has any: [(expert, token positions [n], slots [n])] for an index [T, k]."""
+    if len(top_k_index) == 1:
+        # One token, as in decoding: the sort below would take as long as an expert.
+        token, slots = top_k_index.new_zeros(1), torch.arange(top_k_index.shape[1], device=top_k_index.device).split(1)
+        return [(expert, token, slots[slot]) for slot, expert in _rising(top_k_index[0].tolist()) if expert < num_experts]
     ordered, positions = top_k_index.flatten().sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(num_experts + 1, device=ordered.device)).tolist()
     width = top_k_index.shape[1]
@@ -74,6 +78,11 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> list[tuple[int, to
         if len(chosen):
             groups.append((expert, chosen // width, chosen % width))
     return groups
+
+
+def _rising(experts: list[int]) -> list[tuple[int, int]]:
+    """(slot, expert) by expert."""
+    return sorted(enumerate(experts), key=lambda pair: pair[1])
 
 
 def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:

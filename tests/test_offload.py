@@ -518,7 +518,7 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
             return read(self, layer, expert, slot, staging)
 
         monkeypatch.setattr(DiskStore, "read", sometimes)
-        with model.offload.cache._changed:
+        with model.offload.cache._lock:
             slot = model.offload.cache._slot_of.pop(broken, None)
             model.offload.cache._resident[broken] = False
             if slot is not None:

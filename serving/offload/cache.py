@@ -100,7 +100,9 @@ class Cache:
     def __init__(self, store: Store, pool: Pool, slots: int, policy: Policy):
         self.store, self.pool, self.slots, self.policy, self.counters = store, pool, slots, policy, Counters()
         shape = store.layers, store.experts
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Something to load, or room to load it into; something loaded.
+        self._work_there, self._arrived = threading.Condition(self._lock), threading.Condition(self._lock)
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(slots))
         self._resident, self._pinned = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -110,8 +112,12 @@ class Cache:
         self._loading: dict[Key, bool] = {}
         self._demanded: deque[Key] = deque()
         self._wanted: deque[Key] = deque()
-        # Of the layer that runs: what it still waits for.
+        # Of the layer that runs: what was there when it asked, and what it still waits for.
+        self._there: list[int] = []
         self._awaited: set[Key] = set()
+        # Computed, but still pinned: taking the lock for every one would cost more than it computes. Unless a thread waits for a slot.
+        self._done: list[Key] = []
+        self._full = False
         self._failed: dict[Key, PrismError] = {}
         self._closed = False
         # What ended a thread that should not have ended.
@@ -126,39 +132,41 @@ class Cache:
 
     def close(self) -> None:
         """End the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._work_there.notify_all()
         for thread in self._threads:
             thread.join()
 
     def absent(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of a layer's sub-experts that are neither in fast memory nor on their way."""
-        with self._changed:
+        with self._lock:
             return [expert for expert in experts if not self._resident[layer, expert] and (layer, expert) not in self._loading]
 
     def begin_pass(self) -> None:
         """A forward pass starts."""
-        with self._changed:
+        with self._lock:
             self.policy.begin_pass()
 
     def end(self, request: str) -> None:
         """A request is over."""
-        with self._changed:
+        with self._lock:
             self.policy.end(request)
 
     def demand(self, layer: int, uses: Uses) -> None:
         """A layer needs the sub-experts that `uses` counts: what is absent is queued before every prefetch."""
         counters = self.counters
-        with self._changed:
+        with self._lock:
             self.policy.use(layer, uses)
             queued = len(self._wanted)
             self._wanted = deque(key for key in self._wanted if key[0] != layer)
             self._expected[layer] = False
+            self._there = []
             for expert in np.flatnonzero(sum(uses.values())).tolist():
                 key = layer, expert
                 if self._resident[key]:
                     counters.hits += 1
+                    self._there.append(expert)
                     self._pinned[key] = True
                     self._note_use(key)
                 else:
@@ -169,34 +177,36 @@ class Cache:
                         counters.misses += 1
                         self._demanded.append(key)
             counters.prefetches_dropped += queued - len(self._wanted)
-            self._changed.notify_all()
+            if self._demanded:
+                self._work_there.notify_all()
 
     def arrivals(self, layer: int, uses: Uses) -> Iterator[tuple[int, int | PrismError]]:
         """What `demand` asked for, (sub-expert, its slot or why it could not be loaded), as it is there; free to be evicted afterwards."""
-        experts = np.flatnonzero(sum(uses.values())).tolist()
         try:
-            for expert in [expert for expert in experts if (layer, expert) not in self._awaited]:
+            for expert in self._there:
                 yield expert, self._slot_of[layer, expert]
                 self._release((layer, expert))
             while self._awaited:
                 key = self._wait()
                 if key in self._failed:
                     yield key[1], self._failed.pop(key)
-                    continue
-                yield key[1], self._slot_of[key]
-                self._release(key)
+                else:
+                    yield key[1], self._slot_of[key]
+                    self._release(key)
         finally:
-            with self._changed:
+            with self._lock:
                 self._awaited.clear()
                 self._demanded.clear()
                 self._failed.clear()
+                self._unpin()
+                # Where the caller stopped half way.
                 self._pinned[layer] = False
-                self._changed.notify_all()
 
     def _wait(self) -> Key:
         """The next awaited sub-expert that is there, pinned, or failed."""
         start = time.perf_counter()
-        with self._changed:
+        with self._lock:
+            self._unpin()
             while True:
                 if self._crash is not None:
                     raise RuntimeError("a loading thread ended") from self._crash
@@ -205,7 +215,7 @@ class Cache:
                         self._awaited.discard(key)
                         self.counters.stall_seconds += time.perf_counter() - start
                         return key
-                self._changed.wait()
+                self._arrived.wait()
 
     def _note_use(self, key: Key) -> None:
         if self._unused[key]:
@@ -217,13 +227,22 @@ class Cache:
             event = torch.cuda.Event()
             event.record()
             self._read[self._slot_of[key]] = event
-        with self._changed:
+        self._done.append(key)
+        if self._full:
+            with self._lock:
+                self._unpin()
+
+    def _unpin(self) -> None:
+        """Let go of what has been computed."""
+        for key in self._done:
             self._pinned[key] = False
-            self._changed.notify_all()
+        if self._done and (self._demanded or self._wanted):
+            self._work_there.notify_all()
+        self._done.clear()
 
     def prefetch(self, layers: Iterable[int], expected: list[Key]) -> None:
         """Replace what is expected of some layers: keys, the most likely first. What is absent is loaded when nothing is needed at once."""
-        with self._changed:
+        with self._lock:
             for layer in layers:
                 self._expected[layer] = False
             before = {*self._wanted}
@@ -234,7 +253,8 @@ class Cache:
                     wanted.append(key)
             self._wanted = deque(wanted[:QUEUE])
             self.counters.prefetches_dropped += len(before - {*self._wanted} - {*self._loading})
-            self._changed.notify_all()
+            if self._wanted:
+                self._work_there.notify_all()
 
     def _room(self, ahead: bool) -> int | None:
         """A slot to load into, emptied if need be; None when everything is in use."""
@@ -258,6 +278,7 @@ class Cache:
         """What to load now and where to; None when there is nothing to do."""
         if self._demanded:
             slot = self._room(ahead=False)
+            self._full = slot is None
             if slot is None:
                 return None
             key = self._demanded.popleft()
@@ -280,9 +301,9 @@ class Cache:
         try:
             self._load_on()
         except Exception as error:
-            with self._changed:
+            with self._lock:
                 self._crash = error
-                self._changed.notify_all()
+                self._arrived.notify_all()
 
     def _load_on(self) -> None:
         """Load what is needed and expected, until the cache is closed."""
@@ -292,9 +313,9 @@ class Cache:
         if stream is not None and staging is not None:
             host = {name: torch.empty(shape, dtype=self.store.dtype, pin_memory=True) for name, shape in self.store.shapes.items()}
         while True:
-            with self._changed:
+            with self._lock:
                 while (found := self._next()) is None and not self._closed:
-                    self._changed.wait()
+                    self._work_there.wait()
                 if found is None or self._closed:
                     return
             key, slot = found
@@ -328,7 +349,7 @@ class Cache:
 
     def _loaded(self, key: Key, slot: int, seconds: float, error: PrismError | None) -> None:
         """Note the end of a load."""
-        with self._changed:
+        with self._lock:
             ahead = self._loading.pop(key)
             if error is not None:
                 self._free.append(slot)
@@ -346,4 +367,5 @@ class Cache:
                     self._note_use(key)
                 elif ahead:
                     self.policy.load(*key)
-            self._changed.notify_all()
+            if key in self._awaited:
+                self._arrived.notify_all()

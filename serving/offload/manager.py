@@ -35,13 +35,15 @@ from routers import (
     two_level_router,
     weighted_output,
 )
-from serving.offload.cache import Cache, Counters, Key, Pool
+from serving.offload.cache import Cache, Counters, Pool
 from serving.offload.policies import POLICIES, ActivationAware
 from serving.offload.store import BUFFERED, DIRECT, PINNED, DiskStore, PinnedStore
 
 OFFLOADED = "prism_offloaded"
-# An activation matrix alone fetches what is more likely to be used than not.
-LIKELY = 0.5
+# What is less likely to be used is not fetched ahead: it would cost the time of a load, and what it replaces.
+LIKELY = 0.7
+# Tokens of a pass up to which a forecast is compared with what came, and the weight of the last comparison.
+CHECKED, MEMORY = 16, 0.05
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -108,6 +110,7 @@ class OffloadManager:
         if self._by_activation:
             same = isinstance(cache.policy, ActivationAware)
             self._activations = cache.policy if same else ActivationAware(cache.store.layers, cache.store.experts)
+        self._forecast = _Forecast(len(blocks), cache.store.experts)
         self._request = 0
         self._predicting = False
         self._elastic: Elastic | None = None
@@ -193,6 +196,8 @@ class OffloadManager:
         if self._trace is not None:
             counts = np.sum([*uses.values()], axis=0)
             self._passed.append({int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)})
+        if self._by_router:
+            self._forecast.check(layer, index.cpu().numpy())
         self._look_ahead(layer, hidden_states, uses)
         groups = {expert: (tokens, slots) for expert, tokens, slots in by_expert(index, self.cache.store.experts)}
         output = torch.zeros_like(hidden_states)
@@ -218,31 +223,27 @@ class OffloadManager:
         return output
 
     def _look_ahead(self, layer: int, hidden_states: torch.Tensor, uses: dict[str, np.ndarray]) -> None:
-        """Queue what the coming layers are expected to use, the most likely first."""
+        """Queue what the coming layers are likely to use, the most likely and the nearest first."""
         layers = len(self._blocks)
-        expected: dict[Key, float] = {}
+        probability = np.zeros((layers, self.cache.store.experts))
         if self._by_activation:
             if self._activations is not self.cache.policy:
                 self._activations.use(layer, uses)
             probability = self._activations.predict()
-            # The further away a layer, the less its prediction is worth.
-            near = 1 - ((np.arange(layers) - layer - 1) % layers)[:, None] / layers
-            for row, expert in np.argwhere(probability > LIKELY).tolist():
-                if row != layer:
-                    expected[row, expert] = float(probability[row, expert] * near[row, 0])
+            probability[layer] = 0
         if self._by_router and layer + 1 < layers:
             self._predicting = True
             try:
                 _, index = route(self._blocks[layer + 1], hidden_states)
             finally:
                 self._predicting = False
-            experts = self.cache.store.experts
-            counts = np.bincount(index.cpu().numpy().ravel(), minlength=experts + 1)[:experts]
-            for expert in np.flatnonzero(counts).tolist():
-                # Before what only the past suggests; what suggests both comes first of all.
-                expected[layer + 1, expert] = expected.get((layer + 1, expert), 0.0) + 1.0 + float(counts[expert]) / len(index)
+            probability[layer + 1] = np.maximum(probability[layer + 1], self._forecast.probability(layer + 1, index.cpu().numpy()))
         if self._by_activation or self._by_router:
-            self.cache.prefetch(range(layers), sorted(expected, key=lambda key: -expected[key]))
+            # The further away a layer, the less its prediction is worth.
+            near = 1 - ((np.arange(layers) - layer - 1) % layers)[:, None] / layers
+            likely = np.argwhere(probability > LIKELY)
+            order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
+            self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
 
     def choose(self, layer: int, indices: torch.Tensor, values: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""
@@ -290,6 +291,40 @@ class _Pace:
         return max(int(left / coming / (counters.load_seconds / counters.loads)), 0)
 
 
+class _Forecast:
+    """How far the next layer's router can be believed when it is given this layer's input: its first choices more than its last."""
+
+    def __init__(self, layers: int, experts: int):
+        self.experts = experts
+        # Of the choices of each rank, how many were used; believed at first.
+        self._right: list[np.ndarray | None] = [None] * layers
+        self._guess: tuple[int, np.ndarray] | None = None
+
+    def probability(self, layer: int, index: np.ndarray) -> np.ndarray:
+        """That a coming layer's sub-experts will be used by some token, [E], from what its router says now, int [T, k], best first."""
+        self._guess = layer, index
+        right = self._right[layer]
+        each = np.full(index.shape[1], 1.0) if right is None or len(right) < index.shape[1] else right[: index.shape[1]]
+        unused = np.ones(self.experts + 1)
+        np.multiply.at(unused, index, 1 - np.broadcast_to(each, index.shape))
+        return 1 - unused[: self.experts]
+
+    def check(self, layer: int, index: np.ndarray) -> None:
+        """Compare what was said of a layer with what it uses, int [T, k]."""
+        if self._guess is None or self._guess[0] != layer or len(self._guess[1]) != len(index):
+            return
+        guess = self._guess[1]
+        found = (guess[:, :, None] == index[:, None, :]).any(2).mean(0) if len(index) <= CHECKED else None
+        self._guess = None
+        if found is None:
+            return
+        right = self._right[layer]
+        if right is None or len(right) != len(found):
+            self._right[layer] = found
+        else:
+            self._right[layer] = right + MEMORY * (found - right)
+
+
 def _chooser(manager: OffloadManager, layer: int) -> Callable[..., Any]:
     return lambda indices, values, asked: manager.choose(layer, indices, values, asked)
 
@@ -308,7 +343,7 @@ def load_offloaded(
     folder: Path,
     fast_memory: FastMemory,
     policy: str = "activation",
-    prefetch: str = "both",
+    prefetch: str = "router",
     read: str = DIRECT,
     device: str = "cpu",
 ) -> Any:
