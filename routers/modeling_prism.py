@@ -50,8 +50,8 @@ class TwoLevelRouter(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         # What the dropped sub-experts of the last forward would have added, until the experts module has run.
         self.missing = None
-        # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, their
-        # log values, k of each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
+        # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, k of
+        # each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
         self.choose = None
 
     def log_size(self, hidden_states, experts):
@@ -115,7 +115,7 @@ class TwoLevelRouter(nn.Module):
         indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
         if self.choose is not None:
             asked = token_k if token_k is not None else torch.full(order.shape[:1], k, device=order.device)
-            chosen = self.choose(indices, value.gather(1, order), asked)
+            chosen = self.choose(indices, asked)
             if chosen is not None:
                 positions, token_k = chosen
                 order, indices, slots = (part.gather(1, positions) for part in (order, indices, slots))

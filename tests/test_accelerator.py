@@ -121,3 +121,35 @@ def test_the_engine_generates_on_a_device_what_it_generates_on_the_cpu(refactore
         said.append(json.loads(result.stdout.splitlines()[-1]))
     assert said[0] == said[1]
     assert [len(tokens) for tokens in said[0]] == [6] * 4
+
+
+OFFLOAD = """
+import sys, torch, accelerator
+from pathlib import Path
+from routers import set_active
+from serving.offload import Elastic, FastMemory, load_offloaded
+
+torch.set_grad_enabled(False)
+accelerator.install()
+with accelerator.Installed():
+    model = load_offloaded(Path(sys.argv[1]), FastMemory("40%"), device=sys.argv[2])
+    ids = torch.arange(5, 25, device=sys.argv[2])[None]
+    for k in (16, 7):
+        set_active(model, k)
+        print(model(input_ids=ids).logits.argmax(-1).cpu().tolist())
+    assert model.offload.counters.misses and model.offload.counters.prefetched
+    model.offload.set_elastic(Elastic(1e-9, 3))
+    model(input_ids=ids[:, :1])
+    assert model.offload.counters.skipped
+    model.offload.close()
+"""
+
+
+def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored):
+    said = []
+    for device in ("standin", "cpu"):
+        arguments = [sys.executable, "-c", OFFLOAD, refactored, device]
+        result = subprocess.run(arguments, capture_output=True, text=True, cwd=STANDIN.parent, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        said.append(result.stdout)
+    assert said[0] == said[1] != ""

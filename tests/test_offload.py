@@ -20,6 +20,7 @@ from prism_errors import InputError, ResourceError, UsageError
 from routers import EXPERTS, full_k, set_active
 from serving import Limits
 from serving.engine import Engine, Request, load
+from serving.metrics import Metrics
 from serving.offload import POLICIES, PREFETCHES, Belady, Cache, DiskStore, Elastic, FastMemory, Pool, load_offloaded
 from serving.offload import cache as caches
 from serving.offload.replay import Trace, belady, hit_rate
@@ -410,12 +411,12 @@ def test_what_is_skipped_is_absent_and_ranks_last(elastic, offloaded):
         ranked = torch.arange(16)[None]
         offload._before(model, None)
         absent = set(offload.cache.absent(3, range(16)))
-        assert len(absent) > 6
-        positions, k = offload.choose(3, ranked, torch.zeros(1, 16), torch.tensor([16]))
-    assert k.tolist() == [10]
-    skipped = set(positions[0, 10:].tolist())
-    assert skipped == set(sorted(absent)[-6:])
-    assert positions[0, :10].tolist() == sorted(set(range(16)) - skipped)
+        wanted = {rank for rank in absent if rank >= 10}
+        assert 0 < len(wanted) < len(absent)
+        positions, k = offload.choose(3, ranked, torch.tensor([16]))
+    assert k.tolist() == [16 - len(wanted)]
+    assert set(positions[0, k[0] :].tolist()) == wanted
+    assert positions[0, : k[0]].tolist() == sorted(set(range(16)) - wanted)
 
 
 def test_elastic_needs_a_router_and_a_possible_floor(command, models, tmp_path, elastic, offloaded):
@@ -539,6 +540,39 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
         until(lambda: engine.kv_in_use == 0)
     finally:
         engine.close()
+
+
+def test_a_server_says_what_its_cache_does(elastic, offloaded):
+    engine, metrics = Engine(offloaded(elastic), "per-token", Limits(tokens=64, requests=8, wait=0.02)), Metrics()
+    metrics.watch(engine)
+    engine.start()
+    try:
+        engine.generate([Request(list(range(20, 40)), 8, 8, stop_at_eos=False)])
+        shown = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if line.startswith("prism_offload"))
+    finally:
+        engine.close()
+    counted = engine.offload.counters
+    assert float(shown["prism_offload_misses_total"]) == counted.misses > 0
+    assert float(shown["prism_offload_hits_total"]) == counted.hits > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--fast-memory", "1KiB"], 2, "the least that works is 1.5MiB"),
+        (["--fast-memory", "50%", "--dtype", "float32"], 2, "--dtype: with --fast-memory sub-experts are used as they are stored"),
+    ],
+)
+def test_serve_errors(elastic, command, options, code, message):
+    outcome = command("prism-serve", elastic, "--port", "0", *options)
+    assert outcome.code == code
+    assert message in outcome.err.splitlines()[-1]
+
+
+def test_more_memory_than_there_is(elastic, offloaded, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    with pytest.raises(ResourceError, match=r"--fast-memory 50%: takes .* of memory is available; give less"):
+        offloaded(elastic, "50%")
 
 
 def test_a_trace_replays_to_what_was_counted(elastic, command, tmp_path):

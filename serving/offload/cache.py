@@ -80,7 +80,8 @@ class Pool:
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate
         self.names = list(store.shapes)
         for name, shape in store.shapes.items():
-            setattr(self, name, torch.empty(slots, *shape, dtype=store.dtype, device=device))
+            # Zeros are written, so that the memory is taken now and not when a request needs it.
+            setattr(self, name, torch.empty(slots, *shape, dtype=store.dtype, device=device).zero_())
 
     def slot(self, number: int) -> Slot:
         """The tensors of one slot."""
@@ -123,7 +124,7 @@ class Cache:
         # What ended a thread that should not have ended.
         self._crash: Exception | None = None
         device = getattr(pool, pool.names[0]).device
-        self._cuda = device if device.type == "cuda" else None
+        self._cuda, self._apart = device if device.type == "cuda" else None, device.type != "cpu"
         # When the last computation that reads a slot is done, on a GPU.
         self._read: dict[int, Any] = {}
         self._threads = [threading.Thread(target=self._work, name=f"prism-reader-{number}", daemon=True) for number in range(READERS)]
@@ -310,8 +311,9 @@ class Cache:
         staging = self.store.staging()
         stream = torch.cuda.Stream(self._cuda) if self._cuda is not None else None
         host = None
-        if stream is not None and staging is not None:
-            host = {name: torch.empty(shape, dtype=self.store.dtype, pin_memory=True) for name, shape in self.store.shapes.items()}
+        if self._apart and staging is not None:
+            pin = stream is not None
+            host = {name: torch.empty(shape, dtype=self.store.dtype, pin_memory=pin) for name, shape in self.store.shapes.items()}
         while True:
             with self._lock:
                 while (found := self._next()) is None and not self._closed:
@@ -331,21 +333,20 @@ class Cache:
             self._loaded(key, slot, time.perf_counter() - start, error)
 
     def _load(self, key: Key, slot: int, staging: memoryview | None, stream: Any, host: Slot | None) -> None:
+        """Fill a slot: from the store, or through a slot's worth of host memory where the store reads into that and slots are elsewhere."""
         target = self.pool.slot(slot)
-        if stream is None:
-            self.store.read(*key, target, staging)
-            return
         if host is not None:
             self.store.read(*key, host, staging)
         with torch.cuda.stream(stream):
-            if slot in self._read:
+            if stream is not None and slot in self._read:
                 stream.wait_event(self._read[slot])
             if host is None:
-                self.store.read(*key, target, None)
+                self.store.read(*key, target, staging)
             else:
                 for name, value in host.items():
                     target[name].copy_(value, non_blocking=True)
-        stream.synchronize()
+        if stream is not None:
+            stream.synchronize()
 
     def _loaded(self, key: Key, slot: int, seconds: float, error: PrismError | None) -> None:
         """Note the end of a load."""

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from checkpoints import Checkpoint, LayeredModel, moe_block
-from prism_errors import InputError, PrismError, UsageError
+from checkpoints import Checkpoint, LayeredModel, gib, moe_block
+from prism_errors import InputError, PrismError, ResourceError, UsageError
 from routers import (
     ROUTER_FILE,
     by_expert,
@@ -77,7 +78,7 @@ class Elastic:
     Attributes:
         seconds: that a token should take; while the misses of a layer would take longer than what is left for it, the sub-experts of
             smallest predicted contribution among them are skipped.
-        k_min: sub-experts of each token that are computed whatever it takes.
+        k_min: the first so many of each token by rank are computed whatever it takes, so that it is at least as good as at that k.
     """
 
     seconds: float
@@ -104,7 +105,7 @@ class OffloadManager:
         self.model, self.cache, self.tolerant = model, cache, False
         self.requests: list[tuple[str, int]] = []
         self.faults: list[tuple[list[int], PrismError]] = []
-        self._blocks, self._pools = blocks, cache.pool
+        self._blocks, self._pool = blocks, cache.pool
         self._by_router, self._by_activation = prefetch in ("router", "both"), prefetch in ("activation", "both")
         self._activations: Any = None
         if self._by_activation:
@@ -164,7 +165,7 @@ class OffloadManager:
     def close(self) -> None:
         """End the threads and close the files; the model cannot run any more."""
         self.cache.close()
-        self.cache.store.close()  # type: ignore[attr-defined]
+        self.cache.store.close()
 
     def _before(self, model: nn.Module, arguments: Any) -> None:
         self.faults = []
@@ -213,8 +214,8 @@ class OffloadManager:
                 self.faults.append((tokens.tolist(), slot))
                 early[expert] = None
             else:
-                activations = expert_activations(self._pools, slot, hidden_states[tokens])
-                early[expert] = weighted_output(self._pools, slot, activations, weights[tokens, slots]).to(output.dtype)
+                activations = expert_activations(self._pool, slot, hidden_states[tokens])
+                early[expert] = weighted_output(self._pool, slot, activations, weights[tokens, slots]).to(output.dtype)
             while turn is not None and turn in early:
                 part = early.pop(turn)
                 if part is not None:
@@ -245,7 +246,7 @@ class OffloadManager:
             order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
             self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
 
-    def choose(self, layer: int, indices: torch.Tensor, values: torch.Tensor, asked: torch.Tensor) -> Any:
+    def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""
         if self._elastic is None or self._predicting or len(indices) != 1:
             return None
@@ -253,10 +254,9 @@ class OffloadManager:
         ranked = indices[0, :k].tolist()
         absent = set(self.cache.absent(layer, ranked))
         affordable = self._pace.loads(self._elastic.seconds, layer, self.cache.counters)
-        # The least valuable last; values fall with the rank.
         misses = [rank for rank, expert in enumerate(ranked) if expert in absent]
-        skipped = misses[affordable:] if affordable < len(misses) else []
-        skipped = skipped[max(len(skipped) - max(k - self._elastic.k_min, 0), 0) :]
+        # The first k_min are computed whatever it takes: with them the token is at least as good as at that k.
+        skipped = [rank for rank in misses[affordable:] if rank >= self._elastic.k_min]
         if not skipped:
             return None
         self.cache.counters.skipped += len(skipped)
@@ -313,20 +313,21 @@ class _Forecast:
         """Compare what was said of a layer with what it uses, int [T, k]."""
         if self._guess is None or self._guess[0] != layer or len(self._guess[1]) != len(index):
             return
-        guess = self._guess[1]
-        found = (guess[:, :, None] == index[:, None, :]).any(2).mean(0) if len(index) <= CHECKED else None
-        self._guess = None
-        if found is None:
+        guess, self._guess = self._guess[1], None
+        if len(index) > CHECKED:
             return
+        # Tokens of fewer sub-experts than others of the batch leave slots empty.
+        chosen = guess < self.experts
+        found = ((guess[:, :, None] == index[:, None, :]).any(2) & chosen).sum(0) / np.maximum(chosen.sum(0), 1)
         right = self._right[layer]
         if right is None or len(right) != len(found):
             self._right[layer] = found
         else:
-            self._right[layer] = right + MEMORY * (found - right)
+            self._right[layer] = np.where(chosen.any(0), right + MEMORY * (found - right), right)
 
 
 def _chooser(manager: OffloadManager, layer: int) -> Callable[..., Any]:
-    return lambda indices, values, asked: manager.choose(layer, indices, values, asked)
+    return lambda indices, asked: manager.choose(layer, indices, asked)
 
 
 def offloaded_experts_forward(
@@ -360,6 +361,7 @@ def load_offloaded(
     Raises:
         InputError: the checkpoint cannot be used.
         UsageError: fast memory is too small for what one token needs in a layer; a `read` that is not possible here.
+        ResourceError: fast memory is more than there is.
     """
     if read == PINNED and device == "cpu":
         raise UsageError("--read pinned is for --device cuda: on a CPU fast memory is host memory already")
@@ -375,14 +377,13 @@ def load_offloaded(
     modules = [f"{name}.experts" for name, _ in layers]
     disk = DiskStore(checkpoint, layered, modules, BUFFERED if read == PINNED else read)
     slots = _slots(disk, fast_memory, _most(checkpoint))
+    needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
+    if device == "cpu" and needed > free:
+        raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
     _load_resident(layered, set(modules))
     if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
         _attach(layered, layers, folder)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        # Until now some lie in the file's map: a file that is truncated while the model runs would end the process. And rotary tables,
-        # which are in no checkpoint, are still on the CPU.
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device, copy=True)
+    _own(model, device)
     store = PinnedStore(disk) if read == PINNED else disk
     pool = Pool(store, layers[0][1].experts, slots, device)
     cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
@@ -438,6 +439,21 @@ def _load_resident(layered: LayeredModel, offloaded: set[str]) -> None:
     left = [name for name, value in model.state_dict().items() if value.is_meta and name.rpartition(".")[0] not in offloaded]
     if left:
         raise InputError(f"{layered.checkpoint.path}: tensor {left[0]} is missing; complete the checkpoint")
+
+
+def _own(model: nn.Module, device: str) -> None:
+    """Give every tensor that is in memory memory of its own.
+
+    Until now some lie in the file's map: a file that is truncated while the model runs would end the process. Buffers that are in no
+    checkpoint, rotary tables, are still on the CPU.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device, copy=True)
 
 
 def _attach(layered: LayeredModel, layers: list[tuple[str, Any]], folder: Path) -> None:

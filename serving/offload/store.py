@@ -81,6 +81,9 @@ class Store(Protocol):
     def staging(self) -> memoryview | None:
         """Memory for one reader to work in."""
 
+    def close(self) -> None:
+        """Let go of what is open."""
+
 
 class DiskStore:
     """The refactored checkpoint's own safetensors.
