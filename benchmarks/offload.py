@@ -1,15 +1,17 @@
 """Latency of a token when only some of the experts fit in fast memory: accelerate, whole experts, sub-experts, prefetch, skipping.
 
-    python benchmarks/offload.py WORK_DIR [--rounds 3] [--systems a,b,c,d,e,f] [--shares 25,50,75] [--k 16]
+    python benchmarks/offload.py WORK_DIR [--rounds 3] [--systems a,b,c,d,p,e,f] [--shares 25,50,75] [--k 16]
 
 The model is examples/olmoe-tiny, whose router is trained, with experts 32 times as wide: every neuron is there 32 times with 1/32 of its
 output weights. That computes what the example computes and routes as it does, and an expert is 12 MiB as in OLMoE-1B-7B; 4 layers, 16
 experts, top 4, bf16, 805 MB of experts; refactored with N = 4. WORK_DIR keeps both. At k below 16 the original runs its top k / 4.
 
 Text the model was not trained on is decoded token by token after a prompt (the next token is the text's, so that every system
-decodes the same and routing is that of real text). Slow memory is the checkpoint's files, and cold: ours are read with O_DIRECT, past the
-page cache; accelerate maps files, which are dropped from the page cache before every token (posix_fadvise). A sampler watches the
-resident memory: what it is when the model is loaded, with the budget taken, + 64 MiB is the bound.
+decodes the same and routing is that of real text). All systems are loaded at once and every text goes through each of them in turn:
+ratios are of the same text, seconds apart, because disk and machine are shared and drift. Slow memory is the checkpoint's files, and
+cold: ours are read with O_DIRECT, past the page cache; accelerate maps files, which are dropped from the page cache before every token
+(posix_fadvise). A sampler watches the resident memory while ours decode: what it was when all models were loaded, their budgets taken,
++ 64 MiB is the bound.
 """
 
 import argparse
@@ -34,17 +36,19 @@ from transformers.utils import logging
 
 from routers import EXPERTS, moe_gates, set_active
 from serving.engine import load
-from serving.offload import POLICIES, Elastic, FastMemory, load_offloaded
+from serving.offload import POLICIES, Counters, Elastic, FastMemory, load_offloaded
 from serving.offload.replay import Trace, belady, hit_rate
 
 WIDER = 32
 PROMPT, TOKENS, REQUESTS = 24, 40, 6
-CONSTANT = 64 * 2**20
+# MiB.
+CONSTANT = 64
 SYSTEMS = {
     "a": "accelerate, layers on disk",
     "b": "whole experts, LRU",
     "c": "sub-experts, LRU",
-    "d": "sub-experts, best policy and prefetch",
+    "d": "sub-experts, best policy",
+    "p": "as d, fetching ahead",
     "e": "as d, skipping for a target",
     "f": "as d, at the least k that is as good as b",
 }
@@ -93,53 +97,62 @@ def texts(count: int) -> list[torch.Tensor]:
 
 @dataclass
 class Outcome:
-    """What decoding took: seconds of every token, logits [tokens, V], and what the cache counted."""
+    """What decoding took: milliseconds per token of every text, logits and losses of every token of the first round."""
 
-    seconds: list[float] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    hit_rate: float = 0.0
-    with_late: float = 0.0
-    loaded: float = 0.0
-    wasted: float = 0.0
-    mean_k: float = 0.0
-    above_budget: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(self.losses, dtype=torch.float64).mean().exp())
 
 
 class Sampler(threading.Thread):
-    """The largest resident memory while it runs."""
+    """The largest resident memory while it is on."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.process, self.peak, self.on = psutil.Process(), 0, True
+        self.process, self.peak, self.on = psutil.Process(), 0, False
 
     def run(self) -> None:
-        while self.on:
-            self.peak = max(self.peak, self.process.memory_info().rss)
+        while True:
+            if self.on:
+                self.peak = max(self.peak, self.process.memory_info().rss)
             time.sleep(0.002)
 
 
 @torch.inference_mode()
-def decode(model: Any, rows: list[torch.Tensor], outcome: Outcome, before_token: Any = None) -> None:
-    """Decode every text, a token at a time; the first one is warm-up."""
-    for number, row in enumerate(rows):
-        cache = DynamicCache(config=model.config)
-        model(input_ids=row[:, :PROMPT], past_key_values=cache)
-        for position in range(PROMPT, PROMPT + TOKENS):
-            if before_token:
-                before_token()
-            start = time.perf_counter()
-            logits = model(input_ids=row[:, position : position + 1], past_key_values=cache).logits[0, -1]
-            if number:
-                outcome.seconds.append(time.perf_counter() - start)
+def decode(model: Any, row: torch.Tensor, outcome: Outcome, keep: bool = True, before_token: Any = None) -> None:
+    """Decode a text, a token at a time."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=row[:, :PROMPT], past_key_values=cache)
+    seconds = 0.0
+    for position in range(PROMPT, PROMPT + TOKENS):
+        if before_token:
+            before_token()
+        start = time.perf_counter()
+        logits = model(input_ids=row[:, position : position + 1], past_key_values=cache).logits[0, -1]
+        seconds += time.perf_counter() - start
+        if keep:
             outcome.logits.append(logits)
             outcome.losses.append(torch.nn.functional.cross_entropy(logits.float()[None], row[0, position + 1 : position + 2]).item())
-        if hasattr(model, "offload"):
-            model.offload.end_request()
+    outcome.ms.append(seconds / TOKENS * 1e3)
+    if hasattr(model, "offload"):
+        model.offload.end_request()
 
 
-def accelerated(folder: Path, share: int, rows: list[torch.Tensor], k: int, work: Path) -> Outcome:
-    """accelerate's offload of whole layers to disk, as many in memory as the budget holds."""
+def set_k(model: Any, k: int) -> None:
+    """Sub-experts per token, or a quarter as many experts of the original."""
+    if getattr(model.config, "prism", None):
+        set_active(model, k)
+    else:
+        for gate in moe_gates(model):
+            gate.top_k = k // 4
+
+
+def accelerated(folder: Path, share: int, k: int, work: Path) -> tuple[Any, Any]:
+    """accelerate's offload of whole layers to disk, as many in memory as the budget holds; and what drops its files from the page cache."""
     layers = 4
     there = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     there |= {f"model.layers.{layer}": "cpu" if layer < layers * share // 100 else "disk" for layer in range(layers)}
@@ -156,47 +169,17 @@ def accelerated(folder: Path, share: int, rows: list[torch.Tensor], k: int, work
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
 
-    outcome = Outcome()
-    decode(model, rows[:3], outcome, drop)
-    shutil.rmtree(offload, ignore_errors=True)
-    return outcome
+    return model, drop
 
 
-def set_k(model: Any, k: int) -> None:
-    """Sub-experts per token, or a quarter as many experts of the original."""
-    if getattr(model.config, "prism", None):
-        set_active(model, k)
-    else:
-        for gate in moe_gates(model):
-            gate.top_k = k // 4
-
-
-def cached(folder: Path, share: int, rows: list[torch.Tensor], k: int, elastic: Elastic | None = None, **options: str) -> Outcome:
+def cached(folder: Path, share: int, k: int, **options: str) -> Any:
     model = load_offloaded(folder, FastMemory(f"{share}%"), **options)
     set_k(model, k)
-    model.offload.set_elastic(elastic)
-    outcome, sampler = Outcome(), Sampler()
-    store, base = model.offload.cache.store, psutil.Process().memory_info().rss
-    sampler.start()
-    decode(model, rows[:1], Outcome())
-    before = model.offload.counters
-    decode(model, rows, outcome)
-    sampler.on = False
-    sampler.join()
-    counters = model.offload.counters.since(before)
-    model.offload.close()
-    tokens = len(rows) * TOKENS
-    uses = counters.hits + counters.late_hits + counters.misses
-    outcome.hit_rate, outcome.with_late = counters.hit_rate, (counters.hits + counters.late_hits) / uses
-    outcome.loaded, outcome.wasted = counters.loaded_bytes / tokens / 2**20, counters.wasted_bytes / max(counters.loaded_bytes, 1)
-    outcome.mean_k = k - counters.skipped / tokens / store.layers
-    # The cache's memory is taken when it is made, so that it is in the base.
-    outcome.above_budget = sampler.peak - base
-    assert outcome.above_budget <= CONSTANT, f"{outcome.above_budget / 2**20:.0f} MiB above the budget"
-    return outcome
+    return model
 
 
 def reference(folder: Path, rows: list[torch.Tensor], k: int) -> Outcome:
+    """All in memory."""
     if (folder / "prism.json").exists():
         model = load(folder)
     else:
@@ -207,23 +190,115 @@ def reference(folder: Path, rows: list[torch.Tensor], k: int) -> Outcome:
     set_k(model, k)
     model.set_experts_implementation(EXPERTS)
     outcome = Outcome()
-    decode(model, rows[:1], Outcome())
-    decode(model, rows, outcome)
+    decode(model, rows[0], Outcome())
+    for row in rows:
+        decode(model, row, outcome)
     return outcome
 
 
 def recorded(folder: Path, rows: list[torch.Tensor], k: int, path: Path) -> Trace:
-    model = load_offloaded(folder, FastMemory("100%"), prefetch="none")
-    set_active(model, k)
+    model = cached(folder, 100, k, prefetch="none")
     with open(path, "w") as file:
         model.offload.record(file)
-        decode(model, rows, Outcome())
+        for row in rows:
+            decode(model, row, Outcome())
     model.offload.close()
     return Trace.load(path)
 
 
-def perplexity(outcome: Outcome) -> float:
-    return float(torch.tensor(outcome.losses, dtype=torch.float64).mean().exp())
+def load_all(share: int, systems: str, folders: tuple[Path, Path], ks: tuple[int, int], arguments: Any) -> tuple[dict[str, Any], Any]:
+    """The models of the systems, and what must be done before each token of accelerate's."""
+    (original, refactored), (k, enough) = folders, ks
+    models: dict[str, Any] = {}
+    drop: Any = None
+    for system in systems.split(","):
+        if system == "a":
+            models[system], drop = accelerated(original, share, k, arguments.work)
+        elif system in "bc":
+            models[system] = cached(original if system == "b" else refactored, share, k, policy="lru", prefetch="none")
+        else:
+            ahead = arguments.prefetch if system == "p" else "none"
+            models[system] = cached(refactored, share, enough if system == "f" else k, policy=arguments.policy, prefetch=ahead)
+    return models, drop
+
+
+def compare(
+    share: int,
+    systems: str,
+    folders: tuple[Path, Path],
+    rows: list[torch.Tensor],
+    ks: tuple[int, int],
+    resident: dict[str, Outcome],
+    arguments: Any,
+) -> None:
+    """Every text through every system in turn, so that a drift of the machine meets them all; prints the table."""
+    k, enough = ks
+    models, drop = load_all(share, systems, folders, ks, arguments)
+    warm = {system: Outcome() for system in models}
+    for row in rows[:2]:
+        for system, model in models.items():
+            decode(model, row, warm[system])
+    if "e" in models:
+        # Half way from all in memory to d.
+        target = (statistics.fmean(resident["refactored"].ms) + warm["d"].ms[-1]) / 2
+        models["e"].offload.set_elastic(Elastic(target / 1e3, k // 2))
+    sampler = Sampler()
+    base = psutil.Process().memory_info().rss
+    sampler.start()
+    found = {system: Outcome() for system in models}
+    before = {system: model.offload.counters for system, model in models.items() if system != "a"}
+    for number in range(arguments.rounds):
+        for row in rows:
+            for system, model in models.items():
+                sampler.on = system != "a"
+                if system != "a" or number == 0:
+                    decode(model, row, found[system], number == 0, drop if system == "a" else None)
+    sampler.on = False
+    above = (sampler.peak - base) / 2**20
+    table = []
+    for system, outcome in found.items():
+        cells = [SYSTEMS[system], *timed(outcome, found.get("b", outcome))]
+        if system != "a":
+            cells += counted(models[system], before[system], len(outcome.ms) * TOKENS, enough if system == "f" else k)
+            wanted = resident["original" if system == "b" else "refactored"].logits
+            same = sum(torch.equal(one, other) for one, other in zip(outcome.logits, wanted, strict=True))
+            cells += ["" if system == "f" else f"{same} of {len(wanted)}", f"{outcome.perplexity:.2f}"]
+            models[system].offload.close()
+        table.append(cells + [""] * (len(HEADERS) - len(cells)))
+    print(f"fast memory for {share} % of the experts\n\n{markdown(HEADERS, table)}\n")
+    print(f"{above:.0f} MiB of memory above budgets and models while decoding\n", flush=True)
+    assert above <= CONSTANT, above
+    shutil.rmtree(arguments.work / "accelerate", ignore_errors=True)
+
+
+def timed(outcome: Outcome, base: Outcome) -> list[str]:
+    """Median time of a token, and its ratio to that of the same text in another system."""
+    ratios = sorted(one / other for one, other in zip(outcome.ms, base.ms, strict=False))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return [f"{statistics.median(outcome.ms):.1f}", f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"]
+
+
+HEADERS = ["system", "ms per token", "x whole experts (quartiles)", "hit rate", "with late hits", "MiB per token (wasted)", "mean k"]
+HEADERS += ["logits as in memory", "perplexity"]
+
+
+def counted(model: Any, before: Counters, tokens: int, k: int) -> list[str]:
+    counters = model.offload.counters.since(before)
+    uses = counters.hits + counters.late_hits + counters.misses
+    loaded = f"{counters.loaded_bytes / tokens / 2**20:.1f} ({counters.wasted_bytes / max(counters.loaded_bytes, 1):.0%})"
+    mean_k = k - counters.skipped / tokens / model.offload.cache.store.layers
+    return [f"{counters.hit_rate:.1%}", f"{(counters.hits + counters.late_hits) / uses:.1%}", loaded, f"{mean_k:.1f}"]
+
+
+def print_policies(trace: Trace, shares: list[int]) -> None:
+    total = trace.layers * trace.experts
+    table = []
+    for share in shares:
+        slots = total * share // 100
+        bound = hit_rate(trace, belady(trace), slots)
+        rates = [hit_rate(trace, policy(trace.layers, trace.experts), slots) for policy in POLICIES.values()]
+        table.append([f"{share} %", *(f"{rate:.1%}" for rate in rates), f"{bound:.1%}"])
+    print(f"hit rates on the trace, no prefetch\n\n{markdown(['fast memory', *POLICIES, 'belady'], table)}")
 
 
 def main() -> None:
@@ -241,91 +316,17 @@ def main() -> None:
     print_provenance()
     original, refactored = models(arguments.work)
     rows, k = texts(REQUESTS), arguments.k
+    shares = [int(share) for share in arguments.shares.split(",")]
     resident = {"original": reference(original, rows, k), "refactored": reference(refactored, rows, k)}
-    best = {"policy": arguments.policy, "prefetch": arguments.prefetch}
     for name, outcome in resident.items():
         label = f"{name}, top {k // 4}" if name == "original" else f"{name}, k = {k}"
-        print(f"all in memory, {label}: {statistics.fmean(outcome.seconds) * 1e3:.1f} ms per token, ppl {perplexity(outcome):.2f}")
-    enough = next(
-        fewer
-        for fewer in range(1, k + 1)
-        if perplexity(reference(refactored, rows, fewer)) <= perplexity(resident["original"]) or fewer == k
-    )
+        print(f"all in memory, {label}: {statistics.median(outcome.ms):.1f} ms per token, perplexity {outcome.perplexity:.2f}")
+    good = resident["original"].perplexity
+    enough = next(fewer for fewer in range(1, k + 1) if fewer == k or reference(refactored, rows, fewer).perplexity <= good)
     print(f"the least k as good as the original at top {k // 4}: {enough}\n")
-    for share in map(int, arguments.shares.split(",")):
-        found: dict[str, list[Outcome]] = {system: [] for system in arguments.systems.split(",")}
-        for _ in range(arguments.rounds):
-            for system, outcomes in found.items():
-                if system == "a":
-                    outcomes.append(accelerated(original, share, rows, k, arguments.work))
-                elif system == "b":
-                    outcomes.append(cached(original, share, rows, k, policy="lru", prefetch="none"))
-                elif system == "c":
-                    outcomes.append(cached(refactored, share, rows, k, policy="lru", prefetch="none"))
-                elif system == "d":
-                    outcomes.append(cached(refactored, share, rows, k, **best))
-                elif system == "f":
-                    outcomes.append(cached(refactored, share, rows, enough, **best))
-                else:
-                    # Half way from all in memory to d.
-                    fastest = statistics.fmean(resident["refactored"].seconds)
-                    target = (fastest + statistics.fmean(found["d"][-1].seconds)) / 2
-                    outcomes.append(cached(refactored, share, rows, k, Elastic(target, k // 2), **best))
-        print_table(share, found, resident)
-    trace = recorded(refactored, rows, k, arguments.work / "trace.jsonl")
-    print_policies(trace, [int(share) for share in arguments.shares.split(",")])
-
-
-def print_table(share: int, found: dict[str, list[Outcome]], resident: dict[str, Outcome]) -> None:
-    table = []
-    for system, outcomes in found.items():
-        means = [statistics.fmean(outcome.seconds) * 1e3 for outcome in outcomes]
-        medians = statistics.median(statistics.median(outcome.seconds) * 1e3 for outcome in outcomes)
-        ratios = [mean / (statistics.fmean(base.seconds) * 1e3) for mean, base in zip(means, found.get("b", outcomes), strict=True)]
-        last = outcomes[-1]
-        wanted = resident["original" if system in "ab" else "refactored"]
-        same = [torch.equal(a, b) for a, b in zip(last.logits, wanted.logits, strict=False)]
-        table.append(
-            [
-                SYSTEMS[system],
-                f"{statistics.median(means):.1f} / {medians:.1f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                *(["", "", "", ""] if system == "a" else _counted(outcomes)),
-                "" if system in "af" else "all the same" if all(same) else f"{sum(same)} of {len(same)}",
-                f"{perplexity(last):.2f}" if system != "a" else "",
-                f"{last.mean_k:.1f}" if last.mean_k else "",
-            ]
-        )
-    headers = [
-        "system",
-        "ms per token, mean / median",
-        "x whole experts",
-        "hit rate",
-        "with late hits",
-        "MiB per token (wasted)",
-        "MiB above budget",
-    ]
-    headers += ["logits as in memory", "perplexity", "mean k"]
-    print(f"fast memory for {share} % of the experts\n\n{markdown(headers, table)}\n", flush=True)
-
-
-def _counted(outcomes: list[Outcome]) -> list[str]:
-    def middle(name: str) -> float:
-        return statistics.median(getattr(outcome, name) for outcome in outcomes)
-
-    above = max(outcome.above_budget for outcome in outcomes) / 2**20
-    return [f"{middle('hit_rate'):.1%}", f"{middle('with_late'):.1%}", f"{middle('loaded'):.1f} ({middle('wasted'):.0%})", f"{above:.0f}"]
-
-
-def print_policies(trace: Trace, shares: list[int]) -> None:
-    total = trace.layers * trace.experts
-    table = []
     for share in shares:
-        slots = total * share // 100
-        bound = hit_rate(trace, belady(trace), slots)
-        rates = [hit_rate(trace, policy(trace.layers, trace.experts), slots) for policy in POLICIES.values()]
-        table.append([f"{share} %", *(f"{rate:.1%}" for rate in rates), f"{bound:.1%}"])
-    print(f"hit rates on the trace, no prefetch\n\n{markdown(['fast memory', *POLICIES, 'belady'], table)}")
+        compare(share, arguments.systems, (original, refactored), rows, (k, enough), resident, arguments)
+    print_policies(recorded(refactored, rows, k, arguments.work / "trace.jsonl"), shares)
 
 
 if __name__ == "__main__":

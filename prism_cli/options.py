@@ -55,7 +55,7 @@ SERVING_OPTIONS = (
 OFFLOAD_OPTIONS = (
     click.option("--policy", type=click.Choice(list(POLICIES)), default="activation", help="Which sub-expert leaves fast memory."),
     click.option(
-        "--prefetch", type=click.Choice(PREFETCHES), default="router", help="By what sub-experts are fetched before they are needed."
+        "--prefetch", type=click.Choice(PREFETCHES), default="none", help="By what sub-experts are fetched before they are needed."
     ),
     click.option(
         "--read",

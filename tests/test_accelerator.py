@@ -132,7 +132,7 @@ from serving.offload import Elastic, FastMemory, load_offloaded
 torch.set_grad_enabled(False)
 accelerator.install()
 with accelerator.Installed():
-    model = load_offloaded(Path(sys.argv[1]), FastMemory("40%"), device=sys.argv[2])
+    model = load_offloaded(Path(sys.argv[1]), FastMemory("40%"), prefetch="both", device=sys.argv[2])
     ids = torch.arange(5, 25, device=sys.argv[2])[None]
     for k in (16, 7):
         set_active(model, k)

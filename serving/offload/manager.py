@@ -344,7 +344,7 @@ def load_offloaded(
     folder: Path,
     fast_memory: FastMemory,
     policy: str = "activation",
-    prefetch: str = "router",
+    prefetch: str = "none",
     read: str = DIRECT,
     device: str = "cpu",
 ) -> Any:
