@@ -45,24 +45,24 @@ def profile() -> NoReturn:
     _open("profile")
 
 
-def replay() -> NoReturn:
-    """prism-replay."""
-    _open("replay")
-
-
-def run() -> NoReturn:
-    """prism-run."""
-    _open("run")
-
-
 def refactor() -> NoReturn:
     """prism-refactor."""
     _open("refactor")
 
 
+def replay() -> NoReturn:
+    """prism-replay."""
+    _open("replay")
+
+
 def report() -> NoReturn:
     """prism-report."""
     _open("report")
+
+
+def run() -> NoReturn:
+    """prism-run."""
+    _open("run")
 
 
 def serve() -> NoReturn:

@@ -84,6 +84,18 @@ def test_fine_tuning_runs_and_resumes_on_a_device(tmp_path, refactored):
     assert "step" in finished("prism-finetune", refactored, tmp_path / "stock", *FINETUNE, "--router", "stock", "--loss", "distill")
 
 
+def on_both(script, folder):
+    """What a script prints that is given a folder and a device: the stand-in, then the CPU."""
+    said = []
+    for device in ("standin", "cpu"):
+        result = subprocess.run(
+            [sys.executable, "-c", script, folder, device], capture_output=True, text=True, cwd=STANDIN.parent, check=False
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        said.append(result.stdout)
+    return said
+
+
 ENGINE = """
 import sys, torch, accelerator
 from pathlib import Path
@@ -113,12 +125,7 @@ with accelerator.Installed():
 
 def test_the_engine_generates_on_a_device_what_it_generates_on_the_cpu(refactored):
     """Mixed k, greedy and sampled, with transformers' grouped experts on the device and our loop on the CPU."""
-    said = []
-    for device in ("standin", "cpu"):
-        arguments = [sys.executable, "-c", ENGINE, refactored, device]
-        result = subprocess.run(arguments, capture_output=True, text=True, cwd=STANDIN.parent, check=False)
-        assert result.returncode == 0, result.stderr[-2000:]
-        said.append(json.loads(result.stdout.splitlines()[-1]))
+    said = [json.loads(text.splitlines()[-1]) for text in on_both(ENGINE, refactored)]
     assert said[0] == said[1]
     assert [len(tokens) for tokens in said[0]] == [6] * 4
 
@@ -146,10 +153,5 @@ with accelerator.Installed():
 
 
 def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored):
-    said = []
-    for device in ("standin", "cpu"):
-        arguments = [sys.executable, "-c", OFFLOAD, refactored, device]
-        result = subprocess.run(arguments, capture_output=True, text=True, cwd=STANDIN.parent, check=False)
-        assert result.returncode == 0, result.stderr[-2000:]
-        said.append(result.stdout)
+    said = on_both(OFFLOAD, refactored)
     assert said[0] == said[1] != ""

@@ -187,7 +187,7 @@ def use(*experts, total=8):
 def run_layer(cache, layer, *experts):
     uses = use(*experts)
     cache.demand(layer, uses)
-    return {expert: float(cache.pool.number[slot]) for expert, slot in cache.arrivals(layer, uses)}
+    return {expert: float(cache.pool.number[slot]) for expert, slot in cache.arrivals(layer)}
 
 
 def until(condition, seconds=20):
@@ -206,7 +206,7 @@ def test_what_is_needed_overtakes_what_is_expected_and_the_useless_is_dropped(ca
     cache.demand(0, use(3, 4))
     # Layer 1 comes: what was expected of it and is not needed is not read any more, what is needed is read first.
     store.gate.set()
-    assert sorted(expert for expert, _ in cache.arrivals(0, use(3, 4))) == [3, 4]
+    assert sorted(expert for expert, _ in cache.arrivals(0)) == [3, 4]
     until(lambda: (2, 5) in store.order)
     assert store.order[:3] == [(1, 0), (0, 3), (0, 4)]
     store.gate.clear()
@@ -214,7 +214,7 @@ def test_what_is_needed_overtakes_what_is_expected_and_the_useless_is_dropped(ca
     until(lambda: (2, 0) in store.order)
     cache.demand(1, use(0, 7))
     store.gate.set()
-    assert {expert for expert, _ in cache.arrivals(1, use(0, 7))} == {0, 7}
+    assert {expert for expert, _ in cache.arrivals(1)} == {0, 7}
     assert (1, 6) not in store.order
     counters = cache.counters
     assert (counters.hits, counters.late_hits, counters.misses) == (1, 0, 3)
@@ -229,7 +229,7 @@ def test_a_load_that_is_under_way_is_waited_for_and_not_repeated(cache_of):
     until(lambda: store.order)
     cache.demand(1, use(2))
     store.gate.set()
-    assert [expert for expert, _ in cache.arrivals(1, use(2))] == [2]
+    assert [expert for expert, _ in cache.arrivals(1)] == [2]
     assert store.order == [(1, 2)]
     assert (cache.counters.late_hits, cache.counters.prefetched_used) == (1, 1)
 
@@ -250,7 +250,7 @@ def test_a_failed_load_is_told_and_tried_again(cache_of):
     store.broken = {(0, 1)}
     uses = use(0, 1, 2)
     cache.demand(0, uses)
-    found = dict(cache.arrivals(0, uses))
+    found = dict(cache.arrivals(0))
     assert isinstance(found[1], InputError)
     assert isinstance(found[0], int)
     assert isinstance(found[2], int)
@@ -258,7 +258,7 @@ def test_a_failed_load_is_told_and_tried_again(cache_of):
     assert run_layer(cache, 0, 1) == {1: 1.0}
     store.read = lambda *_: 1 / 0
     cache.demand(1, use(5))
-    assert isinstance(dict(cache.arrivals(1, use(5)))[5], ResourceError)
+    assert isinstance(dict(cache.arrivals(1))[5], ResourceError)
 
 
 @settings(max_examples=40, deadline=None)
@@ -278,7 +278,7 @@ def test_every_use_finds_its_own_sub_expert_whatever_was_before(data):
                 cache.demand(layer, uses)
                 cache.prefetch(range(3), keys)
                 got = {}
-                for expert, slot in cache.arrivals(layer, uses):
+                for expert, slot in cache.arrivals(layer):
                     got[expert] = float(cache.pool.number[slot])
                     assert len(cache._slot_of) <= slots
                 assert got == {expert: 100.0 * layer + expert for expert in chosen}

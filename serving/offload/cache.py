@@ -181,7 +181,7 @@ class Cache:
             if self._demanded:
                 self._work_there.notify_all()
 
-    def arrivals(self, layer: int, uses: Uses) -> Iterator[tuple[int, int | PrismError]]:
+    def arrivals(self, layer: int) -> Iterator[tuple[int, int | PrismError]]:
         """What `demand` asked for, (sub-expert, its slot or why it could not be loaded), as it is there; free to be evicted afterwards."""
         try:
             for expert in self._there:

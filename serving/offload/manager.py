@@ -179,10 +179,9 @@ class OffloadManager:
             used = [[list(layer), list(layer.values())] for layer in self._passed]
             self._trace.write(json.dumps({"request": self._own(), "used": used}) + "\n")
 
-    def _uses(self, index: torch.Tensor) -> dict[str, np.ndarray]:
-        """How many tokens of each request use each sub-expert, for an index [T, k]."""
-        experts = self.cache.store.experts
-        rows, start = index.cpu().numpy(), 0
+    def _uses(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """How many tokens of each request use each sub-expert, for an index int64 [T, k]."""
+        experts, start = self.cache.store.experts, 0
         found: dict[str, np.ndarray] = {}
         for request, tokens in self.requests or [(self._own(), len(rows))]:
             counts = np.bincount(rows[start : start + tokens].ravel(), minlength=experts + 1)[:experts].astype(float)
@@ -192,21 +191,23 @@ class OffloadManager:
 
     def run(self, layer: int, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The experts' forward, see `routers.experts_forward`: [T, H] from [T, H], int64 [T, k] and [T, k]."""
-        uses = self._uses(index)
+        rows = index.cpu().numpy()
+        uses = self._uses(rows)
         self.cache.demand(layer, uses)
         if self._trace is not None:
             counts = np.sum([*uses.values()], axis=0)
             self._passed.append({int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)})
         if self._by_router:
-            self._forecast.check(layer, index.cpu().numpy())
-        self._look_ahead(layer, hidden_states, uses)
+            self._forecast.check(layer, rows)
+        if self._by_router or self._by_activation:
+            self._look_ahead(layer, hidden_states, uses)
         groups = {expert: (tokens, slots) for expert, tokens, slots in by_expert(index, self.cache.store.experts)}
         output = torch.zeros_like(hidden_states)
         # What arrived before its turn: sums of floats depend on their order.
         early: dict[int, torch.Tensor | None] = {}
         order = iter(groups)
         turn = next(order, None)
-        for expert, slot in self.cache.arrivals(layer, uses):
+        for expert, slot in self.cache.arrivals(layer):
             tokens, slots = groups[expert]
             if isinstance(slot, PrismError):
                 if not self.tolerant:
@@ -239,12 +240,11 @@ class OffloadManager:
             finally:
                 self._predicting = False
             probability[layer + 1] = np.maximum(probability[layer + 1], self._forecast.probability(layer + 1, index.cpu().numpy()))
-        if self._by_activation or self._by_router:
-            # The further away a layer, the less its prediction is worth.
-            near = 1 - ((np.arange(layers) - layer - 1) % layers)[:, None] / layers
-            likely = np.argwhere(probability > LIKELY)
-            order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
-            self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
+        # The further away a layer, the less its prediction is worth.
+        near = 1 - ((np.arange(layers) - layer - 1) % layers)[:, None] / layers
+        likely = np.argwhere(probability > LIKELY)
+        order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
+        self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
 
     def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""

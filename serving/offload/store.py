@@ -5,9 +5,9 @@ for any family: transformers' own conversion, applied to numbered elements of tw
 """
 
 import json
+import math
 import mmap
 import os
-import re
 import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -107,7 +107,7 @@ class DiskStore:
         self.experts = experts.num_experts
         self.shapes = {name: tuple(value.shape[1:]) for name, value in parameters.items()}
         self.dtype = next(iter(parameters.values())).dtype
-        self.sub_expert_bytes = sum(int(np.prod(shape)) for shape in self.shapes.values()) * self.dtype.itemsize
+        self.sub_expert_bytes = sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
         self._layouts = [_layouts(layered.model, block) for block in blocks]
         self._flags = os.O_RDONLY | (os.O_DIRECT if mode == DIRECT else 0)
         self._align = BLOCK if mode == DIRECT else 1
@@ -128,7 +128,7 @@ class DiskStore:
                     f"{self._checkpoint.where(name)} is not of the type that config.json says; experts are read as they are stored"
                 )
             file = self._checkpoint.weight_map[name]
-            size = int(np.prod(layout.shape)) * self.dtype.itemsize
+            size = math.prod(layout.shape) * self.dtype.itemsize
             start = self._offsets[file][name] + (0 if layout.number_at is not None else expert * size)
             found.append((file, start, start + size, layout))
         reads: list[_Read] = []
@@ -279,6 +279,6 @@ def _strided(places: torch.Tensor, name: str) -> tuple[tuple[int, ...], tuple[in
 def _layout(names: dict[int, str], target: str, together: bool, shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> _Layout:
     if together:
         return _Layout(names[0], None, target, shape, strides, start)
-    first, second = (re.split(r"\.", names[expert]) for expert in (0, 1))
+    first, second = (names[expert].split(".") for expert in (0, 1))
     number_at = next(place for place, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
     return _Layout(names[0], number_at, target, shape, strides, start)
