@@ -30,10 +30,11 @@ from typing import Any
 import psutil
 import torch
 from common import EXAMPLE, markdown, print_provenance
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+from checkpoints import ShardWriter
 from routers import EXPERTS, moe_gates, set_active
 from serving.engine import load
 from serving.offload import POLICIES, Counters, Elastic, FastMemory, load_offloaded
@@ -58,14 +59,19 @@ TEXT = EXAMPLE.parents[1] / "calibration" / "data"
 def widen(source: Path, target: Path) -> None:
     """A checkpoint with every expert's neurons repeated and their output weights divided: the same function."""
     shutil.copytree(source, target)
-    for path in target.glob("model*.safetensors"):
+    writer = ShardWriter(target, 2**40)
+    for path in sorted(target.glob("model*.safetensors")):
         tensors = load_file(path)
-        for name, value in tensors.items():
-            if ".experts." in name and ("gate_proj" in name or "up_proj" in name):
-                tensors[name] = value.repeat_interleave(WIDER, 0)
-            elif ".experts." in name:
-                tensors[name] = value.repeat_interleave(WIDER, 1) / WIDER
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+        path.unlink()
+        experts = {name: value for name, value in tensors.items() if ".experts." in name}
+        for name in tensors.keys() - experts:
+            writer.add(name, tensors[name])
+        # As in our checkpoints: experts begin at a block.
+        writer.close_shard()
+        for name, value in experts.items():
+            writer.add(name, value.repeat_interleave(WIDER, 1) / WIDER if "down_proj" in name else value.repeat_interleave(WIDER, 0))
+        writer.close_shard()
+    writer.finish()
     config = json.loads((target / "config.json").read_text())
     config["intermediate_size"] *= WIDER
     if "prism" in config:

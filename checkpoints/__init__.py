@@ -15,6 +15,7 @@ from checkpoints.progress import Progress, versions
 from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
 from checkpoints.writer import (
+    BLOCK,
     EVALUATION,
     MANIFEST,
     STATE,
@@ -36,6 +37,7 @@ from checkpoints.writer import (
 
 __all__ = [
     "ARCHITECTURES",
+    "BLOCK",
     "EVALUATION",
     "MANIFEST",
     "REFUSED",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints.reader import INDEX_FILE, LONGEST_NAME
+from checkpoints.reader import DTYPES, INDEX_FILE, LONGEST_NAME
 from prism_errors import InputError, ResourceError, UsageError, one_line
 
 MANIFEST = "prism.json"
@@ -22,6 +22,10 @@ MANIFEST = "prism.json"
 EVALUATION = "evaluation.json"
 # In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
 INCOMPLETE, STATE = ".incomplete", ".state"
+# What a file must be read in where the page cache is passed by (O_DIRECT); offloading does.
+BLOCK = 4096
+# torch dtype -> its name in a safetensors file.
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -50,7 +54,7 @@ class ShardWriter:
         """Save what is queued."""
         if self._pending:
             self.shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
-            save_tensors(self._pending, self._path(len(self.shards)))
+            save_tensors(self._pending, self._path(len(self.shards)), _padding(self._pending))
             self._pending, self._pending_bytes = {}, 0
 
     def restore(self, shards: list[dict[str, int]]) -> None:
@@ -79,12 +83,31 @@ class ShardWriter:
         write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private)."""
-    save_file(tensors, path, metadata={"format": "pt"})
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, padding: str = "") -> None:
+    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private).
+
+    Args:
+        tensors: what to save.
+        path: where to.
+        padding: makes the header longer, see `_padding`.
+    """
+    save_file(tensors, path, metadata={"format": "pt"} | ({"padding": padding} if padding else {}))
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def _padding(tensors: dict[str, torch.Tensor]) -> str:
+    """What to add to the header of a safetensors file, 8 bytes of length and JSON, so that tensors of a known type begin at a block."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "padding": ""}}
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _NAMES.get(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [offset, end]}
+        offset = end
+    length = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    # One character at least: without any there would be no entry for it.
+    return " " * (BLOCK - length % BLOCK)
 
 
 @contextmanager

@@ -190,6 +190,12 @@ def _copy(source: LayeredModel, names: list[str], writer: ShardWriter) -> None:
             writer.add(name, part[...])
 
 
+def _add(model: Any, state: dict[str, torch.Tensor], writer: ShardWriter) -> None:
+    """Queue some of a model's tensors under their names on disk."""
+    for name, tensor in names_on_disk(model, state).items():
+        writer.add(name, tensor)
+
+
 def _copy_outer_tensors(source: LayeredModel, writer: ShardWriter) -> None:
     """Everything outside the decoder layers, and whatever transformers does not know, byte for byte."""
     inside = {name for index in range(len(source.layers)) for name in source.tensors_under(source.layer_name(index))}
@@ -239,9 +245,12 @@ def _refactor_layer(
     target_block.to("meta")
     converted = {tensor for part in parts for tensor in source.tensors_under(part)}
     _copy(source, [tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted], writer)
-    on_disk = names_on_disk(target_model, {f"{name}.{leaf}": value for leaf, value in result.state.items()})
-    for tensor_name, tensor in on_disk.items():
-        writer.add(tensor_name, tensor)
+    state = {f"{name}.{leaf}": value for leaf, value in result.state.items()}
+    experts = {leaf: value for leaf, value in state.items() if leaf.startswith(f"{name}.experts.")}
+    _add(target_model, {leaf: value for leaf, value in state.items() if leaf not in experts}, writer)
+    # Alone in their shards sub-experts lie at whole blocks, as most are whole blocks long: offloading reads them without a copy.
+    writer.close_shard()
+    _add(target_model, experts, writer)
     return result.report, tensors
 
 

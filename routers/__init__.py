@@ -21,7 +21,7 @@ from routers.modeling_prism import (
 from routers.output import relative_error, stock_output, two_level_output
 from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
 from routers.routed import Routed, Run, in_float32, route
-from routers.runtime import EXPERTS, by_expert, expert_activations, experts_forward, weighted_output
+from routers.runtime import EXPERTS, add_rows, by_expert, expert_activations, experts_forward, weighted_output
 from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Run",
     "Training",
     "TwoLevelRouter",
+    "add_rows",
     "attach",
     "attach_block",
     "by_expert",

@@ -4,10 +4,13 @@ What a layer needs now is loaded before anything that is only expected. A sub-ex
 leaves. One lock guards all bookkeeping; reading happens outside of it.
 """
 
+import math
+import mmap
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,11 +84,22 @@ class Pool:
         self.names = list(store.shapes)
         for name, shape in store.shapes.items():
             # Zeros are written, so that the memory is taken now and not when a request needs it.
-            setattr(self, name, torch.empty(slots, *shape, dtype=store.dtype, device=device).zero_())
+            setattr(self, name, _pages((slots, *shape), store.dtype, device).zero_())
 
     def slot(self, number: int) -> Slot:
         """The tensors of one slot."""
         return {name: getattr(self, name)[number] for name in self.names}
+
+
+def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Memory that begins at a page, in huge pages where there are, so that O_DIRECT can read into it."""
+    if device != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Not every kernel has them.
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Cache:

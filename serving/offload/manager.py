@@ -25,6 +25,7 @@ from checkpoints import Checkpoint, LayeredModel, gib, moe_block
 from prism_errors import InputError, PrismError, ResourceError, UsageError
 from routers import (
     ROUTER_FILE,
+    add_rows,
     by_expert,
     expert_activations,
     full_k,
@@ -216,11 +217,11 @@ class OffloadManager:
                 early[expert] = None
             else:
                 activations = expert_activations(self._pool, slot, hidden_states[tokens])
-                early[expert] = weighted_output(self._pool, slot, activations, weights[tokens, slots]).to(output.dtype)
+                early[expert] = weighted_output(self._pool, slot, activations, weights[tokens, slots])
             while turn is not None and turn in early:
                 part = early.pop(turn)
                 if part is not None:
-                    output.index_add_(0, groups[turn][0], part)
+                    add_rows(output, groups[turn][0], part)
                 turn = next(order, None)
         return output
 

@@ -15,12 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from checkpoints import Checkpoint, LayeredModel, names_on_disk
+from checkpoints import BLOCK, Checkpoint, LayeredModel, names_on_disk
 from prism_errors import InputError, UsageError, one_line
 
 READS = DIRECT, BUFFERED, PINNED = "direct", "buffered", "pinned"
-# O_DIRECT reads whole blocks into memory that begins at one.
-BLOCK = 4096
 # Tensors of a sub-expert with less than this between them are fetched by one read.
 GAP = 65536
 # Same-sized integers: numpy has no bfloat16, and copies need not know what they copy.
@@ -57,6 +55,13 @@ class _Read:
     start: int
     end: int
     parts: tuple[tuple[int, int, _Layout], ...]
+
+    def whole(self, align: int) -> bool:
+        """Whether its parts can be read to where they belong: side by side, in whole blocks, and one run of bytes each in the slot."""
+        ends = (self.start, *(end for _, end, _ in self.parts))
+        return all(start == before and start % align == end % align == 0 for before, (start, end, _) in zip(ends, self.parts, strict=False)) and all(
+            layout.strides == _dense(layout.shape) for *_, layout in self.parts
+        )
 
 
 class Store(Protocol):
@@ -115,6 +120,7 @@ class DiskStore:
         self._files: dict[str, int] = {}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
         self._longest = max(read.end - read.start for reads in self._reads.values() for read in reads)
+        self._whole = {key: [read.whole(self._align) for read in reads] for key, reads in self._reads.items()}
 
     def _find(self, layer: int, expert: int) -> list[_Read]:
         """What to read for one sub-expert."""
@@ -160,12 +166,15 @@ class DiskStore:
     def read(self, layer: int, expert: int, slot: Slot, staging: memoryview | None) -> None:
         """See `Store.read`; several threads may read, each with its own staging memory."""
         assert staging is not None
-        for read in self._reads[layer, expert]:
+        for read, whole in zip(self._reads[layer, expert], self._whole[layer, expert], strict=True):
+            views = [_view(slot[layout.target], layout) for *_, layout in read.parts]
+            # Where blocks lie as the slot's do, nothing has to be copied.
+            straight = whole and all(view.ctypes.data % self._align == 0 for view in views)
             first = read.start // self._align * self._align
             last = -(-read.end // self._align) * self._align
-            buffer = staging[: last - first]
+            buffers = [memoryview(view).cast("B") for view in views] if straight else [staging[: last - first]]
             try:
-                got = _read_fully(self._file(read.path), buffer, first, read.end - first)
+                got = _read_fully(self._file(read.path), buffers, first, read.end - first)
             except OSError as error:
                 raise InputError(
                     f"{read.path}: sub-expert {expert} of MoE layer {layer} cannot be read ({one_line(error)}); check the disk"
@@ -174,9 +183,10 @@ class DiskStore:
                 raise InputError(
                     f"{read.path}: ends before sub-expert {expert} of MoE layer {layer}; the file was truncated, download it again"
                 )
-            for start, end, layout in read.parts:
-                source = np.frombuffer(buffer[start - first : end - first], np.uint8).view(f"i{self.dtype.itemsize}").reshape(layout.shape)
-                np.copyto(_view(slot[layout.target], layout), source)
+            if not straight:
+                for (start, end, layout), view in zip(read.parts, views, strict=True):
+                    source = np.frombuffer(staging[start - first : end - first], np.uint8)
+                    np.copyto(view, source.view(view.dtype).reshape(layout.shape))
 
     def close(self) -> None:
         """Close the files."""
@@ -221,16 +231,25 @@ def _view(target: torch.Tensor, layout: _Layout) -> np.ndarray:
     return torch.as_strided(flat, layout.shape, layout.strides, flat.storage_offset() + layout.start).numpy()
 
 
-def _read_fully(file: int, buffer: memoryview, offset: int, needed: int) -> int:
-    """Read until the buffer has what is needed or the file ends; bytes read."""
+def _read_fully(file: int, buffers: list[memoryview], offset: int, needed: int) -> int:
+    """Read into some buffers in turn until they have what is needed or the file ends; bytes read."""
     got = 0
     while got < needed:
-        now = os.preadv(file, [buffer[got:]], offset + got)
+        now = os.preadv(file, buffers, offset + got)
         # A short read that ends inside a block is the file's end: O_DIRECT could not go on from there.
         got += now
         if now == 0 or got % BLOCK:
             break
+        while buffers and now >= len(buffers[0]):
+            now -= len(buffers.pop(0))
+        if now:
+            buffers[0] = buffers[0][now:]
     return got
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of elements that lie one after the other; 0 for an axis of one, as in `_strided`."""
+    return tuple(math.prod(shape[axis + 1 :]) if size > 1 else 0 for axis, size in enumerate(shape))
 
 
 def _offsets(checkpoint: Checkpoint, file: str) -> dict[str, int]:
