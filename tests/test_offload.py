@@ -1,6 +1,8 @@
 """Offloading: the same bits from a cache as from memory, whatever the policy; faults, budgets, traces."""
 
 import json
+import math
+import mmap
 import os
 import shutil
 import threading
@@ -11,11 +13,13 @@ from types import SimpleNamespace
 import conftest
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import FAMILIES, FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints import BLOCK
 from prism_errors import InputError, ResourceError, UsageError
 from routers import EXPERTS, full_k, set_active
 from serving import Limits
@@ -139,6 +143,45 @@ def test_pinned_memory_gives_what_the_disk_gives(elastic, offloaded):
     assert all(slots[0][name].abs().sum() > 0 and torch.equal(slots[0][name], slots[1][name]) for name in disk.shapes)
     with pytest.raises(UsageError, match="--read pinned is for --device cuda"):
         offloaded(elastic, read="pinned")
+
+
+def test_sub_experts_are_read_straight_into_slots_of_whole_blocks(elastic, offloaded, monkeypatch):
+    store: DiskStore = offloaded(elastic).offload.cache.store
+    preadv, lengths = os.preadv, []
+
+    def short(file, buffers, offset):
+        """As much as a disk that is asked for a lot may give: two blocks."""
+        whole = b"".join(bytes(buffer) for buffer in buffers)
+        page = memoryview(mmap.mmap(-1, len(whole)))
+        lengths.append(min(preadv(file, [page], offset), 2 * BLOCK))
+        rest = page[: lengths[-1]]
+        for buffer in buffers:
+            buffer[: len(rest[: len(buffer)])] = rest[: len(buffer)]
+            rest = rest[len(buffer) :]
+        return lengths[-1]
+
+    def read(shift):
+        """A sub-expert in slots that begin so many elements after a block, and whether it was copied there."""
+        slot = {}
+        for name, shape in store.shapes.items():
+            memory = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * 2 + BLOCK), dtype=store.dtype)
+            slot[name] = memory[shift:][: math.prod(shape)].view(shape)
+        staging = store.staging()
+        store.read(1, 5, slot, staging)
+        return slot, any(bytes(staging))
+
+    (straight, untouched), (copied, touched) = read(0), read(1)
+    assert (untouched, touched) == (False, True)
+    monkeypatch.setattr(os, "preadv", short)
+    again, touched = read(0)
+    assert not touched
+    assert len(lengths) > 4
+    with safetensors.safe_open(next(elastic.glob("model-*05-of*")), "pt") as file:
+        name = "model.layers.1.mlp.experts.5"
+        gate, up, down = (file.get_tensor(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down"))
+    for slot in (straight, copied, again):
+        assert torch.equal(slot["gate_up_proj"], torch.cat([gate, up]))
+        assert torch.equal(slot["down_proj"], down)
 
 
 class FakeStore:

@@ -58,10 +58,12 @@ class _Read:
 
     def whole(self, align: int) -> bool:
         """Whether its parts can be read to where they belong: side by side, in whole blocks, and one run of bytes each in the slot."""
-        ends = (self.start, *(end for _, end, _ in self.parts))
-        return all(start == before and start % align == end % align == 0 for before, (start, end, _) in zip(ends, self.parts, strict=False)) and all(
-            layout.strides == _dense(layout.shape) for *_, layout in self.parts
-        )
+        reached = self.start
+        for start, end, layout in self.parts:
+            if start != reached or start % align or end % align or layout.strides != _dense(layout.shape):
+                return False
+            reached = end
+        return True
 
 
 class Store(Protocol):
@@ -119,11 +121,10 @@ class DiskStore:
         self._offsets = {file: _offsets(checkpoint, file) for file in sorted(set(checkpoint.weight_map.values()))}
         self._files: dict[str, int] = {}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
-        self._longest = max(read.end - read.start for reads in self._reads.values() for read in reads)
-        self._whole = {key: [read.whole(self._align) for read in reads] for key, reads in self._reads.items()}
+        self._longest = max(read.end - read.start for reads in self._reads.values() for read, _ in reads)
 
-    def _find(self, layer: int, expert: int) -> list[_Read]:
-        """What to read for one sub-expert."""
+    def _find(self, layer: int, expert: int) -> list[tuple[_Read, bool]]:
+        """What to read for one sub-expert, and whether its parts are whole."""
         found = []
         for layout in self._layouts[layer]:
             name = layout.name_of(expert)
@@ -145,7 +146,7 @@ class DiskStore:
                 reads[-1] = _Read(path, last.start, end, (*last.parts, (start, end, layout)))
             else:
                 reads.append(_Read(path, start, end, ((start, end, layout),)))
-        return reads
+        return [(read, read.whole(self._align)) for read in reads]
 
     def staging(self) -> memoryview:
         """Page-aligned memory for the longest read."""
@@ -166,13 +167,13 @@ class DiskStore:
     def read(self, layer: int, expert: int, slot: Slot, staging: memoryview | None) -> None:
         """See `Store.read`; several threads may read, each with its own staging memory."""
         assert staging is not None
-        for read, whole in zip(self._reads[layer, expert], self._whole[layer, expert], strict=True):
+        for read, whole in self._reads[layer, expert]:
             views = [_view(slot[layout.target], layout) for *_, layout in read.parts]
             # Where blocks lie as the slot's do, nothing has to be copied.
             straight = whole and all(view.ctypes.data % self._align == 0 for view in views)
             first = read.start // self._align * self._align
             last = -(-read.end // self._align) * self._align
-            buffers = [memoryview(view).cast("B") for view in views] if straight else [staging[: last - first]]
+            buffers = [view.data.cast("B") for view in views] if straight else [staging[: last - first]]
             try:
                 got = _read_fully(self._file(read.path), buffers, first, read.end - first)
             except OSError as error:
