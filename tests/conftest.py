@@ -1,4 +1,5 @@
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
 from prism_cli import bench, door, evaluate, finetune, loadtest, profile, refactor, replay, run, serve, verify
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
 COMMANDS = {

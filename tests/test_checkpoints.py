@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import EXAMPLE, FAMILIES, FAST, build, files, load
 from safetensors.torch import load_file, save_file
 
 from checkpoints import (
+    BLOCK,
     Checkpoint,
     LayeredModel,
     ShardWriter,
@@ -174,6 +176,23 @@ def test_shards_respect_the_limit_and_the_layers(tmp_path):
     assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
     assert index["metadata"]["total_size"] == 4 * 71
     assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+@pytest.mark.parametrize("layer", [7, 12345])
+def test_data_of_a_shard_begin_at_a_block(tmp_path, layer):
+    writer = ShardWriter(tmp_path, 10**9)
+    for number in range(40):
+        writer.add(f"layers.{layer}.experts.{number}.weight", torch.full((64, 32 * (1 + number % 3)), number, dtype=torch.bfloat16))
+    writer.add("größe", torch.ones(1024))
+    writer.finish()
+    (path,) = tmp_path.glob("*.safetensors")
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert (8 + length) % BLOCK == 0
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    assert all(start % BLOCK == 0 for start in starts.values())
+    tensors = load_file(path)
+    assert all((tensors[f"layers.{layer}.experts.{number}.weight"] == number).all() for number in range(40))
 
 
 def test_output_folder_appears_only_when_complete(tmp_path):
