@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ class ShardWriter:
         """Save what is queued."""
         if self._pending:
             self.shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
-            save_tensors(self._pending, self._path(len(self.shards)), _padding(self._pending))
+            _save_shard(self._pending, self._path(len(self.shards)))
             self._pending, self._pending_bytes = {}, 0
 
     def restore(self, shards: list[dict[str, int]]) -> None:
@@ -83,31 +84,36 @@ class ShardWriter:
         write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, padding: str = "") -> None:
-    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private).
-
-    Args:
-        tensors: what to save.
-        path: where to.
-        padding: makes the header longer, see `_padding`.
-    """
-    save_file(tensors, path, metadata={"format": "pt"} | ({"padding": padding} if padding else {}))
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
-def _padding(tensors: dict[str, torch.Tensor]) -> str:
-    """What to add to the header of a safetensors file, 8 bytes of length and JSON, so that tensors of a known type begin at a block."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "padding": ""}}
-    offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES.get(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [offset, end]}
-        offset = end
-    length = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    # One character at least: without any there would be no entry for it.
-    return " " * (BLOCK - length % BLOCK)
+def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save a safetensors file whose data begin at a block, where its types are those we compute with.
+
+    safetensors cannot do that: it pads the header, which is 8 bytes of length and JSON, to 8 bytes. Spaces after the JSON are part of the
+    format.
+    """
+    if not all(tensor.dtype in _NAMES for tensor in tensors.values()):
+        save_tensors(tensors, path)
+        return
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # As safetensors orders them: every tensor lies at a multiple of its type's size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % BLOCK)
+    with output_file(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered.values():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from prism_errors import PrismError, ResourceError, one_line
 from serving.offload.policies import Policy, Uses
 from serving.offload.store import Slot, Store
 
-# Threads that load. A second one hides the latency of a read behind the copy of another; more do not read faster (docs/offloading.md).
+# Threads that load. A second one has the disk work while the first notes what it has read; more do not read faster (docs/offloading.md).
 READERS = 2
 # Prefetches that may wait; what is less likely than these is forgotten.
 QUEUE = 64
