@@ -120,10 +120,12 @@ def _answer(
     start = time.perf_counter()
     output = model.generate(
         ids.to(model.device),
+        # Nothing is padded; without these two transformers looks for padding in the prompt.
+        attention_mask=torch.ones_like(ids).to(model.device),
+        pad_token_id=0,
         max_new_tokens=new,
         do_sample=False,
         streamer=clock,
-        pad_token_id=model.generation_config.eos_token_id,
         prefill_chunk_size=CHUNK,
     )
     # The streamer is given the prompt first.
