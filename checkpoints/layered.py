@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from checkpoints.architectures import moe_block
 from checkpoints.reader import Checkpoint
 from prism_errors import InputError, one_line
 
@@ -79,6 +81,14 @@ class LayeredModel:
     def layer_name(self, index: int) -> str:
         """The dotted name of a decoder layer, as in the state dict."""
         return f"{self.model.base_model_prefix}.layers.{index}"
+
+    @cached_property
+    def moe_blocks(self) -> dict[int, str]:
+        """Of every decoder layer that has experts, the dotted name of its MoE block. Raises InputError when none has."""
+        found = {index: found[0] for index, layer in enumerate(self.layers) if (found := moe_block(layer)) is not None}
+        if not found:
+            raise InputError(f"{self.checkpoint.path}: none of its layers has experts")
+        return {index: f"{self.layer_name(index)}.{name}" for index, name in found.items()}
 
     def _match_tensors(self) -> dict[str, list[str]]:
         """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""

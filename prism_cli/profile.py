@@ -14,7 +14,7 @@ from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
 from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
 from prism_cli.resuming import RESUME, Resumption
-from refactoring import check_memory, memory_needed, moe_layers
+from refactoring import check_memory, memory_needed
 from reporting import profile_page
 
 
@@ -80,7 +80,7 @@ def main(
         reporter.step("rows profiled", layer, layers, done, total)
 
     profile = Profile(checkpoint, calibration, rows, on_rows, shard)
-    resumption = Resumption(reporter, stats_dir, len(moe_layers(layered)))
+    resumption = Resumption(reporter, stats_dir, len(layered.moe_blocks))
     with resumption.telling():
         records = write_statistics(stats_dir, checkpoint, calibration.recorded(rows), profile, shard, resume, resumption.on_start)
     if page is not None:

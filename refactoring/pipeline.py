@@ -30,7 +30,7 @@ from checkpoints import (
 from prism_errors import InputError
 from refactoring.card import model_card
 from refactoring.layer import refactor_layer
-from refactoring.plan import CARD, MODELING_FILE, Plan, block_name
+from refactoring.plan import CARD, MODELING_FILE, Plan
 from refactoring.recipe import Recipe
 from refactoring.timings import Timings
 from refactoring.workers import Workers
@@ -216,7 +216,7 @@ def _refactor_layer(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Done`."""
     index = statistics.layer
-    name = block_name(source, index)
+    name = source.moe_blocks[index]
     target_block = target_model.get_submodule(name)
     total = len(statistics.activations)
     parts = replaced_parts(name, target_block)

@@ -20,7 +20,6 @@ from checkpoints import (
     expert_shape,
     free_disk,
     gib,
-    moe_block,
     names_on_disk,
     replaced_parts,
     routing_state,
@@ -83,10 +82,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     after = architecture.refactored_sizes(config, recipe.sub_experts)
     layered = LayeredModel(checkpoint, None)
     layered.check()
-    layers = _checked_layers(layered)
+    layers = [*layered.moe_blocks]
+    _check_names(layered)
     extra_bytes = extra_tensors = 0
-    for index in layers:
-        block = block_name(layered, index)
+    for block in layered.moe_blocks.values():
         for part in replaced_parts(block, layered.model.get_submodule(block)):
             names = layered.tensors_under(part)
             repeated = [name for name in names if not part.endswith(".experts") or "down_proj_bias" in name]
@@ -142,8 +141,9 @@ def possible_splits(checkpoint: Checkpoint) -> Splits:
         InputError: its tensors are not named as transformers names them for this family, or it has no MoE layer.
     """
     layered = LayeredModel(checkpoint, None)
-    layers = _checked_layers(layered)
-    block = block_name(layered, layers[0])
+    _check_names(layered)
+    layers = [*layered.moe_blocks]
+    block = layered.moe_blocks[layers[0]]
     dtype = checkpoint.dtypes[layered.tensors_under(f"{block}.experts")[0]]
     possible: list[int] = []
     sub_experts = 2
@@ -157,40 +157,18 @@ def possible_splits(checkpoint: Checkpoint) -> Splits:
         sub_experts *= 2
 
 
-def _checked_layers(layered: LayeredModel) -> list[int]:
-    layers = moe_layers(layered)
-    for index in layers:
-        _check_names(layered, index)
-    return layers
-
-
-def moe_layers(layered: LayeredModel) -> list[int]:
-    """Indices of the decoder layers that have experts. Raises InputError when none has."""
-    layers = [index for index, layer in enumerate(layered.layers) if moe_block(layer)]
-    if not layers:
-        raise InputError(f"{layered.checkpoint.path}: none of its layers has experts")
-    return layers
-
-
-def block_name(layered: LayeredModel, index: int) -> str:
-    """State-dict name of the MoE block of layer `index`."""
-    found = moe_block(layered.layers[index])
-    assert found is not None
-    return f"{layered.layer_name(index)}.{found[0]}"
-
-
-def _check_names(layered: LayeredModel, index: int) -> None:
+def _check_names(layered: LayeredModel) -> None:
     """The MoE tensors must be named on disk as transformers would name them, or the output could not be read back."""
-    name = block_name(layered, index)
-    block = layered.model.get_submodule(name)
-    expected = set(names_on_disk(layered.model, replaced_state(name, block)))
-    found = {tensor for part in replaced_parts(name, block) for tensor in layered.tensors_under(part)}
-    if expected != found:
-        example = sorted(expected ^ found)[0]
-        state_of = "missing" if example in expected else "not named as transformers names it"
-        raise InputError(
-            f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained"
-        )
+    for name in layered.moe_blocks.values():
+        block = layered.model.get_submodule(name)
+        expected = set(names_on_disk(layered.model, replaced_state(name, block)))
+        found = {tensor for part in replaced_parts(name, block) for tensor in layered.tensors_under(part)}
+        if expected != found:
+            example = sorted(expected ^ found)[0]
+            state_of = "missing" if example in expected else "not named as transformers names it"
+            raise InputError(
+                f"{layered.checkpoint.path}: tensor {example} is {state_of}; complete the checkpoint or save it with save_pretrained"
+            )
 
 
 def replaced_state(name: str, block: Any) -> dict[str, torch.Tensor]:
@@ -223,7 +201,7 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     width = calibration.resolved_dtype(layered.checkpoint).itemsize
     stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
-    experts = layered.model.get_submodule(block_name(layered, moe_layers(layered)[0])).experts
+    experts = layered.model.get_submodule(next(iter(layered.moe_blocks.values()))).experts
     count, hidden, neurons = expert_shape(experts)
     tokens = calibration.tokens(layered.checkpoint)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
@@ -279,7 +257,7 @@ def check_memory(needed: int) -> None:
 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
-    block = layered.model.get_submodule(block_name(layered, layers[0]))
+    block = layered.model.get_submodule(layered.moe_blocks[layers[0]])
     count, hidden, neurons = expert_shape(block.experts)
     active = getattr(config, architecture.top_k) * 3 * hidden * neurons
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons

@@ -28,7 +28,7 @@ from checkpoints import (
 from prism_errors import InputError, one_line
 from refactoring.layer import original_routing
 from refactoring.pipeline import MODELING_FILE, copied_name
-from refactoring.plan import block_name, moe_layers, replaced_state
+from refactoring.plan import replaced_state
 from routers import ROUTER_FILE, attach_block, full_k, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
@@ -101,8 +101,8 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
         What is wrong, one line each; empty when nothing is.
     """
     old = LayeredModel(source, None)
-    blocks = {index: block_name(old, index) for index in moe_layers(old)}
-    parts = [part for name in blocks.values() for part in replaced_parts(name, old.model.get_submodule(name))]
+    blocks = old.moe_blocks.values()
+    parts = [part for name in blocks for part in replaced_parts(name, old.model.get_submodule(name))]
     split = {tensor for part in parts for tensor in old.tensors_under(part)}
     kept = set(source.weight_map) - split
     missing = sorted(kept - set(result.weight_map))
@@ -113,7 +113,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
     except InputError as error:
         return [str(error)]
     expected: dict[str, tuple[int, ...]] = {}
-    for name in blocks.values():
+    for name in blocks:
         state = replaced_state(name, new.model.get_submodule(name))
         expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
     names = kept | set(expected)
@@ -136,8 +136,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
 def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | None) -> list[str]:
     routers = router_tensors(new.checkpoint.path / ROUTER_FILE)
     problems = []
-    for index in moe_layers(old):
-        name = block_name(old, index)
+    for index, name in old.moe_blocks.items():
         parts = replaced_parts(name, old.model.get_submodule(name))
         with old.loaded(*parts), new.loaded(*parts):
             before, after = old.model.get_submodule(name), new.model.get_submodule(name)

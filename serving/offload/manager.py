@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from checkpoints import Checkpoint, LayeredModel, gib, moe_block
+from checkpoints import Checkpoint, LayeredModel, gib
 from prism_errors import InputError, PrismError, ResourceError, UsageError
 from routers import (
     ROUTER_FILE,
@@ -370,12 +370,8 @@ def load_offloaded(
     layered = LayeredModel(checkpoint, checkpoint.config.dtype or torch.float32, device)
     layered.check()
     model: Any = layered.model
-    layers = [
-        (f"{layered.layer_name(index)}.{found[0]}", found[1])
-        for index, layer in enumerate(layered.layers)
-        if (found := moe_block(layer)) is not None
-    ]
-    modules = [f"{name}.experts" for name, _ in layers]
+    blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}
+    modules = [f"{name}.experts" for name in blocks]
     disk = DiskStore(checkpoint, layered, modules, BUFFERED if read == PINNED else read)
     slots = _slots(disk, fast_memory, _most(checkpoint))
     needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
@@ -383,13 +379,13 @@ def load_offloaded(
         raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
     _load_resident(layered, set(modules))
     if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
-        _attach(layered, layers, folder)
+        _attach(layered, blocks, folder)
     _own(model, device)
     store = PinnedStore(disk) if read == PINNED else disk
-    pool = Pool(store, layers[0][1].experts, slots, device)
+    pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
     cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
-    model.offload = OffloadManager(model, [block for _, block in layers], cache, prefetch)
-    for number, (_, block) in enumerate(layers):
+    model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
+    for number, block in enumerate(blocks.values()):
         block.experts.offload, block.experts.offload_layer = model.offload, number
     model.set_experts_implementation(OFFLOADED)
     if (folder / GENERATION_CONFIG_NAME).exists():
@@ -457,10 +453,10 @@ def _own(model: nn.Module, device: str) -> None:
                 module._buffers[name] = buffer.to(device, copy=True)
 
 
-def _attach(layered: LayeredModel, layers: list[tuple[str, Any]], folder: Path) -> None:
+def _attach(layered: LayeredModel, blocks: dict[str, Any], folder: Path) -> None:
     """Install two-level routing, a layer at a time: gate neurons are rows of experts, which are read for it and let go."""
     routers = router_tensors(folder / ROUTER_FILE)
-    for name, block in layers:
+    for name, block in blocks.items():
         with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
             two_level = two_level_router(block, layered.model.config, routers[name])
         install(block, two_level)
