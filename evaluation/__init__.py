@@ -5,7 +5,7 @@ from evaluation.compare import Curve, Evaluation, Runtime
 from evaluation.cost import Cost, CostModel
 from evaluation.curve import Gate, Measured, Sampled
 from evaluation.losses import Losses, Point, stream_losses
-from evaluation.plot import plot_curves
+from evaluation.plot import plot_curves, save_figure
 from evaluation.windows import Windows, read_windows
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "allocate",
     "plot_curves",
     "read_windows",
+    "save_figure",
     "stream_losses",
 ]

@@ -1,7 +1,9 @@
 """The quality curve as a picture."""
 
 from pathlib import Path
+from typing import Any
 
+from checkpoints import output_file
 from evaluation.compare import Curve
 
 
@@ -23,4 +25,10 @@ def plot_curves(original: Curve, curves: list[Curve], path: Path) -> None:
     axes.set(xlabel="active share of the experts, %", ylabel="perplexity (less is better)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure in the format of the path's ending; it appears only when complete."""
+    with output_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150)

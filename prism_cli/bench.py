@@ -7,8 +7,9 @@ import click
 import torch
 
 from calibration import DTYPES
+from evaluation import save_figure
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, SERVING_OPTIONS, add, check_parent, table
+from prism_cli.options import FOLDER, PICTURE, SERVING_OPTIONS, add, table
 from prism_errors import UsageError
 from serving import Limits, PerformanceModel, Table
 from serving.engine import KV_PAGE, Engine, load
@@ -22,7 +23,7 @@ from serving.performance import fit, powers
 @click.option("--repeats", type=click.IntRange(1), default=5, help="Times that every point is measured; medians count.")
 @click.option("--held-out", type=click.IntRange(0), default=12, help="Points of each kind that predictions are compared with.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the held-out points.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it: .png, .svg or .pdf.")
+@click.option("--plot", type=PICTURE, help="Also draw it: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print the model as JSON.")
 def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Measure how long a step of the serving engine takes with the checkpoint in REFACTORED_DIR, on this machine.
@@ -31,7 +32,6 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     context are written to REFACTORED_DIR/performance.json, where prism-serve and prism-loadtest --simulate find them, with the error on
     points between those measured.
     """
-    check_parent("--plot", plot)
     torch.set_grad_enabled(False)
     model = load(refactored_dir, options["device"], DTYPES.get(options["dtype"]))
     limits = Limits(options["max_batch_tokens"], options["max_requests"])
@@ -99,4 +99,4 @@ def draw(performance: PerformanceModel, path: Path) -> None:
         axes.plot([point.tokens for point in points], [point.seconds * 1e3 for point in points], "kx", label="held out")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"{name}, context {grid.context[middle]}")
         axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

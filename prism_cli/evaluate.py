@@ -11,7 +11,7 @@ from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
 from checkpoints import EVALUATION, MANIFEST, Checkpoint, write_json
 from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, TEXT_OPTIONS, add, check_parent, table
+from prism_cli.options import FOLDER, PICTURE, TEXT_OPTIONS, add, table
 from prism_errors import GateError, InputError, UsageError
 from refactoring import open_refactored
 from routers import full_k
@@ -33,7 +33,7 @@ from routers import full_k
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute type; auto is float32 on a CPU.")
 @click.option("--allocate", "allocated", is_flag=True, help="Also find how many sub-experts each layer should get; stored in prism.json.")
 @click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {EVALUATION}, for prism-report.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save the curves as a picture (.png, .svg, .pdf).")
+@click.option("--plot", type=PICTURE, help="Save the curves as a picture (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--fail-if", "gates", multiple=True, metavar="CONDITION", help="Exit with 4 when true, e.g. 'recovered@50%<0.3'.")
 def main(
@@ -60,7 +60,6 @@ def main(
     demands = [Gate.parse(text) for text in gates]
     if demands and not refactored_dirs:
         raise UsageError("--fail-if: needs a REFACTORED_DIR to judge")
-    check_parent("--plot", plot)
     original = Checkpoint(model_dir)
     models = [_refactored(folder, original) for folder in refactored_dirs]
     requests = [_request(model, choices, router, allocated) for model in models]

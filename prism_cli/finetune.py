@@ -27,7 +27,7 @@ from checkpoints import (
     write_json,
 )
 from prism_cli.door import Reporter, command, exit_of
-from prism_cli.options import FOLDER, TEXT_OPTIONS, add
+from prism_cli.options import FOLDER, TEXT_OPTIONS, Finite, add
 from prism_cli.report import PAGE
 from prism_errors import InputError, UsageError
 from refactoring import open_refactored
@@ -44,7 +44,7 @@ STATE, STATE_INDEX = "state.safetensors", "state.json"
 @click.option("--router", type=click.Choice(["two-level", "stock"]), default="two-level", help="Which router's rows are trained.")
 @click.option("--loss", type=click.Choice(LOSSES), default=LOSSES[0], help="distill: KL divergence to the model at full k.")
 @click.option("--steps", type=click.IntRange(1), default=200, help="Optimiser steps.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, help="Of AdamW.")
+@click.option("--learning-rate", type=Finite(0, min_open=True), default=1e-4, help="Of AdamW.")
 @click.option("--first-k", type=click.IntRange(1), help="Active sub-experts at the first step.  [default: a quarter of all]")
 @click.option("--last-k", type=click.IntRange(1), help="Active sub-experts at the last step.  [default: three quarters]")
 @click.option("--evaluate-every", type=click.IntRange(1), default=20, help="Steps between measurements of the held-out perplexity.")

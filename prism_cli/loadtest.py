@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from prism_cli.door import Reporter, command
-from prism_cli.options import table
+from prism_cli.options import Finite, table
 from prism_errors import InputError, UsageError
 from serving import SCHEDULERS, Limits, PerformanceModel
 from serving.client import discover, replay
@@ -22,19 +22,19 @@ from serving.workload import Arrival, Served, Slo, floors, poisson, read_trace, 
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), multiple=True, help="With --simulate; repeat to compare.  [default: all]")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Requests as JSON lines, see docs/serving.md.")
 @click.option("--requests", type=click.IntRange(1), default=100, help="Requests of a made-up trace.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=4.0, help="Its mean requests per second (Poisson).")
+@click.option("--rate", type=Finite(0, min_open=True), default=4.0, help="Its mean requests per second (Poisson).")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, help="Its mean length of a prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=32, help="Its mean tokens to generate.")
 @click.option("--mix", metavar="K:WEIGHT,...", help="Its floors.  [default: normal around half of full k, the paper's]")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Equal seeds give equal traces.")
-@click.option("--slo-ttft", type=click.FloatRange(0), help="Seconds to the first token that count as good.")
-@click.option("--slo-tpot", type=click.FloatRange(0), help="Seconds per token after it that count as good.")
+@click.option("--slo-ttft", type=Finite(0), help="Seconds to the first token that count as good.")
+@click.option("--slo-tpot", type=Finite(0), help="Seconds per token after it that count as good.")
 @click.option("--max-batch-tokens", type=click.IntRange(16), default=Limits.tokens, help="With --simulate: tokens of one step.")
 @click.option("--max-requests", type=click.IntRange(1), default=Limits.requests, help="With --simulate: requests that run at a time.")
 @click.option("--kv-tokens", type=click.IntRange(64), help="With --simulate: tokens of the KV cache.  [default: no bound]")
 @click.option("--model", help="Name of the model.  [default: the server's first]")
 @click.option("--api-key", envvar="PRISM_API_KEY", help="That the server requires.", show_envvar=True)
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, help="Seconds after which an answer counts as lost.")
+@click.option("--timeout", type=Finite(0, min_open=True), default=600.0, help="Seconds after which an answer counts as lost.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(reporter: Reporter, target: str, simulated: bool, as_json: bool, **options: Any) -> None:
     """Replay requests of mixed floors against the server at TARGET, a URL, and print how it served them.

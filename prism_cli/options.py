@@ -1,18 +1,64 @@
 """Options that more than one command takes."""
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import click
 
 from calibration import DTYPES, Calibration
-from prism_errors import UsageError
+from prism_errors import UsageError, one_line
 from serving.offload.policies import POLICIES, PREFETCHES
 from serving.offload.store import DIRECT, READS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class OutputFile(click.Path):
+    """A file to write, refused at once where that cannot work, before hours of work.
+
+    Args:
+        suffixes: what its name may end in; anything if none is given.
+    """
+
+    def __init__(self, *suffixes: str):
+        super().__init__(path_type=Path, dir_okay=False)
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path, of a link what it leads to. Raises UsageError."""
+        given = Path(os.fsdecode(super().convert(value, param, ctx)))
+        said = f"{param.opts[0] if param else 'output'} {given}"
+        if self.suffixes and given.suffix not in self.suffixes:
+            raise UsageError(f"{said}: must end in {', '.join(self.suffixes[:-1])} or {self.suffixes[-1]}")
+        try:
+            path = given.resolve() if given.is_symlink() else given
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{said}: is no regular file; choose another")
+            if not path.parent.is_dir():
+                raise UsageError(f"{said}: the folder does not exist; create it first")
+            with TemporaryFile(dir=path.parent):
+                return path
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"{said}: cannot be written ({one_line(error)}); choose another") from None
+
+
+class Finite(click.FloatRange):
+    """A range of numbers without infinity and what is no number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; click's error otherwise."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 FOLDER = click.Path(path_type=Path, file_okay=False)
+PICTURE = OutputFile(".png", ".svg", ".pdf")
 
 TEXT_OPTIONS = (
     click.option(
@@ -76,12 +122,6 @@ def add(options: tuple[Callable[[Function], Function], ...]) -> Callable[[Functi
         return function
 
     return decorate
-
-
-def check_parent(option: str, path: Path | None) -> None:
-    """Raises UsageError when there is no folder that a file asked for with `option` could be written to."""
-    if path is not None and not path.resolve().parent.is_dir():
-        raise UsageError(f"{option} {path}: the folder does not exist; create it first")
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

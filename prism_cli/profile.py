@@ -12,7 +12,7 @@ from calibration import INDEX, TOKEN_FLOOR, Calibration, Profile, estimated_byte
 from checkpoints import Checkpoint, LayeredModel, check_disk, check_target, output_file, unfinished_bytes
 from prism_cli.architectures import explain
 from prism_cli.door import Reporter, command
-from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, add, check_parent, table
+from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, OutputFile, add, table
 from prism_cli.resuming import RESUME, Resumption
 from refactoring import check_memory, memory_needed
 from reporting import profile_page
@@ -38,7 +38,7 @@ class Shard(click.ParamType):
 @click.option("--shard", type=Shard(), default="1/1", metavar="I/M", help="Run part I of M of the text, for prism-profile merge.")
 @RESUME
 @click.option("--overwrite", is_flag=True, help="Replace an existing STATS_DIR that this command wrote.")
-@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Also show the statistics as an HTML page, here.")
+@click.option("--html", "page", type=OutputFile(), help="Also show the statistics as an HTML page, here.")
 @click.option(
     "--explain",
     type=FOLDER,
@@ -66,7 +66,6 @@ def main(
     on with them. `prism-profile merge STATS_DIR SHARD_DIR...` puts the shards of a text together.
     """
     check_target(stats_dir, model_dir, overwrite, INDEX)
-    check_parent("--html", page)
     checkpoint = Checkpoint(model_dir)
     calibration = Calibration(**options)
     layered = LayeredModel(checkpoint, None)

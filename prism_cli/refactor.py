@@ -16,7 +16,7 @@ from calibration import Calibration, Profile, Statistics
 from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib, unfinished_bytes
 from prism_cli.architectures import list_architectures
 from prism_cli.door import Reporter, command
-from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, add, table
+from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, Finite, add, table
 from prism_cli.resuming import RESUME, Resumption
 from prism_errors import GateError, InputError, UsageError
 from refactoring import (
@@ -63,7 +63,7 @@ RECIPE_OPTIONS = (
     click.option("--gate-neurons", type=click.IntRange(1), default=Recipe.gate_neurons, help="Neurons per sub-expert of either proxy."),
     click.option(
         "--coactive-share",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Finite(0, 1, min_open=True),
         default=Recipe.coactive_share,
         help="Share of a token's activations that counts as active when --router proxy chooses its neurons.",
     ),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
+from evaluation import save_figure
 from prism_cli.door import Reporter, command
-from prism_cli.options import check_parent, table
+from prism_cli.options import PICTURE, table
 from serving.offload import POLICIES, FastMemory
 from serving.offload.replay import Trace, belady, hit_rate
 
@@ -18,14 +19,13 @@ BOUND = "belady"
 @click.argument("trace", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--fast-memory", "sizes", multiple=True, default=SIZES, help="Cache size, bytes (2GiB) or a share (25%); repeat to compare.")
 @click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, help="Repeat to compare.  [default: all]")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it: .png, .svg or .pdf.")
+@click.option("--plot", type=PICTURE, help="Also draw it: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(reporter: Reporter, trace: Path, sizes: tuple[str, ...], policies: tuple[str, ...], plot: Path | None, as_json: bool) -> None:
     """Compare replacement policies and cache sizes on the routing in TRACE, which prism-run --trace recorded.
 
     Prints the share of uses that find their sub-expert in fast memory, without prefetch. belady knows the future: no policy can be better.
     """
-    check_parent("--plot", plot)
     budgets = [FastMemory(size) for size in sizes]
     recorded = Trace.load(trace)
     total = recorded.layers * recorded.experts
@@ -63,4 +63,4 @@ def draw(rates: dict[str, list[float]], shares: list[float], path: Path) -> None
         axes.plot([shares[row] for row in order], [values[row] for row in order], style, markersize=4, label=name)
     axes.set(xlabel="share of the sub-experts in fast memory", ylabel="hit rate", ylim=(0, 1))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from checkpoints import EVALUATION, MANIFEST, output_file
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, check_parent
+from prism_cli.options import FOLDER, OutputFile
 from prism_errors import InputError, one_line
 from refactoring import open_refactored
 from refactoring.pipeline import PICTURE_FILE
@@ -27,7 +27,7 @@ _MISTAKES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError
 
 @command
 @click.argument("out_dir", type=FOLDER)
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help=f"Write the page here.  [default: OUT_DIR/{PAGE}]")
+@click.option("--output", type=OutputFile(), help=f"Write the page here.  [default: OUT_DIR/{PAGE}]")
 def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     """Show the refactored checkpoint in OUT_DIR as one HTML page: quality curve, operating points, errors, partition, load, recipe.
 
@@ -35,7 +35,6 @@ def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     """
     _, manifest = open_refactored(out_dir)
     target = output or out_dir / PAGE
-    check_parent("--output", target)
     evaluation, pictures = _evaluation(out_dir / EVALUATION), _pictures(out_dir / PICTURE_FILE)
     with _broken(f"{out_dir}: {MANIFEST}, {EVALUATION} or {PICTURE_FILE}", "refactor and evaluate again"):
         page = report_page(manifest, evaluation, pictures)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from calibration import load_tokenizer
 from checkpoints import Checkpoint, output_file
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, add, check_parent
+from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
 from prism_errors import PrismError, UsageError
 from routers import full_k, set_active
 from serving.offload import Counters, Elastic, FastMemory, load_offloaded
@@ -30,9 +30,9 @@ CHUNK = 256
 @click.option("--k", type=click.IntRange(1), help="Sub-experts per token.  [default: all]")
 @click.option("--fast-memory", default="50%", help="Memory for sub-experts: bytes (2GiB) or a share of all of them (25%).")
 @add(OFFLOAD_OPTIONS)
-@click.option("--latency-target", type=click.FloatRange(0, min_open=True), help="Milliseconds per token; skips sub-experts to meet it.")
+@click.option("--latency-target", type=Finite(0, min_open=True), help="Milliseconds per token; skips sub-experts to meet it.")
 @click.option("--k-min", type=click.IntRange(1), help="With --latency-target: never fewer sub-experts per token.  [default: half of --k]")
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Record the routing as JSON lines, for prism-replay.")
+@click.option("--trace", type=OutputFile(), help="Record the routing as JSON lines, for prism-replay.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model computes, and fast memory is.")
 @click.option("--json", "as_json", is_flag=True, help="Print answers and figures as JSON.")
 def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], trace: Path | None, as_json: bool, **options: Any) -> None:
@@ -41,9 +41,10 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     Everything else of the model is in memory; sub-experts are read from the checkpoint when they are needed, or a little before. The
     text is the same as with the whole model in memory, unless --latency-target allows to skip sub-experts. Figures go to stderr.
     """
-    check_parent("--trace", trace)
     if options["k_min"] is not None and options["latency_target"] is None:
         raise UsageError("--k-min: belongs to --latency-target")
+    if trace is not None and refactored_dir.resolve() in trace.resolve().parents:
+        raise UsageError(f"--trace {trace}: is in the checkpoint's folder; choose another")
     checkpoint = Checkpoint(refactored_dir)
     if not getattr(checkpoint.config, "prism", None):
         raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
@@ -51,6 +52,8 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     k = options["k"] or full
     if k > full:
         raise UsageError(f"--k {k}: choose 1 to {full}")
+    if (options["k_min"] or 1) > k:
+        raise UsageError(f"--k-min {options['k_min']}: is more than the {k} sub-experts of a token; choose 1 to {k}")
     tokenizer = load_tokenizer(refactored_dir)
     encoded = [_encode(tokenizer, prompt, checkpoint, options["max_new_tokens"]) for prompt in prompts]
     model = load_offloaded(
@@ -85,6 +88,10 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, checkpoint: Checkpoint, new: int) -> torch.Tensor:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("--prompt: is not UTF-8") from None
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     most = checkpoint.config.get_text_config().max_position_embeddings
     if not ids.shape[1]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calibration import DTYPES
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, add
+from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
 from prism_errors import InputError, UsageError
 from serving import SCHEDULERS, Limits, PerformanceModel
 from serving.engine import Engine, apart, load
@@ -25,7 +25,7 @@ from serving.server import Site, create_app
 @click.argument("refactored_dir", type=FOLDER)
 @add(SERVING_OPTIONS)
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), default="per-token", help="Which requests share a step, and at which k.")
-@click.option("--max-wait", type=click.FloatRange(0), default=Limits.wait, help="Seconds that schedulers other than fifo hold back work.")
+@click.option("--max-wait", type=Finite(0), default=Limits.wait, help="Seconds that schedulers other than fifo hold back work.")
 @click.option("--kv-tokens", type=click.IntRange(64), help="Tokens of the KV cache.  [default: a quarter of free memory]")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, help="Requests that may queue; more get 429.")
 @click.option("--fast-memory", help="Keep only so much of the sub-experts in memory: bytes (2GiB) or a share (25%).  [default: all]")

@@ -10,7 +10,7 @@ import click
 from calibration import EVALUATION_TEXT, Calibration
 from checkpoints import Checkpoint
 from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, TEXT_OPTIONS, add, table
+from prism_cli.options import FOLDER, TEXT_OPTIONS, Finite, add, table
 from prism_errors import GateError
 from refactoring import LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
 
@@ -22,7 +22,7 @@ NUM_SAMPLES = 8
 @click.argument("out_dir", type=FOLDER)
 @add(TEXT_OPTIONS)
 @click.option("--num-samples", type=click.IntRange(1), default=NUM_SAMPLES, help="Samples of text.")
-@click.option("--tolerance", type=click.FloatRange(0), default=LOGIT_TOLERANCE, help="Largest |logit difference| of an exact mode.")
+@click.option("--tolerance", type=Finite(0), default=LOGIT_TOLERANCE, help="Largest |logit difference| of an exact mode.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(reporter: Reporter, model_dir: Path, out_dir: Path, tolerance: float, as_json: bool, **options: Any) -> None:
     """Compare the checkpoint in OUT_DIR with the one in MODEL_DIR that it was made from.

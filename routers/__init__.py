@@ -21,7 +21,7 @@ from routers.modeling_prism import (
 from routers.output import relative_error, stock_output, two_level_output
 from routers.proxy import COACTIVE_SHARE, GATE_NEURONS, coactive_marks, fit_proxy, gate_neurons
 from routers.routed import Routed, Run, in_float32, route
-from routers.runtime import EXPERTS, add_rows, by_expert, expert_activations, experts_forward, weighted_output
+from routers.runtime import EXPERTS, add_rows, by_expert, expert_activations, experts_forward, router_file, weighted_output
 from routers.tilt import FULL_K_BUDGET, choose_tilt, tilted_rows
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "recorded",
     "relative_error",
     "route",
+    "router_file",
     "router_of",
     "router_tensors",
     "set_active",

@@ -5,16 +5,36 @@ sorts the tokens once instead of searching them per expert, skips dropped slots 
 batch may run different numbers of sub-experts, and lets a caller observe the activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from prism_errors import InputError, one_line
+from routers.modeling_prism import ROUTER_FILE
 
 EXPERTS = "prism"
 # Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def router_file(folder: Path) -> Iterator[Path]:
+    """Where a refactored checkpoint's sub-expert router is, while it is read.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    path = folder / ROUTER_FILE
+    try:
+        yield path
+    except (OSError, LookupError, StopIteration, SafetensorError) as error:
+        raise InputError(f"{path}: is missing or broken ({one_line(error)}); refactor again") from None
 
 
 def _rows(experts: Any, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

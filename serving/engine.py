@@ -35,7 +35,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from prism_errors import InputError, PrismError, UsageError, one_line
-from routers import EXPERTS, attach, full_k, set_active, set_token_active
+from routers import EXPERTS, attach, full_k, router_file, set_active, set_token_active
 from serving.offload import OFFLOADED, OffloadManager
 from serving.performance import PerformanceModel
 from serving.sampling import sample
@@ -186,7 +186,9 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     if not recipe:
         raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
     model = model.to(device).eval()
-    model = model if recipe["router"] == "replicate" else attach(model, str(folder))
+    if recipe["router"] != "replicate":
+        with router_file(folder):
+            model = attach(model, str(folder))
     for tensor in [*model.parameters(), *model.buffers()]:
         # transformers leaves some tensors where they lie in the file, and products of unaligned ones differ in the last bit.
         if tensor.data_ptr() % ALIGNMENT:

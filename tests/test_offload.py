@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
@@ -656,6 +657,8 @@ def test_a_trace_replays_to_what_was_counted(elastic, command, tmp_path):
         ),
         ('{"trace": "prism-run 1", "layers": 1, "experts": 4, "sub_expert_bytes": 8}\n{"used": 5\n', "line 2"),
         ('{"trace": "prism-run 1", "layers": -1, "experts": 4, "sub_expert_bytes": 8}\n', "line 1"),
+        ('{"trace": "prism-run 1", "layers": 9, "experts": 99999999999, "sub_expert_bytes": 8}\n', "line 1"),
+        ("[" * 100_000, "line 1"),
     ],
 )
 def test_what_is_no_trace(command, tmp_path, content, message):
@@ -675,7 +678,14 @@ def test_what_is_no_trace(command, tmp_path, content, message):
         (["--fast-memory", "101%"], 2, "--fast-memory 101%"),
         (["--k", "17"], 2, "--k 17: choose 1 to 16"),
         (["--k-min", "4"], 2, "--k-min: belongs to --latency-target"),
-        (["--k-min", "17", "--latency-target", "5"], 2, "--k-min 17: choose 1 to 16"),
+        (["--k-min", "17", "--latency-target", "5"], 2, "--k-min 17: is more than the 16 sub-experts of a token; choose 1 to 16"),
+        (["--k-min", "5", "--k", "4", "--latency-target", "5"], 2, "choose 1 to 4"),
+        (["--latency-target", "nan"], 2, "nan is not a finite number"),
+        (["--latency-target", "inf"], 2, "inf is not a finite number"),
+        (["--prompt", "\udcff"], 2, "--prompt: is not UTF-8"),
+        (["--trace", ""], 2, "--trace"),
+        (["--trace", "/dev/null"], 2, "--trace /dev/null: is no regular file"),
+        (["--trace", "/proc/trace"], 2, "--trace /proc/trace: cannot be written"),
         (["--max-new-tokens", "5000"], 2, "more than the model's 1024"),
         (["--prompt", ""], 2, "--prompt: is empty"),
         (["--trace", "/nowhere/trace.jsonl"], 2, "--trace /nowhere/trace.jsonl: the folder does not exist"),
@@ -686,6 +696,38 @@ def test_run_errors(elastic, command, options, code, message):
     outcome = command("prism-run", elastic, "--prompt", PROMPT, *options)
     assert (outcome.code, outcome.out) == (code, "")
     assert message in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x" * 100)])
+def test_a_broken_router_is_named(copied, command, offloaded, damage):
+    damage(copied / "sub_expert_router.safetensors")
+    outcome = command("prism-run", copied, "--prompt", PROMPT)
+    assert (outcome.code, outcome.out) == (3, "")
+    assert "sub_expert_router.safetensors: is missing or broken" in outcome.err.splitlines()[-1]
+    with pytest.raises(InputError, match=r"router\.safetensors: is missing or broken"):
+        load(copied)
+
+
+def test_no_file_of_the_checkpoint_is_overwritten_by_a_trace(copied, command):
+    before = (copied / "config.json").read_bytes()
+    outcome = command("prism-run", copied, "--prompt", PROMPT, "--trace", copied / "config.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is in the checkpoint's folder" in outcome.err
+    assert (copied / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "message"), [("p.xyz", "must end in .png, .svg or .pdf"), ("p", "must end in")])
+def test_a_picture_that_cannot_be_drawn_is_refused_first(command, tmp_path, name, message):
+    outcome = command("prism-replay", __file__, "--plot", tmp_path / name)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+
+
+def test_a_link_to_a_file_is_written_through(elastic, command, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert command("prism-run", elastic, "--prompt", PROMPT, "--max-new-tokens", "1", "--trace", tmp_path / "link").code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert len(Trace.load(tmp_path / "file").passes) == 1
 
 
 def test_run_refuses_what_is_no_refactored_checkpoint(command, models, tmp_path):
@@ -717,6 +759,8 @@ def test_memory_units():
     assert FastMemory("100MB").bytes(0) == 10**8
     assert FastMemory("25%").bytes(1000) == 250
     assert FastMemory("12345").bytes(0) == 12345
+    # Exact where a float is not.
+    assert FastMemory("0.1%").bytes(10**21) == 10**18
 
 
 def test_belady_of_two_layers():

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from checkpoints import Checkpoint, LayeredModel, gib
 from prism_errors import InputError, PrismError, ResourceError, UsageError
 from routers import (
-    ROUTER_FILE,
     add_rows,
     by_expert,
     expert_activations,
@@ -32,6 +32,7 @@ from routers import (
     install,
     moe_gates,
     route,
+    router_file,
     router_tensors,
     set_active,
     two_level_router,
@@ -66,7 +67,7 @@ class FastMemory:
         """The budget where all sub-experts together take `total` bytes. Raises UsageError when the text is neither."""
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)\s*", self.text)
         if match is not None and match[2] == "%" and 0 < float(match[1]) <= 100:
-            return int(total * float(match[1]) / 100)
+            return int(total * Fraction(match[1]) / 100)
         if match is not None and match[2].upper() in _UNITS and float(match[1]) > 0:
             return int(float(match[1]) * _UNITS[match[2].upper()])
         raise UsageError(f"--fast-memory {self.text}: give bytes with a unit, like 2GiB or 512MiB, or a share of the experts, like 25%")
@@ -455,9 +456,10 @@ def _own(model: nn.Module, device: str) -> None:
 
 def _attach(layered: LayeredModel, blocks: dict[str, Any], folder: Path) -> None:
     """Install two-level routing, a layer at a time: gate neurons are rows of experts, which are read for it and let go."""
-    routers = router_tensors(folder / ROUTER_FILE)
-    for name, block in blocks.items():
-        with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
-            two_level = two_level_router(block, layered.model.config, routers[name])
-        install(block, two_level)
+    with router_file(folder) as path:
+        routers = router_tensors(path)
+        for name, block in blocks.items():
+            with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
+                two_level = two_level_router(block, layered.model.config, routers[name])
+            install(block, two_level)
     set_active(layered.model, full_k(layered.model.config))

@@ -11,6 +11,8 @@ from prism_errors import InputError, one_line
 from serving.offload.policies import Belady, Policy
 
 TRACE = "prism-run 1"
+# More sub-experts, and larger ones, than any model has: what a damaged trace asks for must not take all memory.
+MOST, MOST_BYTES = 10**7, 2**40
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Trace:
                 if not isinstance(about, dict) or about.get("trace") != TRACE:
                     raise InputError(f"{path}: is no trace; prism-run --trace writes one")
                 sizes = [about[key] for key in ("layers", "experts", "sub_expert_bytes")]
-                if not all(isinstance(size, int) and size > 0 for size in sizes):
-                    raise ValueError("sizes must be positive integers")
+                if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] * sizes[1] > MOST or sizes[2] > MOST_BYTES:
+                    raise ValueError("its sizes are no model's")
                 passes = []
                 for line, text in enumerate(file, 2):  # noqa: B007  (an error names it)
                     passes.append(_pass(json.loads(text), sizes[0], sizes[1]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {line or 1}: is no line of a trace ({one_line(error)}); record it again") from None
         if not passes:
             raise InputError(f"{path}: holds no forward pass; record one with prism-run --trace")
