@@ -43,7 +43,8 @@ class OutputFile(click.Path):
             with TemporaryFile(dir=path.parent):
                 return path
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"{said}: cannot be written ({one_line(error)}); choose another") from None
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UsageError(f"{said}: cannot be written ({reason}); choose another") from None
 
 
 class Finite(click.FloatRange):
