@@ -304,10 +304,18 @@ def test_what_is_cancelled_is_freed_and_silent(engine_of):
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(engine_of):
     engine = engine_of(limits=Limits(tokens=64, requests=1), max_waiting=2)
-    done = threading.Semaphore(0)
-    for number in range(3):
-        engine.submit(Request(prompt(30, number), 4, 60, stop_at_eos=False), lambda chunk: chunk.finish and done.release())
-        time.sleep(0.1)
+    begun, done = threading.Event(), threading.Semaphore(0)
+
+    def listen(chunk):
+        begun.set()
+        if chunk.finish:
+            done.release()
+
+    # Long enough for the others to be there before it ends.
+    engine.submit(Request(prompt(30, 0), 4, 400, stop_at_eos=False), listen)
+    assert begun.wait(60)
+    for number in (1, 2):
+        engine.submit(Request(prompt(30, number), 4, 4, stop_at_eos=False), listen)
     with pytest.raises(Rejected, match="2 requests wait") as refused:
         engine.submit(Request(prompt(30, 9), 4, 60), print)
     assert refused.value.retry_after >= 1
