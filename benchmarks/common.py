@@ -12,6 +12,8 @@ import torch
 from evaluation import Windows
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
+# Text that comes with the product: calibration.jsonl, and evaluation.jsonl, which is held out.
+TEXT = Path(__file__).parents[1] / "calibration" / "data"
 
 
 def print_provenance() -> None:

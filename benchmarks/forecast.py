@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, print_provenance
+from common import TEXT, markdown, print_provenance
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -26,7 +26,6 @@ from serving.engine import load
 from serving.offload.policies import ActivationAware, _Activations
 from serving.offload.replay import Pass, Trace, belady, hit_rate
 
-TEXT = Path(__file__).parents[1] / "calibration" / "data"
 TOKENS, TRAINING, HELD_OUT = 256, 150, 12
 EPOCHS, BATCH, RATE, SPARSITY = 6, 256, 1e-3, 1e-5
 # (Pass, layer that has just been told what it uses, own probabilities [L, E]) -> probability that each is used at its next turn.
@@ -92,7 +91,7 @@ def histories(used: np.ndarray) -> np.ndarray:
         for layer in range(layers):
             seen.add(layer, used[token, layer].astype(float))
             last[0, layer] = used[token, layer]
-            rows.append(np.concatenate([last, seen._means / np.maximum(seen._weights, 1e-12)]).astype(np.float32))
+            rows.append(np.concatenate([last, seen.windows()]).astype(np.float32))
     return np.stack(rows).reshape(tokens, layers, *rows[0].shape)
 
 
@@ -127,14 +126,13 @@ def fitted(history: np.ndarray, turns: np.ndarray, ids: torch.Tensor, vocabulary
 
 
 @torch.no_grad()
-def forecast(training: np.ndarray, held_out: np.ndarray, ids: list[torch.Tensor], vocabulary: int) -> np.ndarray:
-    """Probability of the next turn for the held-out texts, [T, l, L, E]."""
-    turns, seen, new = next_turns(training), histories(training), histories(held_out)
+def forecast(turns: np.ndarray, seen: np.ndarray, new: np.ndarray, ids: list[torch.Tensor], vocabulary: int) -> np.ndarray:
+    """Probability of the next turn for held-out texts of which `new` is seen, [T, l, L, E]; fitted to turns that followed `seen`."""
     found = []
-    for layer in range(training.shape[1]):
+    for layer in range(turns.shape[1]):
         with torch.enable_grad():
             model = fitted(seen[:, layer], turns[:, layer], ids[0], vocabulary)
-        found.append(model(torch.from_numpy(new[:, layer]), ids[1]).sigmoid().view(-1, *held_out.shape[1:]).numpy())
+        found.append(model(torch.from_numpy(new[:, layer]), ids[1]).sigmoid().view(-1, *turns.shape[2:]).numpy())
     return np.stack(found, 1)
 
 
@@ -161,17 +159,18 @@ def main() -> None:
         used = [[(np.flatnonzero(row), np.ones(row.sum())) for row in token] for token in held_out]
         trace = Trace(layers, experts, 1, [Pass(str(number // TOKENS), token) for number, token in enumerate(used)])
         turns = next_turns(held_out)
+        known = next_turns(training), histories(training), histories(held_out)
 
         def coming(number: int, layer: int, own: np.ndarray, turns: np.ndarray = turns) -> np.ndarray:
             return np.where(np.arange(len(own))[:, None] > layer, turns[number, layer], own)
 
         told: dict[str, Told] = {"itself, as it is": lambda number, layer, own: own, "what the coming layers use for this token": coming}
         for name, vocabulary in (("a linear model of last uses and windows", 0), ("the same, with the token", model.config.vocab_size)):
-            guess = forecast(training, held_out, ids, vocabulary)
+            guess = forecast(*known, ids, vocabulary)
             told[name] = lambda number, layer, own, guess=guess: guess[number, layer]
         told["what every layer uses at its next turn"] = lambda number, layer, own, turns=turns: turns[number, layer]
         slots = layers * experts * arguments.share // 100
-        rates = {name: hit_rate(trace, Informed(layers, experts, known), slots) for name, known in told.items()}
+        rates = {name: hit_rate(trace, Informed(layers, experts, tells), slots) for name, tells in told.items()}
         columns.append(rates | {"everything (Belady)": hit_rate(trace, belady(trace), slots)})
     table = [[name, *(f"{column[name]:.3f}" for column in columns)] for name in columns[0]]
     print(f"hit rates, fast memory for {arguments.share} %\n")

@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import EXAMPLE, markdown, print_provenance
+from common import EXAMPLE, TEXT, markdown, print_provenance
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
@@ -53,7 +53,6 @@ SYSTEMS = {
     "e": "as d, skipping for a target",
     "f": "as d, at the least k that is as good as b",
 }
-TEXT = EXAMPLE.parents[1] / "calibration" / "data"
 
 
 def widen(source: Path, target: Path) -> None:

@@ -185,6 +185,10 @@ class _Activations:
             self._weights[number, layer] = self._weights[number, layer] * fade + (1 - fade)
         self.tokens[layer] += tokens
 
+    def windows(self) -> np.ndarray:
+        """Average uses per token over each window, [windows, L, E]."""
+        return self._means / np.maximum(self._weights, 1e-12)
+
     @property
     def counts(self) -> np.ndarray:
         """Over the longest window, [L, E]."""
@@ -192,7 +196,7 @@ class _Activations:
 
     def probability(self) -> np.ndarray:
         """Mean over the windows, [L, E]."""
-        return (self._means / np.maximum(self._weights, 1e-12)).mean(0)
+        return self.windows().mean(0)
 
 
 def _directions(matrices: np.ndarray) -> np.ndarray:
