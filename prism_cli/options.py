@@ -108,7 +108,7 @@ OFFLOAD_OPTIONS = (
         "--read",
         type=click.Choice(READS),
         default=DIRECT,
-        help="direct: past the page cache; buffered: through it; pinned: all in page-locked host memory, for --device cuda.",
+        help="direct: past the page cache; mapped: through it; pinned: all in page-locked host memory, for --device cuda.",
     ),
 )
 CALIBRATION_NAMES = ("datasets", "text_column", "num_samples", "max_seq_length", "tokens_per_expert", "dtype", "device", "batch_size")

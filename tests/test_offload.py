@@ -1,5 +1,7 @@
 """Offloading: the same bits from a cache as from memory, whatever the policy; faults, budgets, traces."""
 
+import ctypes
+import errno
 import json
 import math
 import mmap
@@ -30,7 +32,7 @@ from serving.metrics import Metrics
 from serving.offload import POLICIES, PREFETCHES, Belady, Cache, DiskStore, Elastic, FastMemory, Pool, load_offloaded
 from serving.offload import cache as caches
 from serving.offload.replay import Trace, belady, hit_rate
-from serving.offload.store import PinnedStore
+from serving.offload.store import _LIBC, PinnedStore
 
 PROMPT = "The river runs through the old town and"
 
@@ -105,7 +107,7 @@ def test_gate_neurons_of_offloaded_experts(command, tmp_path, models, token_ids,
 def test_no_policy_and_no_prefetch_changes_the_text(policy, prefetch, elastic, offloaded):
     wanted, model = (
         resident(elastic),
-        offloaded(elastic, policy=policy, prefetch=prefetch, read="buffered" if policy == "lfu" else "direct"),
+        offloaded(elastic, policy=policy, prefetch=prefetch, read="mapped" if policy == "lfu" else "direct"),
     )
     total = model.offload.cache.store.layers * model.offload.cache.store.experts
     for k in (16, 10):
@@ -477,8 +479,9 @@ def copied(elastic, tmp_path):
     return shutil.copytree(elastic, tmp_path / "copy")
 
 
-def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded):
-    model = offloaded(copied)
+@pytest.mark.parametrize("read", ["direct", "mapped"])
+def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded, read):
+    model = offloaded(copied, read=read)
     before = answer(model, range(20, 30))
     shard = max(copied.glob("model-*.safetensors"))
     content = shard.read_bytes()
@@ -487,6 +490,31 @@ def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded):
         answer(model, range(300, 400))
     shard.write_bytes(content)
     assert answer(model, range(20, 30)) == before
+
+
+def test_a_page_of_a_map_that_is_gone_fails_the_request_and_nothing_else(copied, offloaded, monkeypatch):
+    """The file gets shorter between the question how long it is and the copy."""
+    model = offloaded(copied, read="mapped")
+    before = answer(model, range(20, 30))
+    shard = max(copied.glob("model-*.safetensors"))
+    content, long = shard.read_bytes(), shard.stat()
+    os.truncate(shard, 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda _: long)
+        with pytest.raises(InputError, match=rf"{shard.name}: (ends before|sub-expert \d+ of MoE layer 3 cannot be read .*Bad address)"):
+            answer(model, range(300, 400))
+    shard.write_bytes(content)
+    assert answer(model, range(20, 30)) == before
+
+
+def test_a_system_that_does_not_copy_from_maps_is_named(elastic, offloaded, monkeypatch):
+    def refuses(*_):
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(_LIBC, "process_vm_readv", refuses)
+    with pytest.raises(UsageError, match=r"--read mapped: this system does not allow it .*; use --read direct"):
+        offloaded(elastic, read="mapped")
 
 
 def test_a_read_error_fails_the_request_and_nothing_else(elastic, offloaded, monkeypatch):
@@ -748,9 +776,9 @@ def test_a_file_system_without_direct_reads_is_named(elastic, offloaded, monkeyp
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuses)
-    with pytest.raises(UsageError, match="use --read buffered"):
-        answer(offloaded(elastic), range(20, 30))
-    assert answer(offloaded(elastic, read="buffered"), range(20, 30))
+    with pytest.raises(UsageError, match="use --read mapped"):
+        offloaded(elastic)
+    assert answer(offloaded(elastic, read="mapped"), range(20, 30))
 
 
 def test_memory_units():

@@ -40,7 +40,7 @@ from routers import (
 )
 from serving.offload.cache import Cache, Counters, Pool
 from serving.offload.policies import POLICIES, ActivationAware
-from serving.offload.store import BUFFERED, DIRECT, PINNED, DiskStore, PinnedStore
+from serving.offload.store import DIRECT, MAPPED, PINNED, DiskStore, PinnedStore
 
 OFFLOADED = "prism_offloaded"
 # What is less likely to be used is not fetched ahead: it would cost the time of a load, and what it replaces.
@@ -357,7 +357,7 @@ def load_offloaded(
         fast_memory: what the cache may take.
         policy: one of `POLICIES`.
         prefetch: one of `policies.PREFETCHES`.
-        read: DIRECT, BUFFERED (see `DiskStore`) or PINNED (see `PinnedStore`, needs a GPU).
+        read: DIRECT, MAPPED (see `DiskStore`) or PINNED (see `PinnedStore`, needs a GPU).
         device: where the model computes, and where fast memory is.
 
     Raises:
@@ -373,7 +373,7 @@ def load_offloaded(
     model: Any = layered.model
     blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}
     modules = [f"{name}.experts" for name in blocks]
-    disk = DiskStore(checkpoint, layered, modules, BUFFERED if read == PINNED else read)
+    disk = DiskStore(checkpoint, layered, modules, MAPPED if read == PINNED else read)
     slots = _slots(disk, fast_memory, _most(checkpoint))
     needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
     if device == "cpu" and needed > free:

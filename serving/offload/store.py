@@ -4,6 +4,8 @@ A sub-expert is a few tensors on disk, most often side by side, so it takes one 
 for any family: transformers' own conversion, applied to numbered elements of two experts, tells.
 """
 
+import ctypes
+import errno
 import json
 import math
 import mmap
@@ -18,13 +20,81 @@ import torch
 from checkpoints import BLOCK, Checkpoint, LayeredModel, names_on_disk
 from prism_errors import InputError, UsageError, one_line
 
-READS = DIRECT, BUFFERED, PINNED = "direct", "buffered", "pinned"
+READS = DIRECT, MAPPED, PINNED = "direct", "mapped", "pinned"
 # Tensors of a sub-expert with less than this between them are fetched by one read.
 GAP = 65536
 # Same-sized integers: numpy has no bfloat16, and copies need not know what they copy.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Slot = dict[str, torch.Tensor]
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class _Direct:
+    """A file that is read past the page cache."""
+
+    def __init__(self, path: str):
+        try:
+            self._number = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            if os.path.exists(path):
+                raise UsageError(
+                    f"--read direct: the file system of {path} does not do that ({error.strerror}); use --read mapped"
+                ) from None
+            raise
+
+    def readv(self, buffers: list[memoryview], offset: int) -> int:
+        """Fill some buffers in turn; bytes read. Offset and sizes are whole blocks, and so are the places of the buffers."""
+        return os.preadv(self._number, buffers, offset)
+
+    def close(self) -> None:
+        os.close(self._number)
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Mapped:
+    """A file in memory, from which the kernel copies.
+
+    Where a page of it cannot be had, because the file was truncated or its disk fails, `process_vm_readv` fails; any other access would
+    end the process with SIGBUS.
+    """
+
+    def __init__(self, path: str):
+        self._number = os.open(path, os.O_RDONLY)
+        self._map = mmap.mmap(self._number, 0, prot=mmap.PROT_READ)
+        self._start = np.frombuffer(self._map, np.uint8).ctypes.data
+        # Whether it works is found out now.
+        self.readv([memoryview(bytearray(1))], 0)
+
+    def readv(self, buffers: list[memoryview], offset: int) -> int:
+        """Fill some buffers in turn; bytes read."""
+        there = os.fstat(self._number).st_size - offset
+        wanted = max(0, min(sum(len(buffer) for buffer in buffers), there))
+        if not wanted:
+            return 0
+        starts = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
+        ours = (_Vector * len(buffers))(*[_Vector(start, len(buffer)) for start, buffer in zip(starts, buffers, strict=True)])
+        theirs = _Vector(self._start + offset, wanted)
+        first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, offset + wanted - first)
+        got: int = _LIBC.process_vm_readv(os.getpid(), ours, len(buffers), ctypes.byref(theirs), 1, 0)
+        if got < 0:
+            number = ctypes.get_errno()
+            if number in (errno.EPERM, errno.ENOSYS):
+                raise UsageError(f"--read mapped: this system does not allow it ({os.strerror(number)}); use --read direct")
+            raise OSError(number, os.strerror(number))
+        # The pages stay in the page cache, but are not this process's memory.
+        self._map.madvise(mmap.MADV_DONTNEED, first, offset + wanted - first)
+        return got
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._number)
 
 
 @dataclass(frozen=True)
@@ -99,12 +169,12 @@ class DiskStore:
         checkpoint: any supported one; of an original the "sub-experts" are its whole experts.
         layered: its model.
         blocks: dotted names of its experts modules, a name per MoE layer.
-        mode: DIRECT: past the page cache (O_DIRECT), so that fast memory is all the memory there is; BUFFERED: through it, so that what was
-            read before may come from memory that nobody else needs.
+        mode: DIRECT: past the page cache (O_DIRECT), so that fast memory is all the memory there is; MAPPED: through it, from the files'
+            maps, so that what was read before may come from memory that nobody else needs.
 
     Raises:
         InputError: an expert cannot be found on disk.
-        UsageError: the file system has no O_DIRECT.
+        UsageError: `mode` does not work here.
     """
 
     def __init__(self, checkpoint: Checkpoint, layered: LayeredModel, blocks: list[str], mode: str = DIRECT):
@@ -116,12 +186,13 @@ class DiskStore:
         self.dtype = next(iter(parameters.values())).dtype
         self.sub_expert_bytes = sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
         self._layouts = [_layouts(layered.model, block) for block in blocks]
-        self._flags = os.O_RDONLY | (os.O_DIRECT if mode == DIRECT else 0)
         self._align = BLOCK if mode == DIRECT else 1
         self._offsets = {file: _offsets(checkpoint, file) for file in sorted(set(checkpoint.weight_map.values()))}
-        self._files: dict[str, int] = {}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
         self._longest = max(read.end - read.start for reads in self._reads.values() for read, _ in reads)
+        self._files: dict[str, _Direct | _Mapped] = {}
+        for path in sorted({read.path for reads in self._reads.values() for read, _ in reads}):
+            self._files[path] = _open(path, mode)
 
     def _find(self, layer: int, expert: int) -> list[tuple[_Read, bool]]:
         """What to read for one sub-expert, and whether its parts are whole."""
@@ -152,18 +223,6 @@ class DiskStore:
         """Page-aligned memory for the longest read."""
         return memoryview(mmap.mmap(-1, self._longest + 2 * BLOCK))
 
-    def _file(self, path: str) -> int:
-        if path not in self._files:
-            try:
-                self._files[path] = os.open(path, self._flags)
-            except OSError as error:
-                if self._align > 1 and os.path.exists(path):
-                    raise UsageError(
-                        f"--read direct: the file system of {path} does not do that ({error.strerror}); use --read buffered"
-                    ) from None
-                raise InputError(f"{path}: cannot be opened ({error.strerror}); download it again") from None
-        return self._files[path]
-
     def read(self, layer: int, expert: int, slot: Slot, staging: memoryview | None) -> None:
         """See `Store.read`; several threads may read, each with its own staging memory."""
         assert staging is not None
@@ -175,7 +234,7 @@ class DiskStore:
             last = -(-read.end // self._align) * self._align
             buffers = [view.data.cast("B") for view in views] if straight else [staging[: last - first]]
             try:
-                got = _read_fully(self._file(read.path), buffers, first, read.end - first)
+                got = _read_fully(self._files[read.path], buffers, first, read.end - first)
             except OSError as error:
                 raise InputError(
                     f"{read.path}: sub-expert {expert} of MoE layer {layer} cannot be read ({one_line(error)}); check the disk"
@@ -192,8 +251,7 @@ class DiskStore:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+            file.close()
 
 
 class PinnedStore:
@@ -226,17 +284,24 @@ class PinnedStore:
         """Nothing is open."""
 
 
+def _open(path: str, mode: str) -> _Direct | _Mapped:
+    try:
+        return _Direct(path) if mode == DIRECT else _Mapped(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened ({one_line(error)}); download it again") from None
+
+
 def _view(target: torch.Tensor, layout: _Layout) -> np.ndarray:
     """The elements of a slot's tensor that a tensor on disk fills, as integers of the same size."""
     flat = target.view(_INTEGER[target.dtype.itemsize])
     return torch.as_strided(flat, layout.shape, layout.strides, flat.storage_offset() + layout.start).numpy()
 
 
-def _read_fully(file: int, buffers: list[memoryview], offset: int, needed: int) -> int:
+def _read_fully(file: _Direct | _Mapped, buffers: list[memoryview], offset: int, needed: int) -> int:
     """Read into some buffers in turn until they have what is needed or the file ends; bytes read."""
     got = 0
     while got < needed:
-        now = os.preadv(file, buffers, offset + got)
+        now = file.readv(buffers, offset + got)
         # A short read that ends inside a block is the file's end: O_DIRECT could not go on from there.
         got += now
         if now == 0 or got % BLOCK:
