@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from calibration import LayerStream
 from checkpoints import (
@@ -29,7 +28,7 @@ from prism_errors import InputError, one_line
 from refactoring.layer import original_routing
 from refactoring.pipeline import MODELING_FILE, copied_name
 from refactoring.plan import replaced_state
-from routers import ROUTER_FILE, attach_block, full_k, router_tensors
+from routers import ROUTER_FILE, attach_block, full_k, router_file, router_tensors
 
 # Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
 LOGIT_TOLERANCE = 1e-3
@@ -70,9 +69,10 @@ def open_refactored(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise InputError(f"{path}: not a refactored checkpoint; write one with prism-refactor")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        router_tensors(path / ROUTER_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: {MANIFEST} or {ROUTER_FILE} is missing or broken ({one_line(error)}); refactor again") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / MANIFEST}: is broken ({one_line(error)}); refactor again") from None
+    with router_file(path) as file:
+        router_tensors(file)
     return checkpoint, manifest
 
 

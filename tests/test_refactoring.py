@@ -434,9 +434,9 @@ def unbalance(out, name):
     [
         (drop, "tokenizer.json", 4, "file tokenizer.json is not the source's"),
         (drop, "modeling_prism.py", 4, "file modeling_prism.py is missing"),
-        (drop, routers.ROUTER_FILE, 3, "sub_expert_router.safetensors is missing or broken"),
+        (drop, routers.ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing or broken"),
         (lambda out, name: (out / name).write_bytes(b"x" * 20), routers.ROUTER_FILE, 3, "is missing or broken"),
-        (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "is missing or broken"),
+        (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "prism.json: is broken"),
         (spoil_router, routers.ROUTER_FILE, 4, "layer 0: a router tensor of"),
         (unbalance, routers.ROUTER_FILE, 4, "layer 1: the partition in sub_expert_router.safetensors is not balanced"),
     ],

@@ -83,8 +83,7 @@ class Pool:
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate
         self.names = list(store.shapes)
         for name, shape in store.shapes.items():
-            # Zeros are written, so that the memory is taken now and not when a request needs it.
-            setattr(self, name, _pages((slots, *shape), store.dtype, device).zero_())
+            setattr(self, name, _pages((slots, *shape), store.dtype, device))
 
     def slot(self, number: int) -> Slot:
         """The tensors of one slot."""
@@ -92,14 +91,15 @@ class Pool:
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Memory that begins at a page, in huge pages where there are, so that O_DIRECT can read into it."""
+    """Memory that is taken now and not when a request needs it; on a CPU it begins at a page, so that O_DIRECT can read into it."""
     if device != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Not every kernel has them.
+    # Not every kernel has huge pages.
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    # Writing takes it.
+    return torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
 
 
 class Cache:
