@@ -10,7 +10,7 @@ import torch
 from calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
 from calibration.stream import LayerStream
 from calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
-from checkpoints import Checkpoint, dtype_name, moe_block
+from checkpoints import Checkpoint, check_device, dtype_name, moe_block
 from prism_errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,8 +37,7 @@ class Calibration:
 
     def resolved_device(self) -> str:
         """'cpu' or 'cuda'. Raises UsageError when CUDA is asked for and absent."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
+        check_device(self.device)
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def resolved_dtype(self, checkpoint: Checkpoint) -> torch.dtype:

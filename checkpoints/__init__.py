@@ -10,7 +10,7 @@ from checkpoints.architectures import (
     router_name,
     routing_state,
 )
-from checkpoints.layered import LayeredModel, build_meta_model, dtype_name, names_on_disk
+from checkpoints.layered import LayeredModel, build_meta_model, check_device, dtype_name, names_on_disk
 from checkpoints.progress import Progress, versions
 from checkpoints.reader import Checkpoint
 from checkpoints.split import repeat_routing, split_experts
@@ -48,6 +48,7 @@ __all__ = [
     "Progress",
     "ShardWriter",
     "build_meta_model",
+    "check_device",
     "check_disk",
     "check_side_files",
     "check_target",

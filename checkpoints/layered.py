@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoints.architectures import moe_block
 from checkpoints.reader import Checkpoint
-from prism_errors import InputError, one_line
+from prism_errors import InputError, UsageError, one_line
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -47,6 +47,12 @@ def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
             module.to_empty(device="cpu", recurse=False)
             model._init_weights(module)
     return model
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError when CUDA is asked for and absent."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu")
 
 
 class LayeredModel:

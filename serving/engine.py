@@ -34,6 +34,7 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
+from checkpoints import check_device
 from prism_errors import InputError, PrismError, UsageError, one_line
 from routers import EXPERTS, attach, full_k, router_file, set_active, set_token_active
 from serving.offload import OFFLOADED, OffloadManager
@@ -177,7 +178,9 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
 
     Raises:
         InputError: the folder is no refactored checkpoint that transformers can load.
+        UsageError: there is no such device.
     """
+    check_device(device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError) as error:

@@ -155,3 +155,13 @@ with accelerator.Installed():
 def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored):
     said = on_both(OFFLOAD, refactored)
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "arguments", [["prism-run", "--prompt", "a"], ["prism-bench"], ["prism-serve"], ["prism-serve", "--fast-memory", "50%"]], ids=" ".join
+)
+def test_a_gpu_that_is_not_there_is_named(refactored, command, arguments):
+    outcome = command(arguments[0], refactored, *arguments[1:], "--device", "cuda")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1].endswith("--device cuda: no CUDA device is available; use --device cpu")

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from checkpoints import Checkpoint, LayeredModel, gib
+from checkpoints import Checkpoint, LayeredModel, check_device, gib
 from prism_errors import InputError, PrismError, ResourceError, UsageError
 from routers import (
     add_rows,
@@ -362,11 +362,12 @@ def load_offloaded(
 
     Raises:
         InputError: the checkpoint cannot be used.
-        UsageError: fast memory is too small for what one token needs in a layer; a `read` that is not possible here.
+        UsageError: fast memory is too small for what one token needs in a layer; a `read` or a device that is not possible here.
         ResourceError: fast memory is more than there is.
     """
     if read == PINNED and device == "cpu":
         raise UsageError("--read pinned is for --device cuda: on a CPU fast memory is host memory already")
+    check_device(device)
     checkpoint = Checkpoint(folder)
     layered = LayeredModel(checkpoint, checkpoint.config.dtype or torch.float32, device)
     layered.check()
