@@ -143,7 +143,7 @@ with accelerator.Installed():
     ids = torch.arange(5, 25, device=sys.argv[2])[None]
     for k in (16, 7):
         set_active(model, k)
-        print(model(input_ids=ids).logits.argmax(-1).cpu().tolist())
+        print(model(input_ids=ids).logits[0, :, ::256].cpu().tolist())
     assert model.offload.counters.misses and model.offload.counters.prefetched
     model.offload.set_elastic(Elastic(1e-9, 3))
     model(input_ids=ids[:, :1])
@@ -153,8 +153,10 @@ with accelerator.Installed():
 
 
 def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored):
-    said = on_both(OFFLOAD, refactored)
-    assert said[0] == said[1] != ""
+    there, here = (torch.tensor([json.loads(line) for line in text.splitlines()]) for text in on_both(OFFLOAD, refactored))
+    assert there.shape == (2, 20, 16)
+    # Attention's kernels are others, and the model computes in bfloat16: a token may be routed elsewhere.
+    assert ((there - here).abs().mean((1, 2)) < (here[0] - here[1]).abs().mean() / 3).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
