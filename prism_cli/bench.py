@@ -32,7 +32,6 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     context are written to REFACTORED_DIR/performance.json, where prism-serve and prism-loadtest --simulate find them, with the error on
     points between those measured.
     """
-    torch.set_grad_enabled(False)
     model = load(refactored_dir, options["device"], DTYPES.get(options["dtype"]))
     limits = Limits(options["max_batch_tokens"], options["max_requests"])
     context = options["context"] or min(1024, model.config.get_text_config().max_position_embeddings // 2)

@@ -9,6 +9,8 @@ set -uo pipefail
 models=$1 out=$2
 shift 2
 mkdir -p "$out"
+# A shell forgets an interrupt that the command it waits for survives.
+trap 'exit 130' INT
 code=0
 for model in "$models"/*/; do
     name=$(basename "$model")
