@@ -8,7 +8,10 @@ value; `kept` is m.
 Compiled by numba; with NUMBA_DISABLE_JIT=1 the inner loops are those of `solvers.plain` in NumPy, tested equal and much slower.
 """
 
+import signal
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,42 @@ def _inner_loop(fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., 
         return njit(cache=True, fastmath=fastmath)(function)
 
     return choose
+
+
+def _whole(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that Python calls; an interrupt takes effect when it has ended, which compiled code makes no later.
+
+    Python code runs in numba when a kernel is loaded, where destructors lose an exception, and when a random generator is handed over,
+    where an exception ends the process with a fault of memory.
+    """
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return kernel
+
+    @wraps(kernel)
+    def call(*arguments: Any) -> Any:
+        # Handlers run in the main thread only.
+        if threading.current_thread() is not threading.main_thread():
+            return kernel(*arguments)
+        came: list[int] = []
+        held: dict[signal.Signals, Any] = {}
+
+        def hold(number: int, _: Any) -> None:
+            came.append(number)
+
+        try:
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(stop)
+                if callable(handler):
+                    held[stop] = handler
+                    signal.signal(stop, hold)
+            return kernel(*arguments)
+        finally:
+            for stop, handler in held.items():
+                signal.signal(stop, handler)
+            for number in came:
+                signal.raise_signal(number)
+
+    return call
 
 
 @_inner_loop(fastmath=False)
@@ -123,6 +162,7 @@ def keep_largest(sums, kept, mask):
     return total
 
 
+@_whole
 @njit(cache=True)
 def kept_sum(by_neuron, labels, num_groups, kept):
     """What survives when every token keeps its `kept` largest groups: the value the solvers maximise."""
@@ -184,7 +224,7 @@ def _positive_cycle(gain, tolerance, cycle):
 
 
 @njit(cache=True)
-def improve_assignment(values, labels):
+def _improve_assignment(values, labels):
     """Move neurons along positive cycles of the N-node exchange graph until none is left, in place.
 
     That is the optimum of the balanced assignment problem max sum_c values[labels[c], c] (a transportation problem with N equal
@@ -210,6 +250,10 @@ def improve_assignment(values, labels):
             best_moves(values, labels, cycle[i], gain, mover)
 
 
+improve_assignment = _whole(_improve_assignment)
+
+
+@_whole
 @njit(cache=True)
 def ascend(by_neuron, labels, num_groups, kept):
     """Alternate top-m selection and optimal balanced assignment, in place, until the kept sum stops growing; returns it."""
@@ -220,7 +264,7 @@ def ascend(by_neuron, labels, num_groups, kept):
     while True:
         group_values(by_neuron, mask, values)
         candidate = labels.copy()
-        improve_assignment(values, candidate)
+        _improve_assignment(values, candidate)
         total = keep_largest(group_sums(by_neuron, candidate, num_groups), kept, mask)
         if not total > best * (1 + 1e-9):
             return best
@@ -320,6 +364,7 @@ def _label(labels, members):
             labels[members[n, i]] = n
 
 
+@_whole
 @njit(cache=True)
 def swap_descent(by_neuron, labels, num_groups, kept):
     """Carry out improving swaps of two neurons, in place, until there is none: every pair of every two groups has been tried since."""
@@ -361,6 +406,7 @@ def swap_descent(by_neuron, labels, num_groups, kept):
     _label(labels, members)
 
 
+@_whole
 @njit(cache=True)
 def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling, stay, rng):
     """Simulated annealing with swaps of two neurons of different groups, in place (MoE-Prism, offline solver).

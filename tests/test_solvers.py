@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -322,3 +323,26 @@ def test_dead_experts_have_a_partition():
     partition = solvers.solve(np.zeros((10, 8), np.float32), 4, 1)
     assert partition.loss == 0
     assert (np.bincount(partition.labels) == 2).all()
+
+
+@pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_end_of_a_kernel(number):
+    """Inside one it ended the process with a fault of memory, or was lost, about once in thirty times."""
+    ended = []
+
+    def kernel():
+        signal.raise_signal(number)
+        # What an interrupt would have prevented.
+        ended.append(True)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kernels._whole(kernel)()
+        assert (ended, signal.getsignal(number)) == ([True], stop)
+    finally:
+        signal.signal(number, before)
