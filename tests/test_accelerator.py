@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXAMPLE, FAST, files
+from safetensors.torch import load_file, save_file
 
 STANDIN = Path(__file__).with_name("accelerator.py")
 SHORT = ["--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--learning-rate", "1e-3"]
@@ -143,7 +145,7 @@ with accelerator.Installed():
     ids = torch.arange(5, 25, device=sys.argv[2])[None]
     for k in (16, 7):
         set_active(model, k)
-        print(model(input_ids=ids).logits[0, :, ::256].cpu().tolist())
+        print(model(input_ids=ids).logits[0].cpu().tolist())
     assert model.offload.counters.misses and model.offload.counters.prefetched
     model.offload.set_elastic(Elastic(1e-9, 3))
     model(input_ids=ids[:, :1])
@@ -152,11 +154,17 @@ with accelerator.Installed():
 """
 
 
-def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored):
-    there, here = (torch.tensor([json.loads(line) for line in text.splitlines()]) for text in on_both(OFFLOAD, refactored))
-    assert there.shape == (2, 20, 16)
-    # Attention's kernels are others, and the model computes in bfloat16: a token may be routed elsewhere.
-    assert ((there - here).abs().mean((1, 2)) < (here[0] - here[1]).abs().mean() / 3).all()
+def test_an_offloaded_model_computes_on_a_device_what_it_computes_on_the_cpu(refactored, tmp_path):
+    """In float32: in bfloat16 the bits of attention's other kernels decide near ties."""
+    exact = shutil.copytree(refactored, tmp_path / "float32")
+    for shard in exact.glob("model-*.safetensors"):
+        save_file({name: value.float() for name, value in load_file(shard).items()}, shard, {"format": "pt"})
+    config = json.loads((exact / "config.json").read_text())
+    (exact / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    there, here = (torch.tensor([json.loads(line) for line in text.splitlines()]) for text in on_both(OFFLOAD, exact))
+    assert there.shape == (2, 20, 4096)
+    assert torch.equal(there.argmax(-1), here.argmax(-1))
+    assert torch.allclose(there, here, atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

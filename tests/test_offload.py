@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import conftest
 import numpy as np
+import psutil
 import pytest
 import safetensors
 import torch
@@ -135,6 +136,19 @@ def test_everything_but_the_experts_is_in_memory_and_they_are_not(elastic, offlo
     assert all(torch.equal(value, wanted[name]) for name, value in held.items())
     pool = model.offload.cache.pool
     assert sum(getattr(pool, name).nbytes for name in pool.names) == model.offload.cache.slots * model.offload.cache.store.sub_expert_bytes
+
+
+def test_the_checkpoint_is_open_as_long_as_the_model(elastic):
+    def is_open():
+        return [file.path for file in psutil.Process().open_files() if file.path.startswith(str(elastic))]
+
+    with pytest.raises(UsageError, match="the least that works"):
+        load_offloaded(elastic, FastMemory("1KiB"))
+    assert not is_open()
+    model = load_offloaded(elastic, FastMemory("25%"))
+    assert is_open()
+    model.offload.close()
+    assert not is_open()
 
 
 def test_pinned_memory_gives_what_the_disk_gives(elastic, offloaded):

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -375,23 +376,28 @@ def load_offloaded(
     blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}
     modules = [f"{name}.experts" for name in blocks]
     disk = DiskStore(checkpoint, layered, modules, MAPPED if read == PINNED else read)
-    slots = _slots(disk, fast_memory, _most(checkpoint))
-    needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
-    if device == "cpu" and needed > free:
-        raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
-    _load_resident(layered, set(modules))
-    if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
-        _attach(layered, blocks, folder)
-    _own(model, device)
-    store = PinnedStore(disk) if read == PINNED else disk
-    pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
-    cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
-    model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
-    for number, block in enumerate(blocks.values()):
-        block.experts.offload, block.experts.offload_layer = model.offload, number
-    model.set_experts_implementation(OFFLOADED)
-    if (folder / GENERATION_CONFIG_NAME).exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    with ExitStack() as opened:
+        opened.callback(disk.close)
+        slots = _slots(disk, fast_memory, _most(checkpoint))
+        needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
+        if device == "cpu" and needed > free:
+            raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
+        _load_resident(layered, set(modules))
+        if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
+            _attach(layered, blocks, folder)
+        _own(model, device)
+        store = PinnedStore(disk) if read == PINNED else disk
+        pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
+        cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
+        model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
+        for number, block in enumerate(blocks.values()):
+            block.experts.offload, block.experts.offload_layer = model.offload, number
+        model.set_experts_implementation(OFFLOADED)
+        if (folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # Its files stay open for the requests, unless all has been read.
+        if store is disk:
+            opened.pop_all()
     return model
 
 
