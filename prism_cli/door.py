@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -18,10 +17,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import prism_signals
 from prism_errors import PrismError, ResourceError
+from prism_signals import INTERRUPTED
 
-INTERRUPTED = 130
-TERMINATED = 143
 BROKEN_PIPE = 141
 
 
@@ -45,6 +44,7 @@ class Reporter:
 
     def step(self, what: str, layer: int, layers: int, done: int = 0, total: int = 0, part: float = 0.0, parts: float = 1.0) -> None:
         """Note that `done` of `total` units (0: the whole) of `what` are finished in a layer; `parts` of its work, after `part`."""
+        prism_signals.raise_again()
         share = done / total if total else 1.0
         name = f"layer {layer} ({layer + 1}/{layers})"
         if self._bar:
@@ -58,6 +58,7 @@ class Reporter:
 
     def count(self, what: str, done: int, total: int) -> None:
         """Note that `done` of `total` things that belong to no layer are finished."""
+        prism_signals.raise_again()
         if self._bar:
             if self._tqdm is None:
                 self._tqdm = tqdm(total=total, file=sys.stderr, desc=what, leave=False)
@@ -128,7 +129,7 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     built = click.version_option(package_name="prism-refactor")(built)
 
     def main() -> NoReturn:
-        signal.signal(signal.SIGTERM, _terminate)
+        prism_signals.listen()
         sys.exit(run(built, sys.argv[1:]))
 
     main.command = built  # type: ignore[attr-defined]
@@ -136,13 +137,10 @@ def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
     return main
 
 
-def exit_of(stop: BaseException) -> click.exceptions.Exit:
-    """The exit of a command that a signal stopped (KeyboardInterrupt or SystemExit) and that has said itself what is left."""
-    return click.exceptions.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED)
-
-
-def _terminate(*_: Any) -> NoReturn:
-    raise SystemExit(TERMINATED)
+def exit_of(error: BaseException) -> click.exceptions.Exit | None:
+    """The exit of a command that a signal stopped with this error and that has said itself what is left; None: no signal did."""
+    code = prism_signals.exit_code(error)
+    return None if code is None else click.exceptions.Exit(code)
 
 
 def run(built: click.Command, arguments: list[str]) -> int:
@@ -152,8 +150,7 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        tell(arguments, "interrupted; nothing was written", INTERRUPTED)
-        return INTERRUPTED
+        return _interrupted(arguments)
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -164,6 +161,9 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
+        stopped = prism_signals.exit_code(error)
+        if stopped is not None:
+            return _interrupted(arguments) if stopped == INTERRUPTED else stopped
         known = _as_prism_error(error)
         if known is not None:
             tell(arguments, f"error: {known}", known.exit_code)
@@ -171,6 +171,11 @@ def run(built: click.Command, arguments: list[str]) -> int:
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         tell(arguments, f"error: unexpected {summary}; please report it with the output of --debug", 1)
         return 1
+
+
+def _interrupted(arguments: list[str]) -> int:
+    tell(arguments, "interrupted; nothing was written", INTERRUPTED)
+    return INTERRUPTED
 
 
 def tell(arguments: list[str], text: str, code: int) -> None:

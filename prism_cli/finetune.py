@@ -163,10 +163,13 @@ def _train(training: Training, store: _Store, reporter: Reporter) -> None:
 
     try:
         training.run(on_step)
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except BaseException as error:
+        stopped = exit_of(error)
+        if stopped is None:
+            raise
         store.write(training.state())
         click.echo(f"stopped after step {training.step} of {steps}; --resume goes on", err=True)
-        raise exit_of(stop) from None
+        raise stopped from None
     finally:
         bar.close()
 

@@ -40,6 +40,7 @@ class Resumption:
             if done:
                 self.reporter.close()
                 self.reporter.notice(f"stopped with {done} of {self.layers} layers done; --resume goes on after them", layers_done=done)
-                if isinstance(error, KeyboardInterrupt | SystemExit):
-                    raise exit_of(error) from None
+                stopped = exit_of(error)
+                if stopped is not None:
+                    raise stopped from None
             raise

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prism_signals import uninterrupted
 from routers.modeling_prism import full_k, moe_gates, set_active
 
 LOSSES = ("cross-entropy", "distill")
@@ -56,6 +57,7 @@ class Training:
 
     Attributes:
         step: steps done.
+        evaluated: the step at which the held-out perplexity was measured last.
         best: (step, held-out perplexity) of the best state so far; step 0 is the model as it came.
     """
 
@@ -65,25 +67,33 @@ class Training:
         self.parameters = _make_trainable(model)
         self.original = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=curriculum.learning_rate, weight_decay=0.0)
-        self.step = 0
+        self.step = self.evaluated = 0
         self.best = (0, self.perplexity())
         self.best_values = dict(self.original)
 
     def run(self, on_step: OnStep | None = None) -> None:
         """Train to the end from where the state is."""
-        while self.step < self.curriculum.steps:
-            k = self.curriculum.k_at(self.step)
-            loss = self._train_on(self._batch(), k)
-            self.step += 1
-            if on_step:
-                on_step(self.step, loss, k)
-            if self.step % self.curriculum.evaluate_every == 0 or self.step == self.curriculum.steps:
-                perplexity = self.perplexity()
-                if perplexity < self.best[1]:
-                    self.best = (self.step, perplexity)
-                    self.best_values = {name: value.detach().clone() for name, value in self.parameters.items()}
+        steps, every = self.curriculum.steps, self.curriculum.evaluate_every
+        while self.evaluated < steps:
+            if self.step > self.evaluated and (self.step % every == 0 or self.step == steps):
+                perplexity = self._evaluate()
                 if on_step:
                     on_step(self.step, None, perplexity)
+            else:
+                k = self.curriculum.k_at(self.step)
+                loss = self._train_on(self._batch(), k)
+                if on_step:
+                    on_step(self.step, loss, k)
+
+    def _evaluate(self) -> float:
+        """Measure, and keep the values when they are the best so far."""
+        perplexity = self.perplexity()
+        with uninterrupted():
+            if perplexity < self.best[1]:
+                self.best = (self.step, perplexity)
+                self.best_values = {name: value.detach().clone() for name, value in self.parameters.items()}
+            self.evaluated = self.step
+        return perplexity
 
     def _batch(self) -> torch.Tensor:
         """The sequences of the current step: a shuffled pass over all rows after the other, whatever step training resumes at."""
@@ -106,7 +116,9 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
+        with uninterrupted():
+            self.optimizer.step()
+            self.step += 1
         return loss.item()
 
     @torch.no_grad()
@@ -135,9 +147,9 @@ class Training:
     def _values(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
         """Let the parameters have other values for a while."""
         own = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = values[name]
         try:
+            for name, parameter in self.parameters.items():
+                parameter.data = values[name]
             yield
         finally:
             for name, parameter in self.parameters.items():
@@ -145,7 +157,7 @@ class Training:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that `restore` needs, as tensors."""
-        found = {"step": torch.tensor([self.step]), "best": torch.tensor(self.best, dtype=torch.float64)}
+        found = {"step": torch.tensor([self.step, self.evaluated]), "best": torch.tensor(self.best, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             found |= {f"value.{name}": parameter.detach().cpu(), f"best.{name}": self.best_values[name].cpu()}
             found |= {f"optimizer.{name}.{key}": value.detach().cpu() for key, value in self.optimizer.state[parameter].items()}
@@ -154,7 +166,7 @@ class Training:
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a `state` of a training with the same curriculum, text and model."""
-        self.step = int(state["step"])
+        self.step, self.evaluated = state["step"].tolist()
         best_step, perplexity = state["best"].tolist()
         self.best = (int(best_step), perplexity)
         for name, parameter in self.parameters.items():

@@ -8,8 +8,6 @@ value; `kept` is m.
 Compiled by numba; with NUMBA_DISABLE_JIT=1 the inner loops are those of `solvers.plain` in NumPy, tested equal and much slower.
 """
 
-import signal
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
+from prism_signals import uninterrupted
 from solvers import plain
 
 # A change must gain more than this share of the whole saliency to count. Every token's terms are rounded to float32, at most 6e-8 of its
@@ -46,27 +45,8 @@ def _whole(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(kernel)
     def call(*arguments: Any) -> Any:
-        # Handlers run in the main thread only.
-        if threading.current_thread() is not threading.main_thread():
+        with uninterrupted():
             return kernel(*arguments)
-        came: list[int] = []
-        held: dict[signal.Signals, Any] = {}
-
-        def hold(number: int, _: Any) -> None:
-            came.append(number)
-
-        try:
-            for stop in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(stop)
-                if callable(handler):
-                    held[stop] = handler
-                    signal.signal(stop, hold)
-            return kernel(*arguments)
-        finally:
-            for stop, handler in held.items():
-                signal.signal(stop, handler)
-            for number in came:
-                signal.raise_signal(number)
 
     return call
 

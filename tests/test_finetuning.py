@@ -56,22 +56,23 @@ def test_k_rises_linearly():
     assert [curriculum.k_at(step) for step in range(5)] == [8, 12, 16, 20, 24]
 
 
-def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch):
+@pytest.mark.parametrize(("where", "step"), [("_train_on", 3), ("perplexity", 4)])
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch, where, step):
     options = [*QUICK, "--learning-rate", "1e-3"]
     assert command("prism-finetune", elastic, tmp_path / "whole", *options).code == 0
-    train = routers.Training._train_on
+    whole = getattr(routers.Training, where)
 
-    def interrupted(self, batch, k):
-        if self.step == 3:
+    def interrupted(self, *arguments):
+        if self.step == step:
             raise KeyboardInterrupt
-        return train(self, batch, k)
+        return whole(self, *arguments)
 
-    monkeypatch.setattr(routers.Training, "_train_on", interrupted)
+    monkeypatch.setattr(routers.Training, where, interrupted)
     result = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert result.code == 130
-    assert result.err == "stopped after step 3 of 4; --resume goes on\n"
+    assert result.err == f"stopped after step {step} of 4; --resume goes on\n"
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(routers.Training, "_train_on", train)
+    monkeypatch.setattr(routers.Training, where, whole)
     again = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert (again.code, "holds an interrupted run; add --resume" in again.err) == (2, True)
     other = command("prism-finetune", elastic, tmp_path / "out", *options, "--resume", "--loss", "distill")

@@ -1,0 +1,63 @@
+"""Signals that end a command: that one came, and where it must not take effect. Below everything, as `prism_errors`.
+
+A signal raises KeyboardInterrupt or SystemExit wherever Python happens to be. In a destructor that is lost; in another library's C code
+it may come out as an error of its own, a ValueError of torch's for one. So it is also noted.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+INTERRUPTED, TERMINATED = 130, 143
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_came: list[int] = []
+
+
+def listen() -> None:
+    """From now on note SIGINT and SIGTERM, and raise KeyboardInterrupt and SystemExit."""
+    for number in _STOPS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, _: Any) -> None:
+    _came.append(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+    raise_again()
+
+
+def raise_again() -> None:
+    """Raise what the first signal raised, if one came: whoever was to get it may have lost it."""
+    if _came:
+        raise KeyboardInterrupt if _came[0] == INTERRUPTED else SystemExit(TERMINATED)
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of a command that ends with an error because a signal came; None: it ends for the error's own sake."""
+    if _came:
+        return _came[0]
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED if isinstance(error, SystemExit) else None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that come in this block take effect when it has ended."""
+    came: list[int] = []
+    held: dict[signal.Signals, Any] = {}
+
+    def hold(number: int, _: Any) -> None:
+        came.append(number)
+
+    try:
+        # Handlers run in the main thread only, and only there can they be changed.
+        for number in _STOPS if threading.current_thread() is threading.main_thread() else ():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                held[number] = handler
+                signal.signal(number, hold)
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for signalled in came:
+            signal.raise_signal(signalled)

@@ -1,0 +1,77 @@
+"""Where a signal takes effect, and what becomes of one that somebody's code loses."""
+
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from prism_signals import uninterrupted
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def stop(request):
+    """A signal that raises KeyboardInterrupt."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    assert signal.signal(request.param, before) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_signal_waits_for_the_end_of_a_block(stop, error):
+    ended = []
+
+    def block():
+        with uninterrupted():
+            signal.raise_signal(stop)
+            ended.append(True)
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert ended
+
+
+def test_a_thread_may_have_such_a_block():
+    with uninterrupted(), ThreadPoolExecutor() as threads:
+        assert threads.submit(lambda: uninterrupted().__enter__()).exception() is None
+
+
+LOSING = """
+import signal, sys
+import solvers
+from prism_cli import refactor
+
+class Loses:
+    def __del__(self):
+        signal.raise_signal(number)
+
+def lost(*arguments, **options):
+    Loses()
+    return solve(*arguments, **options)
+
+def turned(*arguments, **options):
+    try:
+        signal.raise_signal(number)
+    except BaseException:
+        raise ValueError("could not determine the shape") from None
+
+number, solve = getattr(signal, sys.argv.pop(1)), solvers.solve
+solvers.solve = globals()[sys.argv.pop(1)]
+refactor.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted; nothing was written"), ("SIGTERM", 143, None)])
+@pytest.mark.parametrize("how", ["lost", "turned"])
+def test_a_signal_that_is_lost_or_turned_into_an_error_ends_the_command(tmp_path, models, how, number, code, said):
+    arguments = [models["olmoe"], tmp_path / "out", "--num-samples", "8", "--max-seq-length", "64", "--workers", "1", "--log-json"]
+    ended = subprocess.run([sys.executable, "-c", LOSING, number, how, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    # Python itself reports what destructors lose.
+    errors = [json.loads(line) for line in ended.stderr.splitlines() if line.startswith('{"error"')]
+    assert errors == ([{"error": said, "exit_code": code}] if said else [])
+    assert list(tmp_path.iterdir()) == []
