@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from numba import config
 
 from prism_signals import uninterrupted
 
@@ -75,3 +76,30 @@ def test_a_signal_that_is_lost_or_turned_into_an_error_ends_the_command(tmp_path
     errors = [json.loads(line) for line in ended.stderr.splitlines() if line.startswith('{"error"')]
     assert errors == ([{"error": said, "exit_code": code}] if said else [])
     assert list(tmp_path.iterdir()) == []
+
+
+KERNEL = """
+import signal, sys, numpy
+from solvers import kernels
+
+def profile(frame, event, argument):
+    if "numba" in frame.f_code.co_filename:
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
+
+rng = numpy.random.default_rng(0)
+saliency, labels = rng.random((16, 50), numpy.float32), numpy.repeat(numpy.arange(4, dtype=numpy.int32), 4)
+before = labels.copy()
+sys.setprofile(profile)
+try:
+    kernels.anneal(saliency, labels, 4, 1, 1000, 1.0, 0.99, 1, rng)
+except KeyboardInterrupt:
+    print(int((labels != before).sum()))
+"""
+
+
+@pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")
+def test_a_kernel_that_is_being_loaded_is_not_interrupted():
+    """There an interrupt was lost, or ended the process with a fault of memory, in 3 of 90 runs."""
+    ended = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) > 0
