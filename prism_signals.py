@@ -16,9 +16,12 @@ _came: list[int] = []
 
 
 def listen() -> None:
-    """From now on note SIGINT and SIGTERM, and raise KeyboardInterrupt and SystemExit."""
+    """From now on note SIGINT and SIGTERM, and raise KeyboardInterrupt and SystemExit; but what the caller ignores, as shells do with the
+    interrupt for a command in their background, stays ignored.
+    """
     for number in _STOPS:
-        signal.signal(number, _stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
 
 
 def _stop(number: int, _: Any) -> None:

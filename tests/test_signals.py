@@ -36,6 +36,18 @@ def test_a_signal_waits_for_the_end_of_a_block(stop, error):
     assert ended
 
 
+def test_what_the_caller_ignores_stays_ignored(stop):
+    script = "import signal, sys, prism_signals; prism_signals.listen(); signal.raise_signal(int(sys.argv[1])); print('still here')"
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(int(stop))],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(stop, signal.SIG_IGN),
+    )
+    assert ended.stdout == "still here\n"
+
+
 def test_a_thread_may_have_such_a_block():
     with uninterrupted(), ThreadPoolExecutor() as threads:
         assert threads.submit(lambda: uninterrupted().__enter__()).exception() is None
