@@ -4,15 +4,17 @@ A signal raises KeyboardInterrupt or SystemExit wherever Python happens to be. I
 it may come out as an error of its own, a ValueError of torch's for one. So it is also noted.
 """
 
+import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 INTERRUPTED, TERMINATED = 130, 143
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _came: list[int] = []
+Result = TypeVar("Result")
 
 
 def listen() -> None:
@@ -43,13 +45,19 @@ def exit_code(error: BaseException) -> int | None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals that come in this block take effect when it has ended."""
+def uninterrupted(then: Callable[[], None] | None = None) -> Iterator[None]:
+    """Signals that come in this block take effect when it has ended; `then` is called when one comes."""
     came: list[int] = []
     held: dict[signal.Signals, Any] = {}
+    ended = False
 
-    def hold(number: int, _: Any) -> None:
+    def hold(number: int, frame: Any) -> None:
+        if ended:
+            # The block's end was itself interrupted, before this signal had its handler again.
+            held[signal.Signals(number)](number, frame)
         came.append(number)
+        if then is not None:
+            then()
 
     try:
         # Handlers run in the main thread only, and only there can they be changed.
@@ -60,7 +68,27 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, hold)
         yield
     finally:
+        ended = True
         for number, handler in held.items():
             signal.signal(number, handler)
         for signalled in came:
             signal.raise_signal(signalled)
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """`asyncio.run`, cancelled by a signal that then takes effect; it would otherwise strike in the middle of any task, or of the loop."""
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def noted() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        return await work
+
+    def cancel() -> None:
+        for loop, task in running:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+
+    with uninterrupted(cancel):
+        return asyncio.run(noted())

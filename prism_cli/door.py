@@ -68,6 +68,7 @@ class Reporter:
 
     def line(self, text: str, **fields: Any) -> None:
         """One line of progress; with --log-json the fields instead of the text."""
+        prism_signals.raise_again()
         seconds = time.monotonic() - self._start
         if self._json and self._lines:
             click.echo(json.dumps({"seconds": round(seconds, 2), "message": text, **fields}), err=True)

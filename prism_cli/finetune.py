@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+import prism_signals
 from calibration import DTYPES, Calibration
 from checkpoints import (
     EVALUATION,
@@ -36,6 +37,8 @@ from routers import EXPERTS, LOSSES, ROUTER_FILE, Curriculum, Training, attach, 
 # The last part of the rows chooses the best state.
 HELD_OUT = 16
 STATE, STATE_INDEX = "state.safetensors", "state.json"
+# Of what is in them.
+STATE_FORMAT = 2
 
 
 @command
@@ -92,7 +95,8 @@ def main(
     curriculum = Curriculum(steps, first, last, learning_rate, loss, calibration.batch_size, evaluate_every, calibration.seed)
     model = _load(checkpoint, router, calibration)
     training = Training(model, rows[:-held_out], rows[-held_out:], curriculum)
-    identity = {"source": checkpoint.fingerprint(), "router": router, "curriculum": asdict(curriculum), "text": calibration.recorded(rows)}
+    identity = {"format": STATE_FORMAT, "source": checkpoint.fingerprint(), "router": router}
+    identity |= {"curriculum": asdict(curriculum), "text": calibration.recorded(rows)}
     store = _Store(out_dir, json.loads(json.dumps(identity)))
     if resume:
         training.restore(store.read())
@@ -153,6 +157,7 @@ def _train(training: Training, store: _Store, reporter: Reporter) -> None:
     bar = tqdm(total=steps, initial=training.step, disable=not reporter.has_bar, leave=False)
 
     def on_step(step: int, loss: float | None, value: float) -> None:
+        prism_signals.raise_again()
         if loss is not None:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", k=int(value))

@@ -1,6 +1,5 @@
 """`prism-loadtest`: a trace of requests, against a server or against the performance model."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import click
 from prism_cli.door import Reporter, command
 from prism_cli.options import Finite, table
 from prism_errors import InputError, UsageError
+from prism_signals import run_async
 from serving import SCHEDULERS, Limits, PerformanceModel
 from serving.client import discover, replay
 from serving.simulator import simulate
@@ -48,7 +48,7 @@ def main(reporter: Reporter, target: str, simulated: bool, as_json: bool, **opti
     else:
         if options["scheduler"]:
             raise UsageError("--scheduler: a server has its own; use it with --simulate")
-        results = {"server": asyncio.run(_against_server(reporter, target, options, slo))}
+        results = {"server": run_async(_against_server(reporter, target, options, slo))}
     reporter.close()
     click.echo(json.dumps(results, indent=2) if as_json else describe(results))
     if not any(result["done"] for result in results.values()):

@@ -125,7 +125,8 @@ class Training:
     def _teacher(self, batch: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the untrained model at full k, which is the original."""
         set_active(self.model, full_k(self.model.config))
-        with self._values(self.original):
+        # Whoever stores the state must find the parameters' own values.
+        with uninterrupted(), self._values(self.original):
             return self.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
 
     @torch.no_grad()
@@ -157,7 +158,11 @@ class Training:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that `restore` needs, as tensors."""
-        found = {"step": torch.tensor([self.step, self.evaluated]), "best": torch.tensor(self.best, dtype=torch.float64)}
+        found = {
+            "step": torch.tensor([self.step]),
+            "evaluated": torch.tensor([self.evaluated]),
+            "best": torch.tensor(self.best, dtype=torch.float64),
+        }
         for name, parameter in self.parameters.items():
             found |= {f"value.{name}": parameter.detach().cpu(), f"best.{name}": self.best_values[name].cpu()}
             found |= {f"optimizer.{name}.{key}": value.detach().cpu() for key, value in self.optimizer.state[parameter].items()}
@@ -166,7 +171,7 @@ class Training:
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a `state` of a training with the same curriculum, text and model."""
-        self.step, self.evaluated = state["step"].tolist()
+        self.step, self.evaluated = int(state["step"]), int(state["evaluated"])
         best_step, perplexity = state["best"].tolist()
         self.best = (int(best_step), perplexity)
         for name, parameter in self.parameters.items():

@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 import torch
@@ -54,6 +55,33 @@ def test_straight_through_reaches_the_rows_of_chosen_and_dropped(elastic):
 def test_k_rises_linearly():
     curriculum = routers.Curriculum(5, 8, 24, 1e-5, "cross-entropy", 1, 1, 0)
     assert [curriculum.k_at(step) for step in range(5)] == [8, 12, 16, 20, 24]
+
+
+class Interrupting(dict):
+    """Parameters; an interrupt comes while they are given their own values back, after the first."""
+
+    passes = 0
+
+    def items(self):
+        self.passes += 1
+        for number, item in enumerate(super().items()):
+            if (self.passes, number) == (3, 1):
+                signal.raise_signal(signal.SIGINT)
+            yield item
+
+
+def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_were(elastic):
+    model = routers.attach(load(elastic), elastic)
+    rows = torch.arange(2, 66)[None]
+    training = routers.Training(model, rows, rows, routers.Curriculum(1, 4, 4, 1e-3, "distill", 1, 1, 0))
+    for parameter in training.parameters.values():
+        parameter.data = parameter.data + 1
+    own = {name: parameter.data for name, parameter in training.parameters.items()}
+    training.parameters = Interrupting(training.parameters)
+    with pytest.raises(KeyboardInterrupt):
+        training._teacher(rows)
+    assert training.parameters.passes == 3
+    assert all(torch.equal(parameter.data, own[name]) for name, parameter in training.parameters.items())
 
 
 @pytest.mark.parametrize(("where", "step"), [("_train_on", 3), ("perplexity", 4)])

@@ -471,6 +471,21 @@ def test_loadtest_against_a_server(url, site, command, tmp_path):
     assert idle(site)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_loadtest_leaves_no_request_and_no_traceback(url, site, number, code):
+    command = [Path(sys.executable).with_name("prism-loadtest"), url, "--rate", "50", "--max-tokens", "400", "--log-json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while site.engine.running < 4:
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (code, "")
+    said = [json.loads(line) for line in err.splitlines() if line]
+    assert said == ([{"error": "interrupted; nothing was written", "exit_code": code}] if number == signal.SIGINT else [])
+    assert idle(site)
+
+
 def test_loadtest_and_bench_on_a_folder(elastic, command, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """Where a signal takes effect, and what becomes of one that somebody's code loses."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from numba import config
 
-from prism_signals import uninterrupted
+from prism_signals import run_async, uninterrupted
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
@@ -36,6 +37,31 @@ def test_a_signal_waits_for_the_end_of_a_block(stop, error):
     assert ended
 
 
+def test_a_signal_at_the_end_of_a_block_loses_no_later_one(monkeypatch):
+    """An interrupt that comes when its own handler is back, and the termination's is not."""
+    restore, ended, terminated = signal.signal, [], []
+    before = restore(signal.SIGTERM, lambda *_: terminated.append(True))
+
+    def interrupted(number, handler):
+        restore(number, handler)
+        if ended and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def block():
+        with uninterrupted():
+            ended.append(True)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                block()
+        signal.raise_signal(signal.SIGTERM)
+        assert terminated
+    finally:
+        restore(signal.SIGTERM, before)
+
+
 def test_what_the_caller_ignores_stays_ignored(stop):
     script = "import signal, sys, prism_signals; prism_signals.listen(); signal.raise_signal(int(sys.argv[1])); print('still here')"
     ended = subprocess.run(
@@ -51,6 +77,25 @@ def test_what_the_caller_ignores_stays_ignored(stop):
 def test_a_thread_may_have_such_a_block():
     with uninterrupted(), ThreadPoolExecutor() as threads:
         assert threads.submit(lambda: uninterrupted().__enter__()).exception() is None
+
+
+def test_a_signal_cancels_asynchronous_work_before_it_takes_effect(stop):
+    cancelled = []
+
+    async def other():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.append(True)
+
+    async def work():
+        asyncio.get_running_loop().call_later(0.1, signal.raise_signal, stop)
+        await asyncio.gather(other(), other())
+
+    with pytest.raises(KeyboardInterrupt):
+        run_async(work())
+    assert cancelled == [True, True]
+    assert run_async(asyncio.sleep(0, "answer")) == "answer"
 
 
 LOSING = """

@@ -41,7 +41,7 @@ from routers import (
 )
 from serving.offload.cache import Cache, Counters, Pool
 from serving.offload.policies import POLICIES, ActivationAware
-from serving.offload.store import DIRECT, MAPPED, PINNED, DiskStore, PinnedStore
+from serving.offload.store import DIRECT, PINNED, DiskStore, PinnedStore
 
 OFFLOADED = "prism_offloaded"
 # What is less likely to be used is not fetched ahead: it would cost the time of a load, and what it replaces.
@@ -358,7 +358,7 @@ def load_offloaded(
         fast_memory: what the cache may take.
         policy: one of `POLICIES`.
         prefetch: one of `policies.PREFETCHES`.
-        read: DIRECT, MAPPED (see `DiskStore`) or PINNED (see `PinnedStore`, needs a GPU).
+        read: DIRECT or MAPPED (see `DiskStore`), or PINNED (see `PinnedStore`, needs a GPU).
         device: where the model computes, and where fast memory is.
 
     Raises:
@@ -375,9 +375,9 @@ def load_offloaded(
     model: Any = layered.model
     blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}
     modules = [f"{name}.experts" for name in blocks]
-    disk = DiskStore(checkpoint, layered, modules, MAPPED if read == PINNED else read)
-    with ExitStack() as opened:
-        opened.callback(disk.close)
+    disk = DiskStore(checkpoint, layered, modules, read)
+    with ExitStack() as unneeded:
+        unneeded.callback(disk.close)
         slots = _slots(disk, fast_memory, _most(checkpoint))
         needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
         if device == "cpu" and needed > free:
@@ -389,15 +389,17 @@ def load_offloaded(
         store = PinnedStore(disk) if read == PINNED else disk
         pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
         cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
+        unneeded.callback(cache.close)
         model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
         for number, block in enumerate(blocks.values()):
             block.experts.offload, block.experts.offload_layer = model.offload, number
         model.set_experts_implementation(OFFLOADED)
         if (folder / GENERATION_CONFIG_NAME).exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        # Its files stay open for the requests, unless all has been read.
-        if store is disk:
-            opened.pop_all()
+        # All is there now, and needed; but for the files, where everything has been read.
+        unneeded.pop_all()
+        if store is not disk:
+            disk.close()
     return model
 
 

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,21 +31,23 @@ Slot = dict[str, torch.Tensor]
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class _Direct:
-    """A file that is read past the page cache."""
+class _File:
+    """A file that is read, past the page cache (O_DIRECT) or through it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, direct: bool):
+        # What is read a block at a time cannot go on from inside one.
+        self.whole_blocks = direct
         try:
-            self._number = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self._number = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         except OSError as error:
-            if os.path.exists(path):
+            if direct and os.path.exists(path):
                 raise UsageError(
                     f"--read direct: the file system of {path} does not do that ({error.strerror}); use --read mapped"
                 ) from None
             raise
 
     def readv(self, buffers: list[memoryview], offset: int) -> int:
-        """Fill some buffers in turn; bytes read. Offset and sizes are whole blocks, and so are the places of the buffers."""
+        """Fill some buffers in turn; bytes read. Past the page cache offset, sizes and places of the buffers are whole blocks."""
         return os.preadv(self._number, buffers, offset)
 
     def close(self) -> None:
@@ -64,12 +67,17 @@ class _Mapped:
     end the process with SIGBUS.
     """
 
+    whole_blocks = False
+
     def __init__(self, path: str):
-        self._number = os.open(path, os.O_RDONLY)
-        self._map = mmap.mmap(self._number, 0, prot=mmap.PROT_READ)
-        self._start = np.frombuffer(self._map, np.uint8).ctypes.data
-        # Whether it works is found out now.
-        self.readv([memoryview(bytearray(1))], 0)
+        with ExitStack() as on_error:
+            self._number = os.open(path, os.O_RDONLY)
+            on_error.callback(os.close, self._number)
+            self._map = mmap.mmap(self._number, 0, prot=mmap.PROT_READ)
+            self._start = np.frombuffer(self._map, np.uint8).ctypes.data
+            # Whether it works is found out now.
+            self.readv([memoryview(bytearray(1))], 0)
+            on_error.pop_all()
 
     def readv(self, buffers: list[memoryview], offset: int) -> int:
         """Fill some buffers in turn; bytes read."""
@@ -95,6 +103,9 @@ class _Mapped:
     def close(self) -> None:
         self._map.close()
         os.close(self._number)
+
+
+_Opened = _File | _Mapped
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,8 @@ class DiskStore:
         layered: its model.
         blocks: dotted names of its experts modules, a name per MoE layer.
         mode: DIRECT: past the page cache (O_DIRECT), so that fast memory is all the memory there is; MAPPED: through it, from the files'
-            maps, so that what was read before may come from memory that nobody else needs.
+            maps, so that what was read before may come from memory that nobody else needs; PINNED: through it, without maps, as everything
+            is read once.
 
     Raises:
         InputError: an expert cannot be found on disk.
@@ -190,9 +202,12 @@ class DiskStore:
         self._offsets = {file: _offsets(checkpoint, file) for file in sorted(set(checkpoint.weight_map.values()))}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
         self._longest = max(read.end - read.start for reads in self._reads.values() for read, _ in reads)
-        self._files: dict[str, _Direct | _Mapped] = {}
-        for path in sorted({read.path for reads in self._reads.values() for read, _ in reads}):
-            self._files[path] = _open(path, mode)
+        self._files: dict[str, _Opened] = {}
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            for path in sorted({read.path for reads in self._reads.values() for read, _ in reads}):
+                self._files[path] = _open(path, mode)
+            on_error.pop_all()
 
     def _find(self, layer: int, expert: int) -> list[tuple[_Read, bool]]:
         """What to read for one sub-expert, and whether its parts are whole."""
@@ -250,8 +265,8 @@ class DiskStore:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            file.close()
+        while self._files:
+            self._files.popitem()[1].close()
 
 
 class PinnedStore:
@@ -284,9 +299,9 @@ class PinnedStore:
         """Nothing is open."""
 
 
-def _open(path: str, mode: str) -> _Direct | _Mapped:
+def _open(path: str, mode: str) -> _Opened:
     try:
-        return _Direct(path) if mode == DIRECT else _Mapped(path)
+        return _Mapped(path) if mode == MAPPED else _File(path, mode == DIRECT)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened ({one_line(error)}); download it again") from None
 
@@ -297,14 +312,14 @@ def _view(target: torch.Tensor, layout: _Layout) -> np.ndarray:
     return torch.as_strided(flat, layout.shape, layout.strides, flat.storage_offset() + layout.start).numpy()
 
 
-def _read_fully(file: _Direct | _Mapped, buffers: list[memoryview], offset: int, needed: int) -> int:
+def _read_fully(file: _Opened, buffers: list[memoryview], offset: int, needed: int) -> int:
     """Read into some buffers in turn until they have what is needed or the file ends; bytes read."""
     got = 0
     while got < needed:
         now = file.readv(buffers, offset + got)
-        # A short read that ends inside a block is the file's end: O_DIRECT could not go on from there.
+        # A short read that ends inside a block is the file's end.
         got += now
-        if now == 0 or got % BLOCK:
+        if now == 0 or (file.whole_blocks and got % BLOCK):
             break
         while buffers and now >= len(buffers[0]):
             now -= len(buffers.pop(0))
