@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evaluation import Windows
+from prism_refactor.evaluation.windows import Windows
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
 # Text that comes with the product: calibration.jsonl, and evaluation.jsonl, which is held out.

@@ -17,26 +17,27 @@ from common import print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import routers
-from calibration import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer
-from checkpoints import Checkpoint
-from evaluation import Point, Windows, read_windows, stream_losses
-from prism_cli.options import table
+from prism_refactor.calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer
+from prism_refactor.cli.options import table
+from prism_refactor.evaluation.losses import Point, stream_losses
+from prism_refactor.evaluation.windows import Windows, read_windows
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, router_tensors, set_active
 
 CHOICES, BATCH = (2, 4, 6, 8, 10, 12, 14, 16), 8
 
 
 def separate(folder: Path, windows: Windows, k: int) -> float:
     """Summed loss of the scored tokens, with transformers."""
-    model = routers.attach(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
-    routers.set_active(model, k)
+    model = attach(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
+    set_active(model, k)
     return summed_loss(model, windows, BATCH)
 
 
 def main(folder: Path, tokens: int) -> None:
     checkpoint = Checkpoint(folder)
     windows = read_windows([EVALUATION_TEXT, CALIBRATION_TEXT], load_tokenizer(folder), 512, 512, 0, most=tokens)
-    layers = len(routers.router_tensors(folder / routers.ROUTER_FILE))
+    layers = len(router_tensors(folder / ROUTER_FILE))
     start = time.perf_counter()
     apart = [separate(folder, windows, k) for k in CHOICES]
     middle = time.perf_counter()

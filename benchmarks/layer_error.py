@@ -16,10 +16,12 @@ from common import EXAMPLE, print_provenance
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import routers
-from calibration import EVALUATION_TEXT, load_tokenizer, token_rows
-from prism_cli import door, refactor
-from prism_cli.options import table
+from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, token_rows
+from prism_refactor.cli import app as door
+from prism_refactor.cli import refactor
+from prism_refactor.cli.options import table
+from prism_refactor.models.modeling_prism import attach
+from prism_refactor.routing.output import relative_error
 
 
 @torch.inference_mode()
@@ -31,7 +33,7 @@ def layer_errors(model, rows: torch.Tensor, choices: list[int]) -> list[list[flo
         full, per_choice = block.gate.top_k, []
         for k in choices:
             block.gate.top_k = k
-            per_choice.append(routers.relative_error(block.forward(*arguments), output))
+            per_choice.append(relative_error(block.forward(*arguments), output))
         block.gate.top_k = full
         errors.append(per_choice)
 
@@ -46,7 +48,7 @@ def layer_errors(model, rows: torch.Tensor, choices: list[int]) -> list[list[flo
 def main(model_dir: Path, refactored_dir: Path) -> None:
     rows = token_rows([EVALUATION_TEXT], load_tokenizer(model_dir), samples=16, length=512, seed=0)
     original = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    elastic = routers.attach(AutoModelForCausalLM.from_pretrained(refactored_dir, dtype=torch.float32), refactored_dir)
+    elastic = attach(AutoModelForCausalLM.from_pretrained(refactored_dir, dtype=torch.float32), refactored_dir)
     stock = AutoModelForCausalLM.from_pretrained(refactored_dir, dtype=torch.float32)
     sub_experts, top_k = elastic.config.prism["sub_experts"], original.config.num_experts_per_tok
     kept = list(range(1, top_k + 1))

@@ -34,11 +34,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from checkpoints import ShardWriter
-from routers import EXPERTS, moe_gates, set_active
-from serving.engine import load
-from serving.offload import POLICIES, Counters, Elastic, FastMemory, load_offloaded
-from serving.offload.replay import Trace, belady, hit_rate
+from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.modeling_prism import moe_gates, set_active
+from prism_refactor.models.writer import ShardWriter
+from prism_refactor.offload.cache import Counters
+from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.policies import POLICIES
+from prism_refactor.offload.replay import Trace, belady, hit_rate
+from prism_refactor.serving.engine import load
 
 WIDER = 32
 PROMPT, TOKENS, REQUESTS = 24, 40, 6

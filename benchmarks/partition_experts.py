@@ -19,11 +19,11 @@ from common import print_provenance
 from joblib.externals.loky import get_reusable_executor
 from partitioners import FAMILIES, generated
 
-import solvers
-from prism_cli.options import table
-from refactoring import Recipe
-from refactoring.layer import partition_experts
-from refactoring.workers import Workers
+from prism_refactor import solvers
+from prism_refactor.cli.options import table
+from prism_refactor.refactoring.layer import partition_experts
+from prism_refactor.refactoring.recipe import Recipe
+from prism_refactor.refactoring.workers import Workers
 
 # Neurons and tokens of an expert: a tiny model, examples/olmoe-tiny, OLMoE-1B-7B.
 SIZES = ((64, 512), (256, 1024), (1024, 2048))

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from common import EXAMPLE, markdown, print_provenance
 
-import solvers
-from calibration import Calibration, Profile
-from checkpoints import Checkpoint, write_json
-from solvers import methods
+from prism_refactor import solvers
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.files import write_json
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.solvers import methods
 
 TOKENS, PUBLISHED, SEEDS = 2048, 300, 3
 METHODS = tuple(solvers.SOLVERS)

@@ -16,9 +16,9 @@ from common import EXAMPLE, print_provenance
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from calibration import Calibration, Profile
-from checkpoints import Checkpoint
-from prism_cli.options import table
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.cli.options import table
+from prism_refactor.models.checkpoint import Checkpoint
 
 ROUNDS = 5
 

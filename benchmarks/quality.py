@@ -30,14 +30,29 @@ from common import EXAMPLE, markdown, print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import routers
-from calibration import EVALUATION_TEXT, Statistics, load_tokenizer
-from checkpoints import Checkpoint, write_json
-from evaluation import read_windows
-from prism_cli import door, finetune, profile, refactor
-from refactoring import SALIENCIES, Recipe
-from routers.linear import log_sizes
-from routers.runtime import by_expert, sub_expert_activations, sub_expert_outputs
+from prism_refactor.calibration.statistics import coactive_marks
+from prism_refactor.calibration.store import Statistics
+from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.cli import app as door
+from prism_refactor.cli import finetune, profile, refactor
+from prism_refactor.evaluation.windows import read_windows
+from prism_refactor.files import write_json
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import EXPERTS, by_expert, sub_expert_activations, sub_expert_outputs
+from prism_refactor.models.modeling_prism import (
+    ROUTER_FILE,
+    TwoLevelRouter,
+    attach,
+    moe_gates,
+    router_tensors,
+    set_active,
+    two_level_router,
+)
+from prism_refactor.refactoring.recipe import SALIENCIES, Recipe
+from prism_refactor.routing.compensation import fit_compensation
+from prism_refactor.routing.linear import log_sizes
+from prism_refactor.routing.proxy import fit_proxy, gate_neurons
+from prism_refactor.routing.sample import Routed
 
 PARTITIONS = ("contiguous", "random", "greedy", "annealing", "ascent", "genetic")
 SHARES = (1 / 4, 1 / 2, 3 / 4)
@@ -47,7 +62,7 @@ BATCH, TEMPERATURE, STEPS, LEARNING_RATE = 2048, 0.1, 200, 1e-3
 FINETUNING = ["--router", "stock", "--steps", "40", "--num-samples", "128", "--max-seq-length", "256", "--quiet"]
 
 
-class OracleRouter(routers.TwoLevelRouter):
+class OracleRouter(TwoLevelRouter):
     """Ranks sub-experts by the size their output will really have."""
 
     experts: Any
@@ -63,7 +78,7 @@ class OracleRouter(routers.TwoLevelRouter):
 def two_level(block: Any, config: Any, tensors: dict[str, torch.Tensor], kind: str) -> Any:
     """A two-level router of some kind, without compensation unless `tensors` has one."""
     config.prism["router"] = kind
-    return routers.two_level_router(block, config, tensors)
+    return two_level_router(block, config, tensors)
 
 
 def oracle(block: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -74,12 +89,12 @@ def oracle(block: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def compensated(router: Any, block: Any, inputs: torch.Tensor) -> Any:
     """The router with the compensation fitted for it."""
-    for name, tensor in routers.fit_compensation(router, block.experts, inputs).items():
+    for name, tensor in fit_compensation(router, block.experts, inputs).items():
         router.register_buffer(name, tensor, persistent=False)
     return router
 
 
-def gram(router: Any, experts: Any, sample: routers.Routed) -> torch.Tensor:
+def gram(router: Any, experts: Any, sample: Routed) -> torch.Tensor:
     """Products of the weighted outputs of each token's K N sub-experts, [T, K N, K N]: what dropping any set of them costs."""
     rows = []
     width, hidden = router.sub_experts, sample.inputs.shape[1]
@@ -93,7 +108,7 @@ def gram(router: Any, experts: Any, sample: routers.Routed) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def refine(router: Any, experts: Any, sample: routers.Routed) -> Any:
+def refine(router: Any, experts: Any, sample: Routed) -> Any:
     """Train the linear rows so that a soft top-k loses least of the layer's output, k anywhere below full; on whitened inputs."""
     with torch.inference_mode():
         products = gram(router, experts, sample)
@@ -130,7 +145,7 @@ def refine(router: Any, experts: Any, sample: routers.Routed) -> Any:
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=routers.EXPERTS)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=EXPERTS)
 
 
 class Ablation:
@@ -165,7 +180,7 @@ class Ablation:
         model = load(EXAMPLE)
 
         def set_active(model: Any, k: int) -> None:
-            for gate in routers.moe_gates(model):
+            for gate in moe_gates(model):
                 gate.top_k = k
 
         self.measure("original", model, [1, 2, 3, 4], set_active)
@@ -182,7 +197,7 @@ class Ablation:
         full = 4 * sub_experts
         choices = [round(share * full) for share in SHARES]
         for router, model in self._models(target, missing, sub_experts):
-            self.measure(names[router], model, choices, routers.set_active)
+            self.measure(names[router], model, choices, set_active)
         shutil.rmtree(target)
 
     def _models(self, target: Path, wanted: set[str], sub_experts: int) -> Iterator[tuple[str, Any]]:
@@ -190,7 +205,7 @@ class Ablation:
         model = load(target)
         if "tilted" in wanted:
             yield "tilted", model
-        tensors = routers.router_tensors(target / routers.ROUTER_FILE)
+        tensors = router_tensors(target / ROUTER_FILE)
         for name, parts in tensors.items():
             model.get_submodule(name).gate.weight.data = parts["original.weight"].float().repeat_interleave(sub_experts, 0)
         if "replicate" in wanted:
@@ -202,7 +217,7 @@ class Ablation:
             run(finetune, target, tuned, *FINETUNING, "--overwrite")
             yield "finetuned", load(tuned)
             shutil.rmtree(tuned)
-        routers.attach(model, target)
+        attach(model, target)
         for router in ROUTERS:
             if router in wanted - {"tilted", "replicate", "finetuned"}:
                 for (name, parts), layer in zip(tensors.items(), Statistics(self.folder / "statistics", Checkpoint(EXAMPLE)), strict=True):
@@ -217,7 +232,7 @@ class Ablation:
         bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale")}
         sub_experts = config.prism["sub_experts"]
         original = two_level(block, config, bare, "linear").original
-        sample, _ = routers.Routed(layer.inputs.float(), *original(layer.inputs.float())[1:]).split()
+        sample, _ = Routed(layer.inputs.float(), *original(layer.inputs.float())[1:]).split()
         if router == "linear -":
             return two_level(block, config, bare, "linear")
         if router == "refined":
@@ -229,10 +244,10 @@ class Ablation:
         labels = tensors["neuron_sub_expert"].long()
         rows = {name: tensor for name, tensor in bare.items() if name.startswith("original.")}
         if router == "calibrated":
-            rows |= routers.fit_proxy(block.experts, sample, len(labels), sub_experts)
+            rows |= fit_proxy(block.experts, sample, len(labels), sub_experts)
             return compensated(two_level(block, config, rows, "calibrated-proxy"), block, sample.inputs)
-        marks = [routers.coactive_marks(activations) for activations in layer.activations]
-        chosen = [routers.gate_neurons(mark, label, sub_experts) for mark, label in zip(marks, labels, strict=True)]
+        marks = [coactive_marks(activations) for activations in layer.activations]
+        chosen = [gate_neurons(mark, label, sub_experts) for mark, label in zip(marks, labels, strict=True)]
         return two_level(block, config, rows | {"gate_neurons": torch.stack(chosen)}, "proxy")
 
 

@@ -27,11 +27,11 @@ from common import EXAMPLE, markdown, print_provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
-from routers import set_active
-from serving import SCHEDULERS, Limits, PerformanceModel
-from serving.engine import Chunk, Engine, Request, Step, apart, load
-from serving.performance import Table, fit, powers
-from serving.workload import Arrival, Served, Slo, floors, poisson, summary
+from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, summary
+from prism_refactor.models.modeling_prism import set_active
+from prism_refactor.serving.engine import Chunk, Engine, Request, Step, apart, load
+from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
+from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 1024, 3584, 8, 2, 4
 PROMPT, ANSWER = 190, 32

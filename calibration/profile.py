@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
-from calibration.stream import LayerStream
-from calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
-from checkpoints import Checkpoint, check_device, dtype_name, moe_block
-from prism_errors import UsageError
+from prism_refactor.calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
+from prism_refactor.calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows
+from prism_refactor.errors import UsageError
+from prism_refactor.models.architectures import moe_block
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import check_device, dtype_name
+from prism_refactor.models.stream import LayerStream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_LENGTH = 512

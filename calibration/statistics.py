@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from checkpoints import dtype_name, expert_shape
-from prism_errors import InputError
-from routers.proxy import coactive_marks
-from routers.runtime import expert_activations, experts_forward
+from prism_refactor.errors import InputError
+from prism_refactor.models.architectures import expert_shape
+from prism_refactor.models.experts import expert_activations, experts_forward
+from prism_refactor.models.layered import dtype_name
 
 OBSERVED = "prism_observed"
 # Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
@@ -21,6 +21,15 @@ TOKEN_FLOOR = 64
 INPUT_SAMPLE = 32_768
 # Largest side of a co-activation picture.
 PICTURE = 64
+# k_a / C in the paper.
+COACTIVE_SHARE = 0.75
+
+
+def coactive_marks(activations: torch.Tensor, share: float = COACTIVE_SHARE) -> torch.Tensor:
+    """The paper's binarised activations: 1 for each token's k_a = share x C largest |activations|; [B, C] -> float32 [B, C]."""
+    magnitude = activations.abs().float()
+    largest = magnitude.topk(max(1, round(share * magnitude.shape[1])), dim=1).indices
+    return torch.zeros_like(magnitude).scatter_(1, largest, 1.0)
 
 
 @dataclass

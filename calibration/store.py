@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from calibration.profile import Calibration, Profile
-from calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
-from checkpoints import Checkpoint, Progress, output_folder, save_tensors, versions, write_json
-from prism_errors import InputError
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
+from prism_refactor.errors import InputError
+from prism_refactor.files import output_folder, save_tensors, write_json
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.progress import Progress, versions
 
 INDEX = "index.json"
 FORMAT = 3

@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from prism_errors import InputError, PrismError, UsageError, one_line
+from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")

@@ -9,10 +9,11 @@ from typing import Any
 import click
 from transformers.utils import logging
 
-from checkpoints import ARCHITECTURES, REFUSED, Architecture, Checkpoint
-from prism_cli.options import table
-from prism_errors import UsageError
-from refactoring import Splits, possible_splits
+from prism_refactor.cli.options import table
+from prism_refactor.errors import UsageError
+from prism_refactor.models.architectures import ARCHITECTURES, REFUSED, Architecture
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.refactoring.plan import Splits, possible_splits
 
 _INTRODUCTION = """# Families
 

@@ -6,14 +6,14 @@ from typing import Any
 import click
 import torch
 
-from calibration import DTYPES
-from evaluation import save_figure
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, PICTURE, SERVING_OPTIONS, add, table
-from prism_errors import UsageError
-from serving import Limits, PerformanceModel, Table
-from serving.engine import KV_PAGE, Engine, load
-from serving.performance import fit, powers
+from prism_refactor.calibration.profile import DTYPES
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, PICTURE, SERVING_OPTIONS, add, table
+from prism_refactor.errors import UsageError
+from prism_refactor.evaluation.plot import save_figure
+from prism_refactor.serving.engine import KV_PAGE, Engine, load
+from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
+from prism_refactor.serving.scheduling import Limits
 
 
 @command

@@ -7,14 +7,20 @@ from typing import Any
 
 import click
 
-from calibration import DTYPES, EVALUATION_TEXT, Calibration, load_tokenizer
-from checkpoints import EVALUATION, MANIFEST, Checkpoint, write_json
-from evaluation import Curve, Evaluation, Gate, Measured, Runtime, Windows, plot_curves, read_windows
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, PICTURE, TEXT_OPTIONS, add, table
-from prism_errors import GateError, InputError, UsageError
-from refactoring import open_refactored
-from routers import full_k
+from prism_refactor.calibration.profile import DTYPES, Calibration
+from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, PICTURE, TEXT_OPTIONS, add, table
+from prism_refactor.errors import GateError, InputError, UsageError
+from prism_refactor.evaluation.compare import Curve, Evaluation, Runtime
+from prism_refactor.evaluation.curve import Gate, Measured
+from prism_refactor.evaluation.plot import plot_curves
+from prism_refactor.evaluation.windows import Windows, read_windows
+from prism_refactor.files import write_json
+from prism_refactor.formats import EVALUATION, MANIFEST
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import full_k
+from prism_refactor.models.refactored import open_refactored
 
 
 @command

@@ -13,26 +13,21 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import prism_signals
-from calibration import DTYPES, Calibration
-from checkpoints import (
-    EVALUATION,
-    MANIFEST,
-    Checkpoint,
-    check_disk,
-    check_target,
-    names_on_disk,
-    output_file,
-    output_folder,
-    save_tensors,
-    write_json,
-)
-from prism_cli.door import Reporter, command, exit_of
-from prism_cli.options import FOLDER, TEXT_OPTIONS, Finite, add
-from prism_cli.report import PAGE
-from prism_errors import InputError, UsageError
-from refactoring import open_refactored
-from routers import EXPERTS, LOSSES, ROUTER_FILE, Curriculum, Training, attach, full_k, moe_gates, recorded
+from prism_refactor import signals as prism_signals
+from prism_refactor.calibration.profile import DTYPES, Calibration
+from prism_refactor.cli.app import Reporter, command, exit_of
+from prism_refactor.cli.options import FOLDER, TEXT_OPTIONS, Finite, add
+from prism_refactor.cli.report import PAGE
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.files import check_target, output_file, output_folder, save_tensors, write_json
+from prism_refactor.formats import EVALUATION, MANIFEST
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.layered import names_on_disk
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, full_k, moe_gates
+from prism_refactor.models.refactored import open_refactored
+from prism_refactor.refactoring.finetune import LOSSES, Curriculum, Training, recorded
+from prism_refactor.resources import check_disk
 
 # The last part of the rows chooses the best state.
 HELD_OUT = 16

@@ -6,14 +6,15 @@ from typing import Any
 
 import click
 
-from prism_cli.door import Reporter, command
-from prism_cli.options import Finite, table
-from prism_errors import InputError, UsageError
-from prism_signals import run_async
-from serving import SCHEDULERS, Limits, PerformanceModel
-from serving.client import discover, replay
-from serving.simulator import simulate
-from serving.workload import Arrival, Served, Slo, floors, poisson, read_trace, summary
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import Finite, table
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.loadtest.client import discover, replay
+from prism_refactor.loadtest.simulator import simulate
+from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, read_trace, summary
+from prism_refactor.serving.performance import PerformanceModel
+from prism_refactor.serving.scheduling import SCHEDULERS, Limits
+from prism_refactor.signals import run_async
 
 
 @command

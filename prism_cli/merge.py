@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from calibration import INDEX, merge_statistics
-from checkpoints import check_target
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER
-from prism_cli.profile import profile_table
+from prism_refactor.calibration.store import INDEX, merge_statistics
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER
+from prism_refactor.cli.profile import profile_table
+from prism_refactor.files import check_target
 
 
 @command

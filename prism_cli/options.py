@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from calibration import DTYPES, Calibration
-from prism_errors import UsageError, one_line
-from serving.offload.policies import POLICIES, PREFETCHES
-from serving.offload.store import DIRECT, READS
+from prism_refactor.calibration.profile import DTYPES, Calibration
+from prism_refactor.errors import UsageError, one_line
+from prism_refactor.offload.policies import POLICIES, PREFETCHES
+from prism_refactor.offload.store import DIRECT, READS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

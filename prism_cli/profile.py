@@ -8,14 +8,19 @@ from typing import Any
 import click
 import numpy as np
 
-from calibration import INDEX, TOKEN_FLOOR, Calibration, Profile, estimated_bytes, write_statistics
-from checkpoints import Checkpoint, LayeredModel, check_disk, check_target, output_file, unfinished_bytes
-from prism_cli.architectures import explain
-from prism_cli.door import Reporter, command
-from prism_cli.options import CALIBRATION_OPTIONS, FOLDER, OutputFile, add, table
-from prism_cli.resuming import RESUME, Resumption
-from refactoring import check_memory, memory_needed
-from reporting import profile_page
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.statistics import TOKEN_FLOOR
+from prism_refactor.calibration.store import INDEX, estimated_bytes, write_statistics
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.architectures import explain
+from prism_refactor.cli.options import CALIBRATION_OPTIONS, FOLDER, OutputFile, add, table
+from prism_refactor.cli.resuming import RESUME, Resumption
+from prism_refactor.evaluation.page import profile_page
+from prism_refactor.files import check_target, output_file, unfinished_bytes
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel
+from prism_refactor.refactoring.plan import memory_needed
+from prism_refactor.resources import check_disk, check_memory
 
 
 class Shard(click.ParamType):

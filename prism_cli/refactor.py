@@ -11,29 +11,24 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-import solvers
-from calibration import Calibration, Profile, Statistics
-from checkpoints import MANIFEST, Checkpoint, check_disk, check_target, gib, unfinished_bytes
-from prism_cli.architectures import list_architectures
-from prism_cli.door import Reporter, command
-from prism_cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, Finite, add, table
-from prism_cli.resuming import RESUME, Resumption
-from prism_errors import GateError, InputError, UsageError
-from refactoring import (
-    ENGINES,
-    ROUTERS,
-    SALIENCIES,
-    Plan,
-    QualityGate,
-    Recipe,
-    Timings,
-    Workers,
-    check_memory,
-    make_plan,
-    partition_seconds,
-    profile_seconds,
-    refactor,
-)
+from prism_refactor import solvers
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.store import Statistics
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.architectures import list_architectures
+from prism_refactor.cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, Finite, add, table
+from prism_refactor.cli.resuming import RESUME, Resumption
+from prism_refactor.errors import GateError, InputError, UsageError
+from prism_refactor.files import check_target, unfinished_bytes
+from prism_refactor.formats import MANIFEST
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.refactoring.gate import QualityGate
+from prism_refactor.refactoring.pipeline import refactor
+from prism_refactor.refactoring.plan import Plan, make_plan, partition_seconds, profile_seconds
+from prism_refactor.refactoring.recipe import ROUTERS, SALIENCIES, Recipe
+from prism_refactor.refactoring.timings import Timings
+from prism_refactor.refactoring.workers import ENGINES, Workers
+from prism_refactor.resources import check_disk, check_memory, gib
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

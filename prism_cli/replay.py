@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
-from evaluation import save_figure
-from prism_cli.door import Reporter, command
-from prism_cli.options import PICTURE, table
-from serving.offload import POLICIES, FastMemory
-from serving.offload.replay import Trace, belady, hit_rate
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import PICTURE, table
+from prism_refactor.evaluation.plot import save_figure
+from prism_refactor.offload.manager import FastMemory
+from prism_refactor.offload.policies import POLICIES
+from prism_refactor.offload.replay import Trace, belady, hit_rate
 
 SIZES = ("10%", "25%", "50%", "75%", "90%")
 BOUND = "belady"

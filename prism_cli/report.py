@@ -12,13 +12,14 @@ from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from checkpoints import EVALUATION, MANIFEST, output_file
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, OutputFile
-from prism_errors import InputError, one_line
-from refactoring import open_refactored
-from refactoring.pipeline import PICTURE_FILE
-from reporting import report_page
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, OutputFile
+from prism_refactor.errors import InputError, one_line
+from prism_refactor.evaluation.page import report_page
+from prism_refactor.files import output_file
+from prism_refactor.formats import EVALUATION, MANIFEST
+from prism_refactor.models.refactored import open_refactored
+from prism_refactor.refactoring.pipeline import PICTURE_FILE
 
 PAGE = "report.html"
 # What reading a file raises that lacks a field or has one of another type.

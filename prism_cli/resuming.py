@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from checkpoints import finished_layers
-from prism_cli.door import Reporter, exit_of
+from prism_refactor.cli.app import Reporter, exit_of
+from prism_refactor.files import finished_layers
 
 RESUME = click.option("--resume", is_flag=True, help="Go on after the last finished layer of an interrupted run, if there is one.")
 

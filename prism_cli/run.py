@@ -11,13 +11,15 @@ import click
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from calibration import load_tokenizer
-from checkpoints import Checkpoint, output_file
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
-from prism_errors import PrismError, UsageError
-from routers import full_k, set_active
-from serving.offload import Counters, Elastic, FastMemory, load_offloaded
+from prism_refactor.calibration.text import load_tokenizer
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
+from prism_refactor.errors import PrismError, UsageError
+from prism_refactor.files import output_file
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import full_k, set_active
+from prism_refactor.offload.cache import Counters
+from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
 
 # Prompt tokens of one forward pass: a long prompt must not need more memory than its answer.
 CHUNK = 256

@@ -9,16 +9,17 @@ import click
 import uvicorn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from calibration import DTYPES
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
-from prism_errors import InputError, UsageError
-from serving import SCHEDULERS, Limits, PerformanceModel
-from serving.engine import Engine, apart, load
-from serving.metrics import Metrics
-from serving.offload import FastMemory, load_offloaded
-from serving.quality import QualityCurve
-from serving.server import Site, create_app
+from prism_refactor.calibration.profile import DTYPES
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.offload.manager import FastMemory, load_offloaded
+from prism_refactor.serving.engine import Engine, apart, load
+from prism_refactor.serving.metrics import Metrics
+from prism_refactor.serving.performance import PerformanceModel
+from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.serving.scheduling import SCHEDULERS, Limits
+from prism_refactor.serving.server import Site, create_app
 
 
 @command

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
-from calibration import EVALUATION_TEXT, Calibration
-from checkpoints import Checkpoint
-from prism_cli.door import Reporter, command
-from prism_cli.options import FOLDER, TEXT_OPTIONS, Finite, add, table
-from prism_errors import GateError
-from refactoring import LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors, open_refactored
+from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.text import EVALUATION_TEXT
+from prism_refactor.cli.app import Reporter, command
+from prism_refactor.cli.options import FOLDER, TEXT_OPTIONS, Finite, add, table
+from prism_refactor.errors import GateError
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.refactored import open_refactored
+from prism_refactor.refactoring.verify import LOGIT_TOLERANCE, Comparison, compare_files, compare_logits, compare_tensors
 
 NUM_SAMPLES = 8
 

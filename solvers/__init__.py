@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from prism_errors import UsageError
-from solvers import methods
-from solvers.genetic import genetic
-from solvers.problem import Partition, Problem
-from solvers.regression import ridge, ridge_on_few
+from prism_refactor.errors import UsageError
+from prism_refactor.solvers import methods
+from prism_refactor.solvers.genetic import genetic
+from prism_refactor.solvers.problem import Partition, Problem
+from prism_refactor.solvers.regression import ridge, ridge_on_few
 
 SOLVERS: dict[str, Callable[..., np.ndarray]] = {
     "genetic": genetic,

@@ -11,9 +11,9 @@ import numpy as np
 from deap import algorithms, base, creator, tools
 from scipy.optimize import linear_sum_assignment
 
-from prism_errors import UsageError
-from solvers import kernels, methods
-from solvers.problem import Problem
+from prism_refactor.errors import UsageError
+from prism_refactor.solvers import kernels, methods
+from prism_refactor.solvers.problem import Problem
 
 POPULATION = 8
 OFFSPRING = 8

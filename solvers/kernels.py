@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
-from prism_signals import uninterrupted
-from solvers import plain
+from prism_refactor.signals import uninterrupted
+from prism_refactor.solvers import plain
 
 # A change must gain more than this share of the whole saliency to count. Every token's terms are rounded to float32, at most 6e-8 of its
 # saliency each, and a gain is made of four of them: what passes is a gain in truth, so descents end.

@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from prism_errors import UsageError
-from solvers import kernels
-from solvers.problem import Problem
+from prism_refactor.errors import UsageError
+from prism_refactor.solvers import kernels
+from prism_refactor.solvers.problem import Problem
 
 # Random partitions that `ascent` starts from, and the annealing of each: swaps per neuron and group.
 ASCENT_STARTS, ASCENT_SWAPS = 2, 40

@@ -5,8 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from prism_errors import UsageError
-from solvers import kernels
+from prism_refactor.errors import UsageError
+from prism_refactor.solvers import kernels
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
-from calibration import Calibration
-from prism_cli import door
+from prism_refactor.calibration.profile import Calibration
+from prism_refactor.cli import app as door
 
 NAME = "standin"
 aten = torch.ops.aten

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
-from prism_cli import bench, door, evaluate, finetune, loadtest, profile, refactor, replay, run, serve, verify
+from prism_refactor.cli import app as door
+from prism_refactor.cli import bench, evaluate, finetune, loadtest, profile, refactor, replay, run, serve, verify
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

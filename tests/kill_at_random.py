@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoints import finished_layers
-from prism_cli import door, refactor
+from prism_refactor.cli import app as door
+from prism_refactor.cli import refactor
+from prism_refactor.files import finished_layers
 
 LONGEST, LAYER = 0.4, 0.1
 

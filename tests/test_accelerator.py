@@ -135,7 +135,7 @@ def test_the_engine_generates_on_a_device_what_it_generates_on_the_cpu(refactore
 OFFLOAD = """
 import sys, torch, accelerator
 from pathlib import Path
-from routers import set_active
+from prism_refactor import set_active
 from serving.offload import Elastic, FastMemory, load_offloaded
 
 torch.set_grad_enabled(False)

@@ -14,9 +14,9 @@ from conftest import FAST, files
 from safetensors.torch import load_file, save_file
 from test_commands import start
 
-from checkpoints import Progress
-from checkpoints.reader import LONGEST_NAME
-from refactoring.plan import free_memory
+from prism_refactor.models.checkpoint import LONGEST_NAME
+from prism_refactor.progress import Progress
+from prism_refactor.resources import free_memory
 
 EXPERT, ROUTER = "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.gate.weight"
 
@@ -325,7 +325,7 @@ def test_tensors_that_transformers_does_not_know_pass_through(tmp_path, models, 
 
 
 def test_memory_is_checked_before_any_work(tmp_path, models, command, monkeypatch):
-    monkeypatch.setattr("refactoring.plan.free_memory", lambda: 2**20)
+    monkeypatch.setattr("prism_refactor.resources.free_memory", lambda: 2**20)
     result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--quiet", *FAST)
     assert result.code == 5
     assert "of memory, 1.0 MiB is available; lower --num-samples" in result.err

@@ -7,10 +7,14 @@ import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, load, logits
 
-from calibration import OBSERVED, Calibration, LayerCollector, LayerStream, Profile, Statistics, load_tokenizer, token_rows
-from calibration.text import Source
-from checkpoints import Checkpoint, moe_block
-from prism_errors import UsageError
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.statistics import OBSERVED, LayerCollector
+from prism_refactor.calibration.store import Statistics
+from prism_refactor.calibration.text import Source, load_tokenizer, token_rows
+from prism_refactor.errors import UsageError
+from prism_refactor.models.architectures import moe_block
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.stream import LayerStream
 
 QUICK = Calibration(num_samples=6, max_seq_length=48, tokens_per_expert=20, batch_size=4)
 

@@ -9,20 +9,15 @@ import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (
-    BLOCK,
-    Checkpoint,
-    LayeredModel,
-    ShardWriter,
-    check_target,
-    expert_shape,
-    moe_block,
-    output_folder,
-    side_files,
-    split_experts,
-)
-from prism_errors import InputError, UsageError
-from routers import experts_forward
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.files import check_target, output_folder
+from prism_refactor.models.architectures import expert_shape, moe_block
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import experts_forward
+from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.side_files import side_files
+from prism_refactor.models.split import split_experts
+from prism_refactor.models.writer import BLOCK, ShardWriter
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +223,7 @@ def test_an_interrupted_sync_or_rename_leaves_the_old_folder(tmp_path, monkeypat
 
     rename = Path.rename
     stops = {
-        "checkpoints.writer.sync": interrupted,
+        "prism_refactor.files.sync": interrupted,
         "pathlib.Path.rename": lambda path, to: interrupted() if path.name == "out.partial" else rename(path, to),
     }
     for name, stop in stops.items():

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from conftest import EXAMPLE, FAMILIES, FAST, build
 
-from checkpoints import ARCHITECTURES, REFUSED
-from prism_cli import architectures
+from prism_refactor.cli import architectures
+from prism_refactor.models.architectures import ARCHITECTURES, REFUSED
 
 BIN = Path(sys.executable).parent
 ROOT = EXAMPLE.parents[1]

@@ -9,13 +9,13 @@ from conftest import FAST, Models, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_errors import InputError, UsageError
-from routers import set_active
-from serving import SCHEDULERS, Limits, Table
-from serving import engine as engines
-from serving.engine import Engine, Logprob, Rejected, Request, load
-from serving.performance import fit
-from serving.sampling import sample
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.models.modeling_prism import set_active
+from prism_refactor.serving import engine as engines
+from prism_refactor.serving.engine import Engine, Logprob, Rejected, Request, load
+from prism_refactor.serving.performance import Table, fit
+from prism_refactor.serving.sampling import sample
+from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
 SMALL = Limits(tokens=64, requests=8, wait=0.02)
 KS = (1, 3, 4, 6, 8, 11, 16)

@@ -12,11 +12,15 @@ from conftest import EXAMPLE, load
 from PIL import Image
 from transformers import AutoTokenizer
 
-import routers
-from calibration import EVALUATION_TEXT, load_tokenizer
-from checkpoints import Checkpoint
-from evaluation import CostModel, Gate, Point, allocate, read_windows, stream_losses
-from prism_errors import UsageError
+from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.errors import UsageError
+from prism_refactor.evaluation.allocation import allocate
+from prism_refactor.evaluation.cost import CostModel
+from prism_refactor.evaluation.curve import Gate
+from prism_refactor.evaluation.losses import Point, stream_losses
+from prism_refactor.evaluation.windows import read_windows
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import attach, moe_gates, operating_points, set_active
 
 TEXT = ["--num-tokens", "3000", "--max-seq-length", "128"]
 
@@ -40,17 +44,17 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
     original = load(EXAMPLE)
     expected = []
     for k in (1, 4):
-        for gate in routers.moe_gates(original):
+        for gate in moe_gates(original):
             gate.top_k = k
         expected.append(plain_sums(original, windows))
     points = [Point("original", (k,) * 4) for k in (1, 4)]
     found = stream_losses(Checkpoint(EXAMPLE), windows, points, torch.float32, "cpu", 5).sums
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-4)
-    stock, two_level = load(elastic), routers.attach(load(elastic), elastic)
+    stock, two_level = load(elastic), attach(load(elastic), elastic)
     expected, points = [], []
     # The order mixes the routers: attaching one must not leak into the other.
     for router, model, k in (("two-level", two_level, (7, 3, 16, 4)), ("stock", stock, (6,) * 4), ("two-level", two_level, (16,) * 4)):
-        routers.set_active(model, list(k))
+        set_active(model, list(k))
         expected.append(plain_sums(model, windows))
         points.append(Point(router, k))
     found = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
@@ -61,7 +65,7 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
 def test_hidden_states_that_do_not_fit_are_kept_in_a_file(elastic, windows, monkeypatch):
     points = [Point("two-level", (k,) * 4) for k in (4, 16)]
     expected = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
-    monkeypatch.setattr("calibration.stream.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr("prism_refactor.models.stream.MEMORY_LIMIT", 1000)
     assert torch.equal(stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums, expected)
 
 
@@ -122,14 +126,14 @@ def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elast
     assert half["recovered"] == pytest.approx(recovered)
     assert half["recovered_interval"][0] < recovered < half["recovered_interval"][1]
     assert curves["two-level"]["points"][3]["perplexity"] == pytest.approx(whole, rel=1e-5)
-    points = routers.operating_points(out)
+    points = operating_points(out)
     assert list(points) == [4, 8, 12]
     for stored, uniform in zip(
         json.loads((out / "prism.json").read_text())["operating_points"]["points"], curves["two-level"]["points"], strict=False
     ):
         assert sum(stored["k"]) <= 4 * stored["mean_k"]
         assert stored["perplexity"] <= stored["uniform"] == uniform["perplexity"]
-    routers.set_active(routers.attach(load(out), out), points[4])
+    set_active(attach(load(out), out), points[4])
     assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
 
 
@@ -220,8 +224,8 @@ def test_lm_eval_runs_the_checkpoint_unchanged_at_any_k(tmp_path, elastic, k):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
     )
     (samples,) = (tmp_path / "result").rglob("samples_*.jsonl")
-    model, tokenizer = routers.attach(load(elastic), elastic), AutoTokenizer.from_pretrained(elastic)
-    routers.set_active(model, k)
+    model, tokenizer = attach(load(elastic), elastic), AutoTokenizer.from_pretrained(elastic)
+    set_active(model, k)
     for line in samples.read_text().splitlines():
         sample = json.loads(line)
         for choice, response in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):

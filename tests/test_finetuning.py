@@ -6,7 +6,8 @@ import torch
 from conftest import EXAMPLE, files, load, logits
 from safetensors.torch import load_file
 
-import routers
+from prism_refactor.models.modeling_prism import attach
+from prism_refactor.refactoring.finetune import Curriculum, Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
 
@@ -42,9 +43,9 @@ def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, 
 
 
 def test_straight_through_reaches_the_rows_of_chosen_and_dropped(elastic):
-    model = routers.attach(load(elastic), elastic)
+    model = attach(load(elastic), elastic)
     rows = torch.arange(2, 66)[None].repeat(3, 1)
-    training = routers.Training(model, rows, rows, routers.Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
+    training = Training(model, rows, rows, Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
     training._train_on(rows, 4)
     for name, parameter in training.parameters.items():
         assert torch.isfinite(parameter.grad).all()
@@ -53,7 +54,7 @@ def test_straight_through_reaches_the_rows_of_chosen_and_dropped(elastic):
 
 
 def test_k_rises_linearly():
-    curriculum = routers.Curriculum(5, 8, 24, 1e-5, "cross-entropy", 1, 1, 0)
+    curriculum = Curriculum(5, 8, 24, 1e-5, "cross-entropy", 1, 1, 0)
     assert [curriculum.k_at(step) for step in range(5)] == [8, 12, 16, 20, 24]
 
 
@@ -71,9 +72,9 @@ class Interrupting(dict):
 
 
 def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_were(elastic):
-    model = routers.attach(load(elastic), elastic)
+    model = attach(load(elastic), elastic)
     rows = torch.arange(2, 66)[None]
-    training = routers.Training(model, rows, rows, routers.Curriculum(1, 4, 4, 1e-3, "distill", 1, 1, 0))
+    training = Training(model, rows, rows, Curriculum(1, 4, 4, 1e-3, "distill", 1, 1, 0))
     for parameter in training.parameters.values():
         parameter.data = parameter.data + 1
     own = {name: parameter.data for name, parameter in training.parameters.items()}
@@ -88,19 +89,19 @@ def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_wer
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch, where, step):
     options = [*QUICK, "--learning-rate", "1e-3"]
     assert command("prism-finetune", elastic, tmp_path / "whole", *options).code == 0
-    whole = getattr(routers.Training, where)
+    whole = getattr(Training, where)
 
     def interrupted(self, *arguments):
         if self.step == step:
             raise KeyboardInterrupt
         return whole(self, *arguments)
 
-    monkeypatch.setattr(routers.Training, where, interrupted)
+    monkeypatch.setattr(Training, where, interrupted)
     result = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert result.code == 130
     assert result.err == f"stopped after step {step} of 4; --resume goes on\n"
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(routers.Training, where, whole)
+    monkeypatch.setattr(Training, where, whole)
     again = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert (again.code, "holds an interrupted run; add --resume" in again.err) == (2, True)
     other = command("prism-finetune", elastic, tmp_path / "out", *options, "--resume", "--loss", "distill")

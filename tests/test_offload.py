@@ -24,17 +24,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from calibration import load_tokenizer
-from checkpoints import BLOCK, Checkpoint, LayeredModel
-from prism_errors import InputError, ResourceError, UsageError
-from routers import EXPERTS, full_k, set_active
-from serving import Limits
-from serving.engine import Engine, Request, load
-from serving.metrics import Metrics
-from serving.offload import POLICIES, PREFETCHES, Belady, Cache, DiskStore, Elastic, FastMemory, Pool, load_offloaded
-from serving.offload import cache as caches
-from serving.offload.replay import Trace, belady, hit_rate
-from serving.offload.store import _LIBC, PINNED, PinnedStore
+from prism_refactor.calibration.text import load_tokenizer
+from prism_refactor.errors import InputError, ResourceError, UsageError
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.modeling_prism import full_k, set_active
+from prism_refactor.models.writer import BLOCK
+from prism_refactor.offload import cache as caches
+from prism_refactor.offload.cache import Cache, Pool
+from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.policies import POLICIES, PREFETCHES, Belady
+from prism_refactor.offload.replay import Trace, belady, hit_rate
+from prism_refactor.offload.store import _LIBC, PINNED, DiskStore, PinnedStore
+from prism_refactor.serving.engine import Engine, Request, load
+from prism_refactor.serving.metrics import Metrics
+from prism_refactor.serving.scheduling import Limits
 
 PROMPT = "The river runs through the old town and"
 
@@ -457,7 +462,7 @@ def test_activations_of_a_past_request_speak_for_a_new_one_like_it():
 
 
 def test_a_full_collection_stays_as_different_as_it_can_be(monkeypatch):
-    monkeypatch.setattr("serving.offload.policies.COLLECTION", 2)
+    monkeypatch.setattr("prism_refactor.offload.policies.COLLECTION", 2)
     policy = POLICIES["activation"](1, 8)
     for request, expert in (("a", 0), ("b", 1), ("c", 1), ("d", 1)):
         policy.use(0, {request: use(expert)[""]})

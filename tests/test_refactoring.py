@@ -10,11 +10,18 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeCV
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import routers
-from calibration import EVALUATION_TEXT, Calibration, load_tokenizer, token_rows
-from checkpoints import Checkpoint
-from refactoring import Recipe, make_plan, verify
-from solvers.regression import STRENGTHS, ridge, ridge_on_few
+from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, token_rows
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_gates, router_tensors, set_active
+from prism_refactor.refactoring import verify
+from prism_refactor.refactoring.plan import make_plan
+from prism_refactor.refactoring.recipe import Recipe
+from prism_refactor.routing.output import relative_error
+from prism_refactor.routing.proxy import gate_neurons
+from prism_refactor.routing.tilt import FULL_K_BUDGET
+from prism_refactor.solvers.regression import STRENGTHS, ridge, ridge_on_few
 
 
 def refactored(command, source, target, *options):
@@ -35,12 +42,12 @@ def test_full_k_is_the_original(tmp_path, models, command, token_ids, family, ro
     if router != "linear":
         torch.testing.assert_close(logits(stock, token_ids), expected, atol=1e-3, rtol=0)
     if router != "replicate":
-        model = routers.attach(stock, out)
+        model = attach(stock, out)
         torch.testing.assert_close(logits(model, token_ids), expected, atol=1e-3, rtol=0)
         # Below full k our experts and the family's own are the same function of what the router picks.
-        routers.set_active(model, 3)
+        set_active(model, 3)
         fewer = logits(model, token_ids)
-        model.set_experts_implementation(routers.EXPERTS)
+        model.set_experts_implementation(EXPERTS)
         torch.testing.assert_close(logits(model, token_ids), fewer, atol=1e-3, rtol=0)
         assert not torch.allclose(fewer, expected, atol=1e-2)
     assert command("prism-verify", models[family], out, "--num-samples", "2", "--max-seq-length", "64").code == 0
@@ -56,7 +63,7 @@ def test_other_numbers_of_sub_experts(tmp_path, models, command, token_ids, sub_
     config = json.loads((out / "config.json").read_text())
     assert (config["num_local_experts"], config["intermediate_size"]) == (4 * sub_experts, 32 // sub_experts)
     assert config["num_experts_per_tok"] == 2 * sub_experts
-    model = routers.attach(load(out), out)
+    model = attach(load(out), out)
     torch.testing.assert_close(logits(model, token_ids), logits(load(models["mixtral"]), token_ids), atol=1e-3, rtol=0)
 
 
@@ -72,12 +79,12 @@ def test_stock_tilt_of_the_example_stays_within_the_promise(elastic):
 @torch.inference_mode()
 def layer_errors(folder, k, rows):
     """Squared relative error of each MoE block's output at k against full k, on the inputs of the full model, and the full outputs."""
-    return layer_errors_of(load(folder) if folder == EXAMPLE else routers.attach(load(folder), folder), k, rows)
+    return layer_errors_of(load(folder) if folder == EXAMPLE else attach(load(folder), folder), k, rows)
 
 
 @torch.inference_mode()
 def layer_errors_of(model, k, rows):
-    full_k = routers.moe_gates(model)[0].top_k
+    full_k = moe_gates(model)[0].top_k
     blocks = [layer.mlp for layer in model.model.layers]
     inputs = []
     handles = [block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in blocks]
@@ -87,7 +94,7 @@ def layer_errors_of(model, k, rows):
     full = [block(x) for block, x in zip(blocks, inputs, strict=True)]
     for block in blocks:
         block.gate.top_k = k
-    errors = [routers.relative_error(block(x), exact) for block, x, exact in zip(blocks, inputs, full, strict=True)]
+    errors = [relative_error(block(x), exact) for block, x, exact in zip(blocks, inputs, full, strict=True)]
     for block in blocks:
         block.gate.top_k = full_k
     return errors
@@ -111,30 +118,30 @@ def test_plain_transformers_runs_it_at_any_k_and_generates(elastic):
 
 
 def test_remote_code_and_attach_are_the_same_router(elastic, token_ids):
-    attached = routers.attach(load(elastic), elastic)
+    attached = attach(load(elastic), elastic)
     remote = load(elastic, trust_remote_code=True)
     stock = load(elastic)
     for k in (16, 8, 3):
         for model in (attached, remote, stock):
-            routers.set_active(model, k)
+            set_active(model, k)
             assert model.config.num_experts_per_tok == k
         assert torch.equal(logits(attached, token_ids), logits(remote, token_ids))
         assert not torch.equal(logits(attached, token_ids), logits(stock, token_ids))
     for k in (0, 17):
         with pytest.raises(ValueError, match="choose 1 to 16"):
-            routers.set_active(attached, k)
+            set_active(attached, k)
 
 
 def test_saving_a_two_level_model_saves_the_stock_checkpoint(tmp_path, elastic, token_ids):
-    routers.attach(load(elastic), elastic).save_pretrained(tmp_path / "saved")
+    attach(load(elastic), elastic).save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved"), token_ids), logits(load(elastic), token_ids))
 
 
 @torch.inference_mode()
 def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_mean_of_the_rest(elastic):
-    model = routers.attach(load(elastic), elastic)
+    model = attach(load(elastic), elastic)
     block = model.model.layers[1].mlp
-    tensors = routers.router_tensors(elastic / routers.ROUTER_FILE)["model.layers.1.mlp"]
+    tensors = router_tensors(elastic / ROUTER_FILE)["model.layers.1.mlp"]
     inputs = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
     block.gate.top_k = 5
     output = block(inputs[None])[0]
@@ -160,28 +167,28 @@ def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_
 
 def test_two_level_is_the_same_under_every_experts_implementation(elastic, token_ids):
     outputs = []
-    for implementation in ("eager", "grouped_mm", "batched_mm", routers.EXPERTS):
-        model = routers.attach(load(elastic), elastic)
+    for implementation in ("eager", "grouped_mm", "batched_mm", EXPERTS):
+        model = attach(load(elastic), elastic)
         model.set_experts_implementation(implementation)
-        routers.set_active(model, 6)
+        set_active(model, 6)
         outputs.append(logits(model, token_ids))
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], atol=1e-3, rtol=1e-3)
 
 
 def test_operating_points_set_k_layer_by_layer(elastic, token_ids):
-    model = routers.attach(load(elastic), elastic)
-    routers.set_active(model, [8] * 4)
+    model = attach(load(elastic), elastic)
+    set_active(model, [8] * 4)
     uniform = logits(model, token_ids)
-    routers.set_active(model, 8)
+    set_active(model, 8)
     assert torch.equal(logits(model, token_ids), uniform)
-    routers.set_active(model, [10, 6, 7, 9])
-    assert [gate.top_k for gate in routers.moe_gates(model)] == [10, 6, 7, 9]
+    set_active(model, [10, 6, 7, 9])
+    assert [gate.top_k for gate in moe_gates(model)] == [10, 6, 7, 9]
     assert not torch.equal(logits(model, token_ids), uniform)
     with pytest.raises(ValueError, match="3 layers does not fit a model of 4"):
-        routers.set_active(model, [8] * 3)
+        set_active(model, [8] * 3)
     with pytest.raises(ValueError, match="choose 1 to 16"):
-        routers.set_active(model, [8, 8, 8, 17])
+        set_active(model, [8, 8, 8, 17])
 
 
 def test_replicate_has_no_sub_router(tmp_path, models, command):
@@ -189,7 +196,7 @@ def test_replicate_has_no_sub_router(tmp_path, models, command):
     assert not (out / "modeling_prism.py").exists()
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     with pytest.raises(ValueError, match="no sub-expert router"):
-        routers.attach(load(out), out)
+        attach(load(out), out)
 
 
 def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, command):
@@ -217,7 +224,7 @@ def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, comm
     assert manifest["versions"]["transformers"]
     for layer in manifest["layers"]:
         assert all(expert["loss_after"] < expert["loss_before"] for expert in layer["experts"] if expert["tokens"] > 10)
-    blocks = routers.router_tensors(out / routers.ROUTER_FILE)
+    blocks = router_tensors(out / ROUTER_FILE)
     assert set(blocks) == {"model.layers.0.mlp", "model.layers.1.mlp"}
     shapes = {name: tuple(tensor.shape) for name, tensor in blocks["model.layers.0.mlp"].items()}
     assert shapes == {
@@ -267,7 +274,7 @@ def test_same_seed_same_bytes_on_any_number_of_workers_and_from_saved_statistics
 def test_every_solver_gives_an_exact_checkpoint_of_its_own(tmp_path, models, command, solver):
     out = refactored(command, models["olmoe"], tmp_path / "out", "--solver", solver)
     other = refactored(command, models["olmoe"], tmp_path / "other")
-    labels = [routers.router_tensors(folder / routers.ROUTER_FILE)["model.layers.0.mlp"]["neuron_sub_expert"] for folder in (out, other)]
+    labels = [router_tensors(folder / ROUTER_FILE)["model.layers.0.mlp"]["neuron_sub_expert"] for folder in (out, other)]
     assert not torch.equal(*labels) or solver == "genetic"
     assert command("prism-verify", models["olmoe"], out, "--num-samples", "1", "--max-seq-length", "32").code == 0
 
@@ -280,7 +287,7 @@ def test_options_have_an_effect(tmp_path, models, command, option):
     first = refactored(command, models["olmoe"], tmp_path / "a")
     second = refactored(command, models["olmoe"], tmp_path / "b", *option)
     name = "model.layers.0.mlp"
-    labels = [routers.router_tensors(folder / routers.ROUTER_FILE)[name]["neuron_sub_expert"] for folder in (first, second)]
+    labels = [router_tensors(folder / ROUTER_FILE)[name]["neuron_sub_expert"] for folder in (first, second)]
     assert not torch.equal(*labels)
 
 
@@ -434,11 +441,11 @@ def unbalance(out, name):
     [
         (drop, "tokenizer.json", 4, "file tokenizer.json is not the source's"),
         (drop, "modeling_prism.py", 4, "file modeling_prism.py is missing"),
-        (drop, routers.ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing or broken"),
-        (lambda out, name: (out / name).write_bytes(b"x" * 20), routers.ROUTER_FILE, 3, "is missing or broken"),
+        (drop, ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing or broken"),
+        (lambda out, name: (out / name).write_bytes(b"x" * 20), ROUTER_FILE, 3, "is missing or broken"),
         (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "prism.json: is broken"),
-        (spoil_router, routers.ROUTER_FILE, 4, "layer 0: a router tensor of"),
-        (unbalance, routers.ROUTER_FILE, 4, "layer 1: the partition in sub_expert_router.safetensors is not balanced"),
+        (spoil_router, ROUTER_FILE, 4, "layer 0: a router tensor of"),
+        (unbalance, ROUTER_FILE, 4, "layer 1: the partition in sub_expert_router.safetensors is not balanced"),
     ],
 )
 def test_verify_notices_a_wrong_file(tmp_path, models, command, change, name, code, message):
@@ -501,9 +508,9 @@ def test_compensation_takes_off_error_and_less_is_lost_at_every_k(elastic):
             assert stock <= theirs
         assert errors["two-level"][3] < 1e-9
     rows = token_rows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 4, 256, 0)
-    model = routers.attach(load(elastic), elastic)
+    model = attach(load(elastic), elastic)
     with_it = layer_errors_of(model, 4, rows)
-    for gate in routers.moe_gates(model):
+    for gate in moe_gates(model):
         del gate.two_level.compensation
     for better, worse in zip(with_it, layer_errors_of(model, 4, rows), strict=True):
         assert better < 0.85 * worse
@@ -518,7 +525,7 @@ def test_calibrated_proxy_predicts_better_than_the_papers(tmp_path, command):
         assert command("prism-refactor", EXAMPLE, out, *options, "--router", router).code == 0
         layers = json.loads((out / "prism.json").read_text())["layers"]
         errors[router] = [layer["output_error"]["two-level"][1] for layer in layers]
-        tensors = routers.router_tensors(out / routers.ROUTER_FILE)["model.layers.0.mlp"]
+        tensors = router_tensors(out / ROUTER_FILE)["model.layers.0.mlp"]
         assert ("gate_neurons" in tensors) == (router != "linear")
         assert router == "linear" or tensors["gate_neurons"].shape == (16, 4, 2)
     for paper, calibrated, linear in zip(*errors.values(), strict=True):
@@ -527,7 +534,7 @@ def test_calibrated_proxy_predicts_better_than_the_papers(tmp_path, command):
 
 def test_tilt_costs_less_per_layer_in_deeper_models(elastic):
     report = json.loads((elastic / "prism.json").read_text())["layers"]
-    assert all(layer["full_k_error"] <= routers.FULL_K_BUDGET / 4 for layer in report)
+    assert all(layer["full_k_error"] <= FULL_K_BUDGET / 4 for layer in report)
 
 
 @pytest.mark.parametrize(
@@ -603,7 +610,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path, models, command
     def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("checkpoints.writer.save_file", full)
+    monkeypatch.setattr("prism_refactor.files.save_file", full)
     for name in ("prism-refactor", "prism-profile"):
         result = command(name, models["olmoe"], tmp_path / "out", *FAST[:6], "--quiet")
         assert result.code == 5
@@ -616,7 +623,7 @@ def test_gate_neurons_are_the_papers():
     marks = (torch.rand(50, 24, generator=generator) > 0.4).float()
     labels = torch.randperm(24, generator=generator) % 3
     coactivation = marks.T @ marks
-    for part, chosen in enumerate(routers.gate_neurons(marks, labels, 3)):
+    for part, chosen in enumerate(gate_neurons(marks, labels, 3)):
         members = torch.nonzero(labels == part).flatten()
         totals = [sum(coactivation[c, other].item() for other in members) for c in members]
         best = sorted(range(len(members)), key=lambda position: -totals[position])[:4]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import EXAMPLE, files
 
-from prism_cli import door, report
-from reporting.page import Mark, Series, chart
+from prism_refactor.cli import app as door
+from prism_refactor.cli import report
+from prism_refactor.evaluation.page import Mark, Series, chart
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

@@ -7,7 +7,8 @@ import pytest
 from conftest import FAST, build, files
 from test_commands import start
 
-from checkpoints import Checkpoint, Progress
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.progress import Progress
 
 LAYERS = 10
 DEEP = {"num_hidden_layers": LAYERS, "mlp_only_layers": [1, 4]}

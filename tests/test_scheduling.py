@@ -8,13 +8,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prism_errors import InputError, UsageError
-from serving import SCHEDULERS, Job, Limits, PerformanceModel, Table
-from serving.performance import fit, powers
-from serving.quality import QualityCurve
-from serving.scheduling import PATIENCE, PRIORITY_SECONDS, step_k, take
-from serving.simulator import simulate
-from serving.workload import Arrival, Served, Slo, floors, percentiles, poisson, read_trace, summary
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.loadtest.simulator import simulate
+from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, percentiles, poisson, read_trace, summary
+from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
+from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.serving.scheduling import PATIENCE, PRIORITY_SECONDS, SCHEDULERS, Job, Limits, step_k, take
 
 FULL = 16
 LIMITS = Limits(tokens=64, requests=8, wait=0.5)

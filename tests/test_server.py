@@ -26,12 +26,12 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoTokenizer
 
-from serving import Limits
-from serving.answers import Answer
-from serving.engine import Engine, Request, apart, load
-from serving.metrics import Metrics
-from serving.quality import QualityCurve
-from serving.server import Site, create_app
+from prism_refactor.serving.answers import Answer
+from prism_refactor.serving.engine import Engine, Request, apart, load
+from prism_refactor.serving.metrics import Metrics
+from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.serving.scheduling import Limits
+from prism_refactor.serving.server import Site, create_app
 
 BIN = Path(sys.executable).parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -5,9 +5,12 @@ import torch
 from conftest import FAST, build, files
 from safetensors.torch import load_file, save_file
 
-from calibration import Calibration, Profile, Statistics
-from checkpoints import Checkpoint, Progress
-from prism_cli import door, merge, profile
+from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.store import Statistics
+from prism_refactor.cli import app as door
+from prism_refactor.cli import merge, profile
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.progress import Progress
 
 TEXT = ["--num-samples", "12", "--max-seq-length", "40", "--tokens-per-expert", "24", "--batch-size", "2", "--quiet"]
 SHARDS = 3

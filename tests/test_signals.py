@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from numba import config
 
-from prism_signals import run_async, uninterrupted
+from prism_refactor.signals import run_async, uninterrupted
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
@@ -63,7 +63,8 @@ def test_a_signal_at_the_end_of_a_block_loses_no_later_one(monkeypatch):
 
 
 def test_what_the_caller_ignores_stays_ignored(stop):
-    script = "import signal, sys, prism_signals; prism_signals.listen(); signal.raise_signal(int(sys.argv[1])); print('still here')"
+    script = "import signal, sys; from prism_refactor.signals import listen"
+    script += "; listen(); signal.raise_signal(int(sys.argv[1])); print('still here')"
     ended = subprocess.run(
         [sys.executable, "-c", script, str(int(stop))],
         capture_output=True,
@@ -101,7 +102,7 @@ def test_a_signal_cancels_asynchronous_work_before_it_takes_effect(stop):
 LOSING = """
 import signal, sys
 import solvers
-from prism_cli import refactor
+from prism_refactor.cli import refactor
 
 class Loses:
     def __del__(self):

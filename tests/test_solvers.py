@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numba import config
 from scipy.optimize import linear_sum_assignment
 
-import solvers
-from prism_errors import UsageError
-from solvers import kernels, plain
+from prism_refactor import solvers
+from prism_refactor.errors import UsageError
+from prism_refactor.solvers import kernels, plain
 
 PROPERTIES = settings(max_examples=25, deadline=None)
 METHODS = [name for name in solvers.SOLVERS if name != "metis" or importlib.util.find_spec("pymetis")]

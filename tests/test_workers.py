@@ -11,9 +11,8 @@ import pytest
 from conftest import FAST, files
 from test_commands import start
 
-from prism_errors import ResourceError
-from refactoring import Workers
-from refactoring.workers import TRIALS
+from prism_refactor.errors import ResourceError
+from prism_refactor.refactoring.workers import TRIALS, Workers
 
 # Long enough partitions that a worker can be killed in the middle of them.
 SLOW = [*FAST[:6], "--solver", "genetic", "--quiet"]
@@ -45,7 +44,7 @@ def test_results_come_in_order(count):
 
 
 def test_large_arrays_are_shared_by_memory_map(monkeypatch):
-    monkeypatch.setattr("refactoring.workers.CHUNK_BYTES", 10_000_000)
+    monkeypatch.setattr("prism_refactor.refactoring.workers.CHUNK_BYTES", 10_000_000)
     array = np.ones((1000, 1000), np.float32)
     with Workers(2) as workers:
         assert list(workers.run((kind_of, (array * value,)) for value in range(5))) == [("memmap", value * 1e6) for value in range(5)]

@@ -1,0 +1,113 @@
+"""The original and its refactored models on the same text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prism_refactor.evaluation.allocation import allocate
+from prism_refactor.evaluation.cost import CostModel
+from prism_refactor.evaluation.curve import Measured, Sampled, measured
+from prism_refactor.evaluation.losses import Point, stream_losses
+from prism_refactor.evaluation.windows import Windows
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import full_k
+
+OnLayer = Callable[[str, int, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the models run: compute type, device, windows per forward."""
+
+    dtype: torch.dtype
+    device: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model under one router.
+
+    Attributes:
+        model: name of its folder.
+        router: 'original', 'stock' or 'two-level'.
+        full: k at which everything runs.
+        points: by rising k.
+        allocated: non-uniform operating points by rising mean k; only where asked for.
+    """
+
+    model: str
+    router: str
+    full: int
+    points: list[Measured]
+    allocated: list[Measured]
+
+
+class Evaluation:
+    """The original at its own top-1 ... top-K on a text; refactored models are measured against it.
+
+    Args:
+        original: the source checkpoint.
+        windows: the text.
+        runtime: how to run.
+        seed: of the bootstrap.
+        on_layer: told (model, layer, layers, operating points done, in all).
+    """
+
+    def __init__(self, original: Checkpoint, windows: Windows, runtime: Runtime, seed: int, on_layer: OnLayer | None = None):
+        self.windows, self.runtime, self.on_layer = windows, runtime, on_layer
+        self.sampled = Sampled(windows, seed)
+        top_k = original.architecture.sizes(original.config)[original.architecture.top_k]
+        choices = list(range(1, top_k + 1))
+        cost = CostModel(original, "original", windows.rows.shape[1])
+        losses = self._losses(original, [Point("original", (k,) * len(cost.blocks)) for k in choices])
+        self._originals: dict[float, Any] = {k / top_k: sums for k, sums in zip(choices, losses.sums, strict=True)}
+        points = [(k,) * len(cost.blocks) for k in choices]
+        self.original = Curve(original.path.resolve().name, "original", top_k, self._measured(points, losses.sums, top_k, cost), [])
+
+    def _losses(self, checkpoint: Checkpoint, points: list[Point], measure_layers: bool = False) -> Any:
+        name = checkpoint.path.resolve().name
+        on_layer = self.on_layer
+        told = None if on_layer is None else (lambda *progress: on_layer(name, *progress))
+        runtime = self.runtime
+        return stream_losses(checkpoint, self.windows, points, runtime.dtype, runtime.device, runtime.batch_size, measure_layers, told)
+
+    def _measured(self, points: list[tuple[int, ...]], sums: torch.Tensor, full: int, cost: CostModel) -> list[Measured]:
+        return [
+            measured(self.sampled, losses, point, full, cost.at(list(point)), self._originals)
+            for point, losses in zip(points, sums, strict=True)
+        ]
+
+    def curves(self, checkpoint: Checkpoint, routers: list[str], choices: list[int], allocated: bool = False) -> list[Curve]:
+        """The refactored model under each router at each k, in one pass over its layers.
+
+        With `allocated`, the output error of each layer is measured in that pass too, and a second pass measures the non-uniform
+        operating points it suggests for the two-level router.
+
+        Args:
+            checkpoint: refactored.
+            routers: out of 'stock' and 'two-level'.
+            choices: values of k, rising.
+            allocated: see above.
+        """
+        full = full_k(checkpoint.config)
+        length = self.windows.rows.shape[1]
+        costs = {router: CostModel(checkpoint, router, length) for router in routers}
+        layers = len(costs[routers[0]].blocks)
+        points = [Point(router, (k,) * layers) for router in routers for k in choices]
+        # Layer errors are measured on the inputs of the full two-level model.
+        reference = [Point("two-level", (full,) * layers)] if allocated else []
+        losses = self._losses(checkpoint, reference + points, allocated)
+        curves = []
+        for number, router in enumerate(routers):
+            start = len(reference) + number * len(choices)
+            sums = losses.sums[start : start + len(choices)]
+            found = self._measured([(k,) * layers for k in choices], sums, full, costs[router])
+            curves.append(Curve(checkpoint.path.resolve().name, router, full, found, []))
+        if allocated:
+            suggested = list(allocate(losses.layer_errors, [k for k in choices if k < full]).values())
+            sums = self._losses(checkpoint, [Point("two-level", k) for k in suggested]).sums
+            curves[routers.index("two-level")].allocated.extend(self._measured(suggested, sums, full, costs["two-level"]))
+        return curves

@@ -1,0 +1,73 @@
+"""What a token costs at a number of active experts: parameters and floating-point operations."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from prism_refactor.models.architectures import expert_shape, moe_block
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one token.
+
+    Attributes:
+        active_parameters: parameters that take part: all but the experts that are not chosen.
+        flops: floating-point operations of a forward pass: two per multiply-add of every matrix product and of attention over half a
+            window; activations, norms and the softmax are not counted.
+    """
+
+    active_parameters: int
+    flops: int
+
+
+class CostModel:
+    """Costs of one checkpoint, from its shapes.
+
+    Args:
+        checkpoint: original or refactored.
+        router: 'original', 'stock' or 'two-level'.
+        length: tokens per window.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, router: str, length: int):
+        self.router, self.recipe = router, getattr(checkpoint.config, "prism", None)
+        model: Any = LayeredModel(checkpoint, None).model
+        self.blocks = [found[1] for layer in model.base_model.layers if (found := moe_block(layer))]
+        experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
+        self.dense = sum(parameter.numel() for parameter in model.parameters()) - experts
+        embedding = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is embedding
+        config = checkpoint.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Keys and values of latent attention have sizes of their own.
+        widths = config.qk_head_dim + config.v_head_dim if hasattr(config, "qk_head_dim") else 2 * head
+        kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+        attention_layers = sum("attention" in kind for kind in kinds)
+        attention = 2 * config.num_attention_heads * widths * (length // 2) * attention_layers
+        self.fixed_flops = 2 * (self.dense - (0 if tied else embedding.numel())) + attention
+
+    def at(self, per_layer: list[int]) -> Cost:
+        """At k experts, or sub-experts, in each MoE layer."""
+        parameters, flops = self.dense, self.fixed_flops
+        for block, k in zip(self.blocks, per_layer, strict=True):
+            one = sum(math.prod(parameter.shape[1:]) for parameter in block.experts.parameters())
+            extra_parameters, extra_flops = self._two_level(block, k) if self.router == "two-level" else (0, 0)
+            parameters += k * one + extra_parameters
+            flops += 2 * k * one + extra_flops
+        return Cost(parameters, flops)
+
+    def _two_level(self, block: Any, k: int) -> tuple[int, int]:
+        """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
+        assert self.recipe is not None
+        sub_experts = self.recipe["sub_experts"]
+        total, hidden, _ = expert_shape(block.experts)
+        full = self.recipe["source"][self.recipe["top_k"]] * sub_experts
+        gate = total // sub_experts * hidden
+        if k == full:
+            return gate, 2 * gate
+        rows = total * hidden if self.recipe["router"] == "linear" else 2 * self.recipe["gate_neurons"] * full * hidden
+        compensation = 0 if self.recipe["router"] == "proxy" else 2 * (full - k) * hidden
+        return gate + rows + compensation, 2 * (gate + rows + compensation)

@@ -1,0 +1,159 @@
+"""The quality curve: perplexity with intervals, the original beside each refactored model, and what a gate may demand of it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism_refactor.errors import UsageError
+from prism_refactor.evaluation.cost import Cost
+from prism_refactor.evaluation.windows import Windows
+
+RESAMPLES = 1000
+CONFIDENCE = (2.5, 97.5)
+_GATE = re.compile(r"\s*(recovered|ratio|perplexity)@(\d+(?:\.\d+)?)(%?)\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*")
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+}
+
+
+class Sampled:
+    """Perplexities of one text with their bootstrap: the same resampled windows for every model, so that differences are paired.
+
+    Args:
+        windows: the text.
+        seed: of the resampling.
+    """
+
+    def __init__(self, windows: Windows, seed: int):
+        self.counts = windows.scored.sum(1).double().numpy()
+        self.domains = windows.domains
+        rows = len(self.counts)
+        draws = np.random.default_rng(seed).integers(rows, size=(RESAMPLES, rows))
+        self._weights = np.stack([np.bincount(draw, minlength=rows) for draw in draws]).astype(np.float64)
+
+    def perplexity(self, sums: torch.Tensor) -> tuple[float, np.ndarray]:
+        """(token-weighted perplexity, its value in each resample) from the summed loss of each window, float64 [S]."""
+        losses = sums.numpy()
+        resampled = np.exp(self._weights @ losses / (self._weights @ self.counts))
+        return float(np.exp(losses.sum() / self.counts.sum())), resampled
+
+    def by_domain(self, sums: torch.Tensor) -> dict[str, float]:
+        """Perplexity of each domain."""
+        found = {}
+        for domain in sorted(set(self.domains)):
+            own = np.array([name == domain for name in self.domains])
+            found[domain] = float(np.exp(sums.numpy()[own].sum() / self.counts[own].sum()))
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One operating point with its figures.
+
+    Attributes:
+        k: active (sub-)experts per MoE layer; one number when they are all the same.
+        share: active share of the experts that the original uses.
+        cost: per token.
+        perplexity, interval: with its 95 % bootstrap interval over windows.
+        domains: perplexity by domain.
+        ratio, ratio_interval: perplexity relative to the original's at the same active experts; None where it has no such setting.
+        recovered, recovered_interval: share of what the original loses at the same active experts that is won back; None where it loses
+            nothing.
+    """
+
+    k: int | list[int]
+    share: float
+    cost: Cost
+    perplexity: float
+    interval: tuple[float, float]
+    domains: dict[str, float]
+    ratio: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+    recovered: float | None = None
+    recovered_interval: tuple[float, float] | None = None
+
+
+def measured(sampled: Sampled, sums: torch.Tensor, k: tuple[int, ...], full: int, cost: Cost, original: dict[float, Any]) -> Measured:
+    """Figures of one operating point.
+
+    Args:
+        sampled: the text's bootstrap.
+        sums: float64 [S], its losses.
+        k: per layer.
+        full: k at which everything runs.
+        cost: per token.
+        original: the original's losses [S] by active share; holds 1.0.
+    """
+    value, resampled = sampled.perplexity(sums)
+    share = sum(k) / len(k) / full
+    comparison: dict[str, Any] = {}
+    if share in original:
+        theirs, theirs_resampled = sampled.perplexity(original[share])
+        whole, whole_resampled = sampled.perplexity(original[1.0])
+        comparison = {"ratio": value / theirs, "ratio_interval": _interval(resampled / theirs_resampled)}
+        if share < 1 and theirs > whole:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = (theirs_resampled - resampled) / (theirs_resampled - whole_resampled)
+            comparison |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
+    number: int | list[int] = k[0] if len(set(k)) == 1 else list(k)
+    return Measured(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), **comparison)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, CONFIDENCE)
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A demand on the curve, written like 'recovered@50%<0.3': the run fails when it is true.
+
+    Attributes:
+        text: as written.
+        figure: 'recovered', 'ratio' (to the original at the same cost) or 'perplexity'.
+        position: a share of the experts in per cent, or k.
+        is_share: which of the two.
+        operator, limit: the comparison.
+    """
+
+    text: str
+    figure: str
+    position: float
+    is_share: bool
+    operator: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Raises UsageError when the text is not such a demand."""
+        match = _GATE.fullmatch(text)
+        if match is None:
+            raise UsageError(f"--fail-if '{text}': write for example 'recovered@50%<0.3', 'ratio@8>1' or 'perplexity@25%>60'")
+        return cls(text.strip(), match[1], float(match[2]), bool(match[3]), match[4], float(match[5]))
+
+    def value(self, points: list[Measured]) -> float:
+        """The figure at the gate's position on one curve.
+
+        Raises:
+            UsageError: the curve has no such point, or the figure does not exist there.
+        """
+        for point in points:
+            at = 100 * point.share if self.is_share else point.k
+            if isinstance(point.k, int) and at == self.position:
+                value = getattr(point, self.figure)
+                if value is None:
+                    raise UsageError(f"--fail-if '{self.text}': there is no '{self.figure}' at k = {point.k}")
+                return value
+        known = ", ".join(str(point.k) for point in points if isinstance(point.k, int))
+        raise UsageError(f"--fail-if '{self.text}': not among the evaluated k ({known}); add it with --k")
+
+    def fails(self, value: float) -> bool:
+        """Whether the demand is true, that is, the run fails; a figure that is not a number always does."""
+        return not np.isfinite(value) or _COMPARE[self.operator](value, self.limit)

@@ -1,0 +1,97 @@
+"""Evaluation text as overlapping windows, each of whose tokens is scored once."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prism_refactor.calibration.text import Source
+from prism_refactor.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows of tokens and which of them are scored (see `read_windows`).
+
+    Attributes:
+        rows: int64 [S, T] token ids.
+        scored: bool [S, T]: the tokens whose prediction counts; never the first of a row.
+        domains: the domain of each row.
+        stride: tokens from one window to the next.
+    """
+
+    rows: torch.Tensor
+    scored: torch.Tensor
+    domains: list[str]
+    stride: int
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return int(self.scored.sum())
+
+
+def read_windows(
+    datasets: list[str], tokenizer: Any, length: int, stride: int, seed: int, column: str = "text", most: int | None = None
+) -> Windows:
+    """Strided windows, as transformers' documentation defines the perplexity of fixed-length models.
+
+    The documents of a domain (the records' `domain` field, where there is one) are joined by the end-of-text token and covered by
+    windows of `length` tokens that start `stride` apart; a window scores what the one before it did not see. The last window of a
+    domain is moved back to be full; a domain shorter than one window is padded behind its end, where padding changes nothing.
+
+    Args:
+        datasets: specifications, see `calibration.Source`; their sample counts are not used.
+        tokenizer: a transformers tokenizer.
+        length: tokens per window.
+        stride: between 1 and `length`.
+        seed: of the shuffle of the documents, which decides what is left out when there are more than `most` tokens.
+        column: the text column.
+        most: stop reading at this many tokens.
+
+    Raises:
+        InputError: unreadable, or no text.
+        UsageError: the stride is longer than the window.
+    """
+    if stride > length:
+        raise UsageError(f"--stride {stride}: must be at most the window of {length} tokens")
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts: dict[str, list[int]] = defaultdict(list)
+    read = 0
+    for name in datasets:
+        for record in Source.parse(name).records(column, seed):
+            ids = tokenizer(record[column] or "", add_special_tokens=False)["input_ids"]
+            if not ids:
+                continue
+            if most is not None:
+                ids = ids[: most - read]
+            texts[str(record.get("domain") or "text")] += ids + separator
+            read += len(ids)
+            if read == most:
+                break
+    rows, scored, domains = [], [], []
+    for domain in sorted(texts):
+        tokens = texts[domain][:-1] if separator else texts[domain]
+        for row, counted in _windows(tokens, length, stride, (separator or [0])[0]):
+            rows.append(row)
+            scored.append(counted)
+            domains.append(domain)
+    if not any(any(row) for row in scored):
+        raise InputError(f"--dataset {', '.join(datasets)}: holds no text to score")
+    return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
+
+
+def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:
+    """(row, scored) of each window."""
+    found: list[tuple[list[int], list[bool]]] = []
+    # The first token of the text has nothing to be predicted from; later windows overlap by at least the one token that is.
+    seen, step = 1, min(stride, length - 1)
+    while seen < len(tokens) or not found:
+        end = min(length if not found else seen + step, len(tokens))
+        start = max(0, end - length)
+        missing = length - (end - start)
+        row = tokens[start:end] + [padding] * missing
+        found.append((row, [seen <= position < end for position in range(start, end)] + [False] * missing))
+        seen = end
+    return found

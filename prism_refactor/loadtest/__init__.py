@@ -1,0 +1,1 @@
+"""Replay requests against a server or against a performance model."""

@@ -1,0 +1,182 @@
+"""A safetensors checkpoint on disk, read lazily by tensor."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from prism_refactor.errors import InputError, one_line
+from prism_refactor.files import LONGEST_NAME
+from prism_refactor.models.architectures import Architecture, describe
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_SAMPLES, _SAMPLE_BYTES = 16, 65536
+
+
+class Checkpoint:
+    """A supported Mixture-of-Experts checkpoint in a local folder.
+
+    Opening it reads config.json and every shard's header, so a missing or truncated shard is found before any work.
+
+    Attributes:
+        path: the folder.
+        config: its transformers config. No code from the folder is ever run.
+        architecture: its family.
+        weight_map: tensor name -> shard file name.
+        sizes: tensor name -> size in bytes.
+        dtypes: tensor name -> torch dtype (None for a type this tool only passes through).
+        shapes: tensor name -> shape.
+
+    Raises:
+        InputError: no folder or config, not a supported MoE, a shard missing or truncated.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_json = self._read_json("config.json")
+        if not isinstance(self.config_json.get("auto_map", {}), dict):
+            raise InputError(f"{self.path / 'config.json'}: auto_map is no JSON object; correct it or remove it")
+        try:
+            self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+        self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
+        if self.config_json.get("quantization_config"):
+            raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
+        self.weight_map = self._weight_map()
+        self.sizes: dict[str, int] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self.weight_map.values())):
+            self._read_header(file)
+        missing = sorted(set(self.weight_map) - set(self.sizes))
+        if missing:
+            raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
+        self._check_config()
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        if not self.path.is_dir():
+            raise InputError(f"{self.path}: no such folder; give a local folder with config.json and safetensors shards")
+        try:
+            value = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{self.path / name}: cannot be read as JSON ({one_line(error)}); download it again") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path / name}: holds no JSON object")
+        return value
+
+    def _weight_map(self) -> dict[str, str]:
+        # In transformers' order: a single file wins over an index.
+        if (self.path / SINGLE_FILE).exists():
+            with self._shard(SINGLE_FILE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE_FILE)
+        if not (self.path / INDEX_FILE).exists():
+            raise InputError(self._what_is_there())
+        weight_map = self._read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{self.path / INDEX_FILE}: has no weight_map; download it again")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or len(file.encode()) > LONGEST_NAME:
+                raise InputError(f"{self.path / INDEX_FILE}: {str(file)[:LONGEST_NAME]!r} is not the name of a file in the same folder")
+        return weight_map
+
+    def _what_is_there(self) -> str:
+        """Why there is no safetensors checkpoint to read."""
+        if (self.path / SINGLE_FILE).is_symlink():
+            return f"{self.path / SINGLE_FILE}: the file it links to is missing; download it again"
+        if any(path.suffix in PICKLES for path in self.path.iterdir()):
+            return (
+                f"{self.path}: holds pickled weights, which run code when they are read; only safetensors checkpoints are. "
+                f'If you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR')\", and copy the tokenizer's files"
+            )
+        return f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read"
+
+    def _check_config(self) -> None:
+        """Sizes that no model can have, and those that the tensors do not bear out: building such a model could take for ever."""
+        path, architecture = self.path / "config.json", self.architecture
+        experts, active = (getattr(self.config, key, None) for key in (architecture.num_experts, architecture.top_k))
+        if not isinstance(experts, int) or not isinstance(active, int) or not 1 <= active <= experts:
+            raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
+        if not any(experts in shape for shape in self.shapes.values()):
+            raise InputError(f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; one is of another model")
+        stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
+        layers = self.config.num_hidden_layers
+        if not isinstance(layers, int) or not 1 <= layers <= len(stored):
+            raise InputError(f"{path}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint")
+        length = getattr(self.config, "max_position_embeddings", None)
+        if length is not None and (not isinstance(length, int) or length < 2):
+            raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
+
+    @contextmanager
+    def _shard(self, file: str) -> Iterator[Any]:
+        path = self.path / file
+        if not path.is_file():
+            what = "is no regular file" if path.exists() else "the file it links to is missing" if path.is_symlink() else "shard is missing"
+            raise InputError(f"{path}: {what}; download it again")
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield shard
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
+
+    def _read_header(self, file: str) -> None:
+        with self._shard(file) as shard:
+            for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+                if self.weight_map.get(name) == file:
+                    part = shard.get_slice(name)
+                    self.dtypes[name] = DTYPES.get(part.get_dtype())
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.sizes[name] = _bytes(part.get_dtype(), part.get_shape())
+
+    def where(self, name: str) -> str:
+        """How an error names one of the tensors."""
+        return f"{self.path / self.weight_map[name]}: tensor {name}"
+
+    @contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazy safetensors slices of some tensors; the shards are unmapped on exit."""
+        with ExitStack() as stack:
+            shards: dict[str, Any] = {}
+            slices = {}
+            for name in names:
+                file = self.weight_map[name]
+                if file not in shards:
+                    shards[file] = stack.enter_context(self._shard(file))
+                slices[name] = shards[file].get_slice(name)
+            yield slices
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and, for each shard, its name, size and 16 evenly spaced 64 KiB samples (the first holds the header).
+
+        Tells one checkpoint from another without reading all of it.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(set(self.weight_map.values())):
+            size = (self.path / file).stat().st_size
+            digest.update(f"{file}:{size}".encode())
+            with open(self.path / file, "rb") as stream:
+                for sample in range(_SAMPLES):
+                    stream.seek(size * sample // _SAMPLES)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _bytes(dtype: str, shape: list[int]) -> int:
+    """Size of a tensor from its safetensors type name, which holds the width in bits: F8_E4M3, BF16, I64; BOOL takes a byte."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8

@@ -1,0 +1,264 @@
+"""A transformers model that lives on the meta device and is filled from a checkpoint one part at a time."""
+
+import copy
+import ctypes
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from prism_refactor.errors import InputError, UsageError, one_line
+from prism_refactor.models.architectures import moe_block
+from prism_refactor.models.checkpoint import Checkpoint
+
+_LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a config with every parameter on the meta device; rotary tables are real.
+
+    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
+    """
+    # A copy: the model writes its dtype and experts implementation into its config. Which attention kernel the source was saved with, a
+    # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if names and set(names) <= module._non_persistent_buffers_set:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+    return model
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError when CUDA is asked for and absent."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu")
+
+
+class LayeredModel:
+    """A checkpoint's model with at most the parts you asked for in memory.
+
+    Args:
+        checkpoint: where the weights are.
+        dtype: type to load them in; None keeps each tensor's type on disk.
+        device: where loaded parts go.
+
+    Raises:
+        InputError: transformers cannot build the model, or a tensor of it is in no shard.
+
+    Attributes:
+        model: the transformers model; everything not loaded is on the meta device.
+        layers: its decoder layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str = "cpu"):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        try:
+            self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
+        except Exception as error:
+            raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {one_line(error)}") from error
+        self.layers: nn.ModuleList = self.model.base_model.layers
+        self._mapping: Any = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._known = set(self.model.state_dict())
+        self._sources = self._match_tensors()
+
+    def layer_name(self, index: int) -> str:
+        """The dotted name of a decoder layer, as in the state dict."""
+        return f"{self.model.base_model_prefix}.layers.{index}"
+
+    @cached_property
+    def moe_blocks(self) -> dict[int, str]:
+        """Of every decoder layer that has experts, the dotted name of its MoE block. Raises InputError when none has."""
+        found = {index: found[0] for index, layer in enumerate(self.layers) if (found := moe_block(layer)) is not None}
+        if not found:
+            raise InputError(f"{self.checkpoint.path}: none of its layers has experts")
+        return {index: f"{self.layer_name(index)}.{name}" for index, name in found.items()}
+
+    def _match_tensors(self) -> dict[str, list[str]]:
+        """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""
+        state = self.model.state_dict()
+        sources = defaultdict(list)
+        for name in self.checkpoint.weight_map:
+            sources[self._target(name, state)].append(name)
+        tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
+        if missing:
+            raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
+        return dict(sources)
+
+    def _target(self, name: str, state: dict[str, torch.Tensor]) -> str:
+        """The name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
+        return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
+
+    def tensors_under(self, prefix: str) -> list[str]:
+        """Names of the checkpoint tensors that make up the part of the model called `prefix`, a module or a buffer."""
+        return [name for target, names in self._sources.items() if f"{target}.".startswith(f"{prefix}.") for name in names]
+
+    @contextmanager
+    def loaded(self, *parts: str) -> Iterator[None]:
+        """Materialise parts of the model (dotted names of modules or buffers) for the duration of a `with` block.
+
+        Raises:
+            InputError: a tensor is missing or has another shape than the config says.
+        """
+        try:
+            for part in parts:
+                self.load(part)
+            yield
+        finally:
+            for part in parts:
+                owner, leaf = self._owner(part)
+                if leaf in owner._buffers:
+                    owner._buffers[leaf] = owner._buffers[leaf].to("meta")
+                else:
+                    self.model.get_submodule(part).to("meta")
+            _return_freed_memory()
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        """The module that holds what is called `name`, and what it calls it."""
+        owner, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(owner), leaf
+
+    def load(self, part: str) -> None:
+        """Materialise a part of the model to stay; see `loaded`."""
+        names = self.tensors_under(part)
+        # To float32 after loading, a tensor at a time: transformers would convert all of a layer's experts before it stacks them.
+        widened = self.dtype == torch.float32
+        if self.dtype is None or widened:
+            self._adopt_dtypes(part)
+        config = LoadStateDictConfig(
+            dtype=self.dtype or torch.float32,
+            # What the family computes in float32 whatever the type of the model.
+            dtype_plan=self.model._get_dtype_plan(self.dtype) if self.dtype and not widened else {},
+            weight_mapping=self._mapping,
+            device_map={"": self.device},
+        )
+        with _lean_loading(), self.checkpoint.slices(names) as slices:
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        wrong = sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
+        owner, leaf = self._owner(part)
+        state = {part: owner._buffers[leaf]} if leaf in owner._buffers else self.model.get_submodule(part).state_dict(prefix=f"{part}.")
+        wrong += [name for name, value in state.items() if value.is_meta]
+        if wrong:
+            raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
+        if widened:
+            for owner, leaf, _ in self._stored_under(part):
+                _put(owner, leaf, getattr(owner, leaf).detach().float())
+
+    def _adopt_dtypes(self, part: str) -> None:
+        """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
+        for owner, leaf, names in self._stored_under(part):
+            _put(owner, leaf, torch.empty_like(getattr(owner, leaf), dtype=self._stored_dtype(names)))
+
+    def _stored_under(self, part: str) -> Iterator[tuple[Any, str, list[str]]]:
+        """(module, leaf, names on disk) of every tensor of a part of the model that the checkpoint has."""
+        for target, names in self._sources.items():
+            # Not what transformers does not know: a rotary table that an older release stored, say.
+            if target in self._known and f"{target}.".startswith(f"{part}."):
+                yield *self._owner(target), names
+
+    def _stored_dtype(self, names: list[str]) -> torch.dtype:
+        """The type of the tensors that make up one of the model's. Raises InputError when they have several, or one not computed in."""
+        dtypes = self.checkpoint.dtypes
+        for name in names:
+            if dtypes[name] is None:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} is not stored as floating point numbers; use a bf16, fp16 or fp32 checkpoint"
+                )
+            if dtypes[name] != dtypes[names[0]]:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} is stored in {dtype_name(dtypes[name])} and {names[0]}, of the same kind, in "
+                    f"{dtype_name(dtypes[names[0]])}; convert the checkpoint to one type"
+                )
+        dtype = dtypes[names[0]]
+        assert dtype is not None
+        return dtype
+
+    def check(self) -> None:
+        """Compare the headers with the config, before anything is read.
+
+        Raises:
+            InputError: a tensor has another shape than config.json says, or a type that is not computed in, or one of several that make up
+                a tensor of the model is not there.
+        """
+        state = self.model.state_dict()
+        expected = names_on_disk(self.model, state)
+        for name in sorted(expected.keys() - self.checkpoint.shapes.keys()):
+            there = self._sources.get(self._target(name, state), [])
+            if set(there) & expected.keys():
+                raise InputError(f"{self.checkpoint.path}: tensor {name} is missing, {there[0]} is there; complete the checkpoint")
+        for name, shape in self.checkpoint.shapes.items():
+            if name in expected and tuple(expected[name].shape) != shape:
+                raise InputError(
+                    f"{self.checkpoint.where(name)} has shape {list(shape)}, config.json says {list(expected[name].shape)}; "
+                    "one of them belongs to another model"
+                )
+        for target, names in self._sources.items():
+            # What transformers does not know is passed through whatever it is.
+            if target in self._known:
+                self._stored_dtype(names)
+
+
+def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:
+    """Replace a module's parameter or buffer by one of another type."""
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A type as people write it: 'float32'."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _lean_loading() -> Iterator[None]:
+    """transformers' loading without its bar, and without reading a layer's tensors ahead, which would double the peak."""
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    ahead = os.environ.get(_LOAD_IN_STEP)
+    transformers_logging.disable_progress_bar()
+    os.environ[_LOAD_IN_STEP] = "1"
+    try:
+        yield
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+        if ahead is None:
+            del os.environ[_LOAD_IN_STEP]
+        else:
+            os.environ[_LOAD_IN_STEP] = ahead
+
+
+def _return_freed_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps that of small tensors, and the peak would creep up with the layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
+    return revert_weight_conversion(model, state)

@@ -1,0 +1,152 @@
+"""Run token rows through a checkpoint one decoder layer at a time: layers outside, batches inside."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel
+
+OnBatch = Callable[[int], None]
+
+
+# Hidden states that together need more than this are kept in an unnamed temporary file instead of in memory.
+MEMORY_LIMIT = 2**30
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, states: int) -> torch.Tensor:
+    """Room for one of several versions of the hidden states."""
+    size = math.prod(shape) * dtype.itemsize
+    if states == 1 or size * states <= MEMORY_LIMIT:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
+
+
+class _LayersReached(Exception):
+    """Raised by the last decoder layer's stand-in: everything before the layers has run."""
+
+
+class LayerStream:
+    """The hidden states of some token rows on their way through a model of which one layer is in memory.
+
+    Everything outside the decoder layers (embedding, masks, rotary tables) is computed by the model's own forward, whose layers are
+    stood in for while it runs; so what a layer receives is what transformers gives it.
+
+    Args:
+        checkpoint: the model.
+        rows: int64 [S, T] token ids, no padding.
+        dtype: compute type.
+        device: 'cpu' or 'cuda'.
+        batch_size: rows per forward.
+        states: how many versions of the hidden states travel, for example one per number of active sub-experts.
+
+    Attributes:
+        states: of each version [S, T, H] in `dtype` on the CPU: the hidden-state store, updated in place layer by layer.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8, states: int = 1
+    ):
+        self.layered = LayeredModel(checkpoint, dtype, device)
+        self.layered.check()
+        self.model = self.layered.model
+        # Layers that are stood in for have none to give.
+        self.model.config.output_router_logits = False
+        self.device, self.batch_size = device, batch_size
+        shape = (*rows.shape, checkpoint.config.hidden_size)
+        self.states = [_allocate(shape, dtype, states) for _ in range(states)]
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._embed(rows)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The first version of the hidden states."""
+        return self.states[0]
+
+    def __len__(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layered.layers)
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.hidden), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.hidden)))
+
+    @torch.inference_mode()
+    def _embed(self, rows: torch.Tensor) -> None:
+        """Fill the store with the first layer's input and note, once per batch size, what else every layer is given."""
+        name = next(name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings())
+        received: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def stand_in(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            received.append((hidden, arguments))
+            if len(received) == len(self.layered.layers):
+                raise _LayersReached
+            return hidden
+
+        for module in self.model.modules():
+            if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
+                module.to(self.device)
+        with self._layers_as(stand_in), self.layered.loaded(name):
+            for batch in self._batches():
+                received.clear()
+                with suppress(_LayersReached):
+                    self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
+                for state in self.states:
+                    state[batch] = received[0][0].cpu()
+                self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+
+    @contextmanager
+    def _layers_as(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Let something else stand in for every decoder layer for a while."""
+        for layer in self.layered.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layered.layers:
+                del layer.forward
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Materialise one decoder layer for the duration of a `with` block."""
+        with self.layered.loaded(self.layered.layer_name(index)):
+            yield self.layered.layers[index]
+
+    @torch.inference_mode()
+    def advance(self, index: int, on_batch: OnBatch | None = None, state: int = 0) -> None:
+        """Send every row of one version through layer `index`, which must be materialised; `on_batch` is told the rows done."""
+        layer, hidden = self.layered.layers[index], self.states[state]
+        for batch in self._batches():
+            arguments = self._arguments[batch.stop - batch.start][index]
+            hidden[batch] = layer(hidden[batch].to(self.device), **arguments).cpu()
+            if on_batch:
+                on_batch(batch.stop)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Materialise everything outside the layers; gives hidden states [T, H] -> logits [T, V] by the model's own forward.
+
+        What a family does to logits (granitemoe divides them) is done; its layers are stood in for.
+        """
+        outer = [name for name, module in self.model.named_children() if module is not self.model.base_model]
+        prefix = self.model.base_model_prefix
+        parts = outer + [f"{prefix}.{name}" for name, module in self.model.base_model.named_children() if module is not self.layered.layers]
+        owned = [part for part in parts if self.layered.tensors_under(part)]
+        with self.layered.loaded(*owned):
+            self.model.tie_weights()
+
+            def logits(hidden: torch.Tensor) -> torch.Tensor:
+                with self._layers_as(lambda *_, **__: hidden[None]):
+                    return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+            try:
+                yield logits
+            finally:
+                self.model.get_output_embeddings().to("meta")

@@ -1,0 +1,1 @@
+"""Run a model whose sub-experts do not fit in memory, from a cache of them."""

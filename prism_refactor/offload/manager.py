@@ -1,0 +1,466 @@
+"""The offloading manager: a model whose sub-experts live in slow memory and run from a cache.
+
+`load_offloaded` gives a transformers model of which everything but the experts is in memory. Its experts run through an implementation
+registered with transformers, `OFFLOADED`: it asks the cache for what the router chose, lets the next layer's sub-experts be fetched ahead,
+and computes in the order of arrival but adds up in the order of the resident implementation, so that the output is the same to the bit.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from prism_refactor.errors import InputError, PrismError, ResourceError, UsageError
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
+from prism_refactor.models.layered import LayeredModel, check_device
+from prism_refactor.models.modeling_prism import full_k, install, moe_gates, router_tensors, set_active, two_level_router
+from prism_refactor.models.refactored import router_file
+from prism_refactor.offload.cache import Cache, Counters, Pool
+from prism_refactor.offload.policies import POLICIES, ActivationAware
+from prism_refactor.offload.store import DIRECT, PINNED, DiskStore, PinnedStore
+from prism_refactor.resources import gib
+from prism_refactor.routing.sample import route
+
+OFFLOADED = "prism_offloaded"
+# What is less likely to be used is not fetched ahead: it would cost the time of a load, and what it replaces.
+LIKELY = 0.7
+# Tokens of a pass up to which a forecast is compared with what came, and the weight of the last comparison.
+CHECKED, MEMORY = 16, 0.05
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class FastMemory:
+    """A budget for the cached sub-experts.
+
+    Attributes:
+        text: as the user gave it: bytes with a unit, 2GiB, or a share of all sub-experts, 25%.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        self.bytes(1)
+
+    def bytes(self, total: int) -> int:
+        """The budget where all sub-experts together take `total` bytes. Raises UsageError when the text is neither."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)\s*", self.text)
+        if match is not None and match[2] == "%" and 0 < float(match[1]) <= 100:
+            return int(total * Fraction(match[1]) / 100)
+        if match is not None and match[2].upper() in _UNITS and float(match[1]) > 0:
+            return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise UsageError(f"--fast-memory {self.text}: give bytes with a unit, like 2GiB or 512MiB, or a share of the experts, like 25%")
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A latency target, and how far quality may go for it.
+
+    Attributes:
+        seconds: that a token should take; while the misses of a layer would take longer than what is left for it, the sub-experts of
+            smallest predicted contribution among them are skipped.
+        k_min: the first so many of each token by rank are computed whatever it takes, so that it is at least as good as at that k.
+    """
+
+    seconds: float
+    k_min: int
+
+
+class OffloadManager:
+    """What the experts of a model run through.
+
+    Args:
+        model: the model; its blocks have been given this manager by `load_offloaded`.
+        blocks: its MoE blocks in order.
+        cache: fast memory.
+        prefetch: one of `policies.PREFETCHES`.
+
+    Attributes:
+        requests: which requests the tokens of the next forward pass belong to, [(request, tokens)] in the order of the batch; whoever
+            batches sets it. Otherwise every pass belongs to one request, until `end_request`.
+        faults: tokens of the last pass (positions in the batch) whose sub-experts could not be loaded, with the reason. Where
+            `tolerant` is set they get nothing from them; otherwise the forward pass raises the first reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: list[Any], cache: Cache, prefetch: str):
+        self.model, self.cache, self.tolerant = model, cache, False
+        self.requests: list[tuple[str, int]] = []
+        self.faults: list[tuple[list[int], PrismError]] = []
+        self._blocks, self._pool = blocks, cache.pool
+        self._by_router, self._by_activation = prefetch in ("router", "both"), prefetch in ("activation", "both")
+        self._activations: Any = None
+        if self._by_activation:
+            same = isinstance(cache.policy, ActivationAware)
+            self._activations = cache.policy if same else ActivationAware(cache.store.layers, cache.store.experts)
+        self._forecast = _Forecast(len(blocks), cache.store.experts)
+        self._request = 0
+        self._predicting = False
+        self._elastic: Elastic | None = None
+        self._pace = _Pace(len(blocks))
+        self._trace: IO[str] | None = None
+        self._passed: list[dict[int, int]] = []
+        model.register_forward_pre_hook(self._before)
+        model.register_forward_hook(self._after)
+
+    @property
+    def counters(self) -> Counters:
+        """A copy of what the cache counted so far."""
+        return replace(self.cache.counters)
+
+    def end_request(self, request: str | None = None) -> None:
+        """A request is over: its activations become a past one's. Without a name: the one that all passes belong to."""
+        request = request if request is not None else self._own()
+        self.cache.end(request)
+        if self._activations not in (None, self.cache.policy):
+            self._activations.end(request)
+        self._request += 1
+
+    def _own(self) -> str:
+        return f"request {self._request}"
+
+    def set_elastic(self, elastic: Elastic | None) -> None:
+        """Skip sub-experts for a latency target from now on, or no more; only in passes of one token.
+
+        Raises:
+            UsageError: the model has no sub-expert router to tell what each contributes, or k_min is out of range.
+        """
+        gates = moe_gates(self.model)
+        if elastic is not None:
+            if not all(hasattr(gate, "two_level") for gate in gates):
+                raise UsageError("a latency target needs a sub-expert router, and this checkpoint has none; refactor with --router linear")
+            if not 1 <= elastic.k_min <= full_k(self.model.config):
+                raise UsageError(f"--k-min {elastic.k_min}: choose 1 to {full_k(self.model.config)}")
+        self._elastic = elastic
+        for layer, gate in enumerate(gates):
+            if hasattr(gate, "two_level"):
+                gate.two_level.choose = None if elastic is None else _chooser(self, layer)
+
+    def record(self, trace: IO[str] | None) -> None:
+        """Write what each forward pass uses to a file of JSON lines from now on; see docs/file-formats.md."""
+        self._trace = trace
+        if trace is not None:
+            store = self.cache.store
+            about = {"layers": store.layers, "experts": store.experts, "sub_expert_bytes": store.sub_expert_bytes}
+            trace.write(json.dumps({"trace": "prism-run 1", **about}) + "\n")
+
+    def close(self) -> None:
+        """End the threads and close the files; the model cannot run any more."""
+        self.cache.close()
+        self.cache.store.close()
+
+    def _before(self, model: nn.Module, arguments: Any) -> None:
+        self.faults = []
+        self._passed = []
+        self._pace.begin(self.cache.counters)
+        self.cache.begin_pass()
+
+    def _after(self, model: nn.Module, arguments: Any, output: Any) -> None:
+        self._pace.end(self.cache.counters)
+        if self._trace is not None:
+            used = [[list(layer), list(layer.values())] for layer in self._passed]
+            self._trace.write(json.dumps({"request": self._own(), "used": used}) + "\n")
+
+    def _uses(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """How many tokens of each request use each sub-expert, for an index int64 [T, k]."""
+        experts, start = self.cache.store.experts, 0
+        found: dict[str, np.ndarray] = {}
+        for request, tokens in self.requests or [(self._own(), len(rows))]:
+            counts = np.bincount(rows[start : start + tokens].ravel(), minlength=experts + 1)[:experts].astype(float)
+            found[request] = found[request] + counts if request in found else counts
+            start += tokens
+        return found
+
+    def run(self, layer: int, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The experts' forward, see `routers.experts_forward`: [T, H] from [T, H], int64 [T, k] and [T, k]."""
+        rows = index.cpu().numpy()
+        uses = self._uses(rows)
+        self.cache.demand(layer, uses)
+        if self._trace is not None:
+            counts = np.sum([*uses.values()], axis=0)
+            self._passed.append({int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)})
+        if self._by_router:
+            self._forecast.check(layer, rows)
+        if self._by_router or self._by_activation:
+            self._look_ahead(layer, hidden_states, uses)
+        groups = {expert: (tokens, slots) for expert, tokens, slots in by_expert(index, self.cache.store.experts)}
+        output = torch.zeros_like(hidden_states)
+        # What arrived before its turn: sums of floats depend on their order.
+        early: dict[int, torch.Tensor | None] = {}
+        order = iter(groups)
+        turn = next(order, None)
+        for expert, slot in self.cache.arrivals(layer):
+            tokens, slots = groups[expert]
+            if isinstance(slot, PrismError):
+                if not self.tolerant:
+                    raise slot
+                self.faults.append((tokens.tolist(), slot))
+                early[expert] = None
+            else:
+                activations = expert_activations(self._pool, slot, hidden_states[tokens])
+                early[expert] = weighted_output(self._pool, slot, activations, weights[tokens, slots])
+            while turn is not None and turn in early:
+                part = early.pop(turn)
+                if part is not None:
+                    add_rows(output, groups[turn][0], part)
+                turn = next(order, None)
+        return output
+
+    def _look_ahead(self, layer: int, hidden_states: torch.Tensor, uses: dict[str, np.ndarray]) -> None:
+        """Queue what the coming layers are likely to use, the most likely and the nearest first."""
+        layers = len(self._blocks)
+        probability = np.zeros((layers, self.cache.store.experts))
+        if self._by_activation:
+            if self._activations is not self.cache.policy:
+                self._activations.use(layer, uses)
+            probability = self._activations.predict()
+            probability[layer] = 0
+        if self._by_router and layer + 1 < layers:
+            self._predicting = True
+            try:
+                _, index = route(self._blocks[layer + 1], hidden_states)
+            finally:
+                self._predicting = False
+            probability[layer + 1] = np.maximum(probability[layer + 1], self._forecast.probability(layer + 1, index.cpu().numpy()))
+        # The further away a layer, the less its prediction is worth.
+        near = 1 - ((np.arange(layers) - layer - 1) % layers)[:, None] / layers
+        likely = np.argwhere(probability > LIKELY)
+        order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
+        self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
+
+    def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
+        """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""
+        if self._elastic is None or self._predicting or len(indices) != 1:
+            return None
+        k = int(asked[0])
+        ranked = indices[0, :k].tolist()
+        absent = set(self.cache.absent(layer, ranked))
+        affordable = self._pace.loads(self._elastic.seconds, layer, self.cache.counters)
+        misses = [rank for rank, expert in enumerate(ranked) if expert in absent]
+        # The first k_min are computed whatever it takes: with them the token is at least as good as at that k.
+        skipped = [rank for rank in misses[affordable:] if rank >= self._elastic.k_min]
+        if not skipped:
+            return None
+        self.cache.counters.skipped += len(skipped)
+        out = set(skipped)
+        order = [rank for rank in range(indices.shape[1]) if rank not in out] + skipped
+        # The kept ones of the first k come first, then those beyond k, then the skipped ones.
+        return torch.tensor([order], device=indices.device), torch.tensor([k - len(skipped)], device=indices.device)
+
+
+class _Pace:
+    """How long a pass takes apart from waiting for loads, and how many loads fit what is left of a target."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self._start = self._stalled = 0.0
+        # Seconds of a whole pass without stalls: mean over the last passes.
+        self._computing = 0.0
+
+    def begin(self, counters: Counters) -> None:
+        self._start, self._stalled = time.perf_counter(), counters.stall_seconds
+
+    def end(self, counters: Counters) -> None:
+        computing = time.perf_counter() - self._start - (counters.stall_seconds - self._stalled)
+        self._computing += (0.2 if self._computing else 1.0) * (computing - self._computing)
+
+    def loads(self, target: float, layer: int, counters: Counters) -> int:
+        """Loads that the layer may wait for: its part of the time left once the coming computation is taken off."""
+        if not counters.loads:
+            return 2**30
+        coming = self.layers - layer
+        left = target - (time.perf_counter() - self._start) - self._computing * coming / self.layers
+        return max(int(left / coming / (counters.load_seconds / counters.loads)), 0)
+
+
+class _Forecast:
+    """How far the next layer's router can be believed when it is given this layer's input: its first choices more than its last."""
+
+    def __init__(self, layers: int, experts: int):
+        self.experts = experts
+        # Of the choices of each rank, how many were used; believed at first.
+        self._right: list[np.ndarray | None] = [None] * layers
+        self._guess: tuple[int, np.ndarray] | None = None
+
+    def probability(self, layer: int, index: np.ndarray) -> np.ndarray:
+        """That a coming layer's sub-experts will be used by some token, [E], from what its router says now, int [T, k], best first."""
+        self._guess = layer, index
+        right = self._right[layer]
+        each = np.full(index.shape[1], 1.0) if right is None or len(right) < index.shape[1] else right[: index.shape[1]]
+        unused = np.ones(self.experts + 1)
+        np.multiply.at(unused, index, 1 - np.broadcast_to(each, index.shape))
+        return 1 - unused[: self.experts]
+
+    def check(self, layer: int, index: np.ndarray) -> None:
+        """Compare what was said of a layer with what it uses, int [T, k]."""
+        if self._guess is None or self._guess[0] != layer or len(self._guess[1]) != len(index):
+            return
+        guess, self._guess = self._guess[1], None
+        if len(index) > CHECKED:
+            return
+        # Tokens of fewer sub-experts than others of the batch leave slots empty.
+        chosen = guess < self.experts
+        found = ((guess[:, :, None] == index[:, None, :]).any(2) & chosen).sum(0) / np.maximum(chosen.sum(0), 1)
+        right = self._right[layer]
+        if right is None or len(right) != len(found):
+            self._right[layer] = found
+        else:
+            self._right[layer] = np.where(chosen.any(0), right + MEMORY * (found - right), right)
+
+
+def _chooser(manager: OffloadManager, layer: int) -> Callable[..., Any]:
+    return lambda indices, asked: manager.choose(layer, indices, asked)
+
+
+def offloaded_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The implementation of experts registered with transformers as `OFFLOADED`."""
+    return self.offload.run(self.offload_layer, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(OFFLOADED, offloaded_experts_forward)
+
+
+def load_offloaded(
+    folder: Path,
+    fast_memory: FastMemory,
+    policy: str = "activation",
+    prefetch: str = "none",
+    read: str = DIRECT,
+    device: str = "cpu",
+) -> Any:
+    """The model of a checkpoint, refactored or not, whose (sub-)experts run from a cache; `model.offload` is its `OffloadManager`.
+
+    Args:
+        folder: the checkpoint. Of an original the cached things are whole experts.
+        fast_memory: what the cache may take.
+        policy: one of `POLICIES`.
+        prefetch: one of `policies.PREFETCHES`.
+        read: DIRECT or MAPPED (see `DiskStore`), or PINNED (see `PinnedStore`, needs a GPU).
+        device: where the model computes, and where fast memory is.
+
+    Raises:
+        InputError: the checkpoint cannot be used.
+        UsageError: fast memory is too small for what one token needs in a layer; a `read` or a device that is not possible here.
+        ResourceError: fast memory is more than there is.
+    """
+    if read == PINNED and device == "cpu":
+        raise UsageError("--read pinned is for --device cuda: on a CPU fast memory is host memory already")
+    check_device(device)
+    checkpoint = Checkpoint(folder)
+    layered = LayeredModel(checkpoint, checkpoint.config.dtype or torch.float32, device)
+    layered.check()
+    model: Any = layered.model
+    blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}
+    modules = [f"{name}.experts" for name in blocks]
+    disk = DiskStore(checkpoint, layered, modules, read)
+    with ExitStack() as unneeded:
+        unneeded.callback(disk.close)
+        slots = _slots(disk, fast_memory, _most(checkpoint))
+        needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
+        if device == "cpu" and needed > free:
+            raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
+        _load_resident(layered, set(modules))
+        if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
+            _attach(layered, blocks, folder)
+        _own(model, device)
+        store = PinnedStore(disk) if read == PINNED else disk
+        pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
+        cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
+        unneeded.callback(cache.close)
+        model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
+        for number, block in enumerate(blocks.values()):
+            block.experts.offload, block.experts.offload_layer = model.offload, number
+        model.set_experts_implementation(OFFLOADED)
+        if (folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # All is there now, and needed; but for the files, where everything has been read.
+        unneeded.pop_all()
+        if store is not disk:
+            disk.close()
+    return model
+
+
+def _most(checkpoint: Checkpoint) -> int:
+    """(Sub-)experts that one token uses at most."""
+    if getattr(checkpoint.config, "prism", None):
+        return full_k(checkpoint.config)
+    return checkpoint.architecture.sizes(checkpoint.config)[checkpoint.architecture.top_k]
+
+
+def _slots(store: DiskStore, fast_memory: FastMemory, most: int) -> int:
+    total = store.layers * store.experts
+    budget = fast_memory.bytes(total * store.sub_expert_bytes)
+    slots = min(budget // store.sub_expert_bytes, total)
+    if slots < most:
+        size = store.sub_expert_bytes
+        raise UsageError(
+            f"--fast-memory {fast_memory.text}: holds {slots} sub-experts of {size:,} bytes, and one token needs {most} of a layer; "
+            f"the least that works is {most * size / 2**20:.1f}MiB ({100 * most / total:.1f}%)"
+        )
+    return slots
+
+
+def _load_resident(layered: LayeredModel, offloaded: set[str]) -> None:
+    """Load everything but some modules, and let go of these."""
+    model = layered.model
+
+    def visit(name: str, module: nn.Module) -> None:
+        if name in offloaded:
+            return
+        if not any(f"{other}.".startswith(f"{name}." if name else "") for other in offloaded):
+            if layered.tensors_under(name):
+                layered.load(name)
+            return
+        for leaf in [*module._parameters, *module._buffers]:
+            own = f"{name}.{leaf}"
+            if layered.tensors_under(own):
+                layered.load(own)
+        for leaf, child in module.named_children():
+            visit(f"{name}.{leaf}" if name else leaf, child)
+
+    visit("", model)
+    model.tie_weights()
+    left = [name for name, value in model.state_dict().items() if value.is_meta and name.rpartition(".")[0] not in offloaded]
+    if left:
+        raise InputError(f"{layered.checkpoint.path}: tensor {left[0]} is missing; complete the checkpoint")
+
+
+def _own(model: nn.Module, device: str) -> None:
+    """Give every tensor that is in memory memory of its own.
+
+    Until now some lie in the file's map: a file that is truncated while the model runs would end the process. Buffers that are in no
+    checkpoint, rotary tables, are still on the CPU.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device, copy=True)
+
+
+def _attach(layered: LayeredModel, blocks: dict[str, Any], folder: Path) -> None:
+    """Install two-level routing, a layer at a time: gate neurons are rows of experts, which are read for it and let go."""
+    with router_file(folder) as path:
+        routers = router_tensors(path)
+        for name, block in blocks.items():
+            with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
+                two_level = two_level_router(block, layered.model.config, routers[name])
+            install(block, two_level)
+    set_active(layered.model, full_k(layered.model.config))

@@ -1,0 +1,240 @@
+"""Is a refactored checkpoint the same model? Tensor by tensor, then logit by logit, one layer in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prism_refactor.errors import InputError
+from prism_refactor.models.architectures import ARCHITECTURES, expert_shape, moe_block, replaced_parts, router_name, routing_state
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel, names_on_disk
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach_block, full_k, router_tensors
+from prism_refactor.models.side_files import side_files
+from prism_refactor.models.split import repeat_routing, split_experts
+from prism_refactor.models.stream import LayerStream
+from prism_refactor.refactoring.layer import original_routing
+from prism_refactor.refactoring.pipeline import MODELING_FILE, copied_name
+from prism_refactor.refactoring.plan import replaced_state
+
+# Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
+LOGIT_TOLERANCE = 1e-3
+# Largest mean KL divergence, nats per token, that the tilt of the stock gate may cause at full k.
+KL_TOLERANCE = 1e-3
+OnLayer = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Full-k logits of one way to run the refactored model against the original's, over the verification text.
+
+    Attributes:
+        mode: 'stock' or 'two-level'.
+        tokens: positions compared.
+        max_difference: largest |logit difference|.
+        mean_kl: mean KL(original || refactored), nats per token.
+        same_top1: share of positions with the same most likely token.
+        judged_by, limit: the measure that decides for this mode, and its largest allowed value: floating-point reordering for a mode
+            that is exact, the tilt's budget for a tilted stock gate.
+        passed: within the limit.
+    """
+
+    mode: str
+    tokens: int
+    max_difference: float
+    mean_kl: float
+    same_top1: float
+    judged_by: str
+    limit: float
+    passed: bool
+
+
+def compare_files(source: Checkpoint, result: Checkpoint) -> list[str]:
+    """Check that every side file of the source is there unchanged and that the two-level router's code is there.
+
+    Returns:
+        What is wrong, one line each.
+    """
+    problems = []
+    for relative in side_files(source.path):
+        copy = result.path / copied_name(relative)
+        if not copy.exists() or copy.read_bytes() != (source.path / relative).read_bytes():
+            problems.append(f"file {copy.name} is not the source's")
+    if result.config.prism["router"] != "replicate" and not (result.path / MODELING_FILE).exists():
+        problems.append(f"file {MODELING_FILE} is missing")
+    return problems
+
+
+def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | None = None) -> list[str]:
+    """Check the inventory of the refactored checkpoint, then every tensor bit for bit against what the split of the source gives.
+
+    Tilted stock gate rows have nothing to be compared with: they must be finite, and the logits judge them.
+
+    Returns:
+        What is wrong, one line each; empty when nothing is.
+    """
+    old = LayeredModel(source, None)
+    blocks = old.moe_blocks.values()
+    parts = [part for name in blocks for part in replaced_parts(name, old.model.get_submodule(name))]
+    split = {tensor for part in parts for tensor in old.tensors_under(part)}
+    kept = set(source.weight_map) - split
+    missing = sorted(kept - set(result.weight_map))
+    if missing:
+        return [f"missing tensor {name}" for name in missing]
+    try:
+        new = LayeredModel(result, None)
+    except InputError as error:
+        return [str(error)]
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in blocks:
+        state = replaced_state(name, new.model.get_submodule(name))
+        expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
+    names = kept | set(expected)
+    problems = [f"missing tensor {name}" for name in sorted(names - set(result.weight_map))]
+    problems += [f"unexpected tensor {name}" for name in sorted(set(result.weight_map) - names)]
+    if problems:
+        return problems
+    with result.slices(expected) as slices:
+        for name, shape in expected.items():
+            found = tuple(slices[name].get_shape())
+            if found != shape:
+                problems.append(f"tensor {name} has shape {found}, not {shape}")
+    for name in sorted(kept):
+        with source.slices([name]) as before, result.slices([name]) as after:
+            if before[name].get_dtype() != after[name].get_dtype() or not _same_bytes(before[name][...], after[name][...]):
+                problems.append(f"tensor {name} is not the source's")
+    return problems or _compare_experts(old, new, on_layer)
+
+
+def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | None) -> list[str]:
+    routers = router_tensors(new.checkpoint.path / ROUTER_FILE)
+    problems = []
+    for index, name in old.moe_blocks.items():
+        parts = replaced_parts(name, old.model.get_submodule(name))
+        with old.loaded(*parts), new.loaded(*parts):
+            before, after = old.model.get_submodule(name), new.model.get_submodule(name)
+            found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config)
+            problems += [f"layer {index}: {problem}" for problem in found]
+        if on_layer:
+            on_layer("tensors", index, len(old.layers))
+    return problems
+
+
+def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any) -> list[str]:
+    """What is wrong with one refactored MoE block and its entries of the router file."""
+    sub_experts, kind = config.prism["sub_experts"], config.prism["router"]
+    experts, hidden, neurons = expert_shape(before.experts)
+    shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
+    if kind == "linear":
+        shapes["weight"] = (experts, sub_experts, hidden)
+    if kind in ("proxy", "calibrated-proxy"):
+        gate_neurons = router.get("gate_neurons", torch.empty(0)).shape[-1]
+        shapes["gate_neurons"] = (experts, sub_experts, gate_neurons)
+    if kind == "calibrated-proxy":
+        shapes["coefficient"] = shapes["gate_neurons"]
+    if kind in ("linear", "calibrated-proxy"):
+        shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
+        shapes["compensation"] = (2, experts, sub_experts, hidden)
+        shapes["scale"] = (full_k(config),)
+    original = original_routing(before)
+    if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
+        name: tuple(value.shape) for name, value in original.items()
+    }:
+        return [f"{ROUTER_FILE} does not hold the tensors of a '{kind}' router"]
+    problems = []
+    stock = routing_state(after)
+    if not all(torch.isfinite(value).all() for value in [*router.values(), *stock.values()]):
+        problems.append(f"a router tensor of {ROUTER_FILE} or of the stock gate is not finite")
+    if not all(torch.equal(value, router[name]) for name, value in original.items()):
+        problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
+    repeated = repeat_routing(before, ARCHITECTURES[config.model_type], sub_experts)
+    if kind == "linear":
+        # Its rows are tilted.
+        del repeated[f"{router_name(before)}.weight"]
+    if not all(torch.equal(stock[name], value) for name, value in repeated.items()):
+        problems.append("the stock gate is not the source's repeated")
+    groups = router["neuron_sub_expert"]
+    if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
+        return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
+    order = groups.argsort(dim=1, stable=True)
+    expected = split_experts(before.experts, order, sub_experts, config.prism["factor"])
+    if not all(torch.equal(value, getattr(after.experts, name)) for name, value in expected.items()):
+        problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
+    return problems
+
+
+@torch.inference_mode()
+def compare_logits(
+    source: Checkpoint,
+    result: Checkpoint,
+    rows: torch.Tensor,
+    device: str,
+    batch_size: int,
+    tolerance: float = LOGIT_TOLERANCE,
+    on_layer: OnLayer | None = None,
+) -> list[Comparison]:
+    """Compare float32 logits at full k, in every way the refactored checkpoint can be run.
+
+    Args:
+        source, result: the two checkpoints.
+        rows: int64 [S, T] token ids.
+        device: 'cpu' or 'cuda'.
+        batch_size: rows per forward.
+        tolerance: on |logit difference| for modes that are exact: two-level, and stock with repeated rows.
+        on_layer: told (mode, layer, layers).
+    """
+    kind = result.config.prism["router"]
+    modes = ["stock"] if kind == "replicate" else ["stock", "two-level"]
+    original = _final_hidden(source, rows, device, batch_size, "original", on_layer)
+    hidden = {mode: _final_hidden(result, rows, device, batch_size, mode, on_layer).hidden for mode in modes}
+    comparisons = []
+    with original.head() as head:
+        for mode in modes:
+            exact = mode == "two-level" or kind != "linear"
+            comparisons.append(_compare(mode, exact, head, original.hidden, hidden[mode], device, tolerance))
+    return comparisons
+
+
+def _final_hidden(
+    checkpoint: Checkpoint, rows: torch.Tensor, device: str, batch_size: int, mode: str, on_layer: OnLayer | None
+) -> LayerStream:
+    stream = LayerStream(checkpoint, rows, torch.float32, device, batch_size)
+    routers = router_tensors(checkpoint.path / ROUTER_FILE) if mode == "two-level" else {}
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            found = moe_block(layer)
+            if found and routers:
+                attach_block(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+            stream.advance(index)
+        if on_layer:
+            on_layer(mode, index, len(stream))
+    return stream
+
+
+def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Equal as stored: what is not a number equals itself."""
+    return before.shape == after.shape and torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (before, after)))
+
+
+def _compare(
+    mode: str,
+    exact: bool,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    before: torch.Tensor,
+    after: torch.Tensor,
+    device: str,
+    tolerance: float,
+) -> Comparison:
+    differences, divergence, same = [], 0.0, 0.0
+    tokens = before.shape[0] * before.shape[1]
+    for reference_row, row in zip(before, after, strict=True):
+        reference, logits = head(reference_row.to(device)), head(row.to(device))
+        differences.append((reference - logits).abs().max())
+        divergence += torch.nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum").item()
+        same += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
+    # Not a number passes no test below: torch's maximum keeps it and comparisons with it are false.
+    largest, mean = torch.stack(differences).max().item(), divergence / tokens
+    limit = tolerance if exact else KL_TOLERANCE
+    passed = (largest if exact else mean) <= limit
+    return Comparison(mode, tokens, largest, mean, same / tokens, "max |logit difference|" if exact else "mean KL", limit, passed)

@@ -1,0 +1,78 @@
+"""Memory and disk: how much there is, how much is needed."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from prism_refactor.errors import ResourceError
+
+
+def gib(size: int) -> str:
+    """A number of bytes for people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Raises ResourceError when the disk of `target` has less than `needed` bytes free."""
+    free = free_disk(target)
+    if needed > free:
+        raise ResourceError(f"{target}: needs {gib(needed)} of disk, {gib(free)} is free; choose a folder on another disk")
+
+
+def free_disk(target: Path) -> int:
+    """Bytes free where `target` will be."""
+    return shutil.disk_usage(target.resolve().parent).free
+
+
+CONTROL_GROUPS = {"": Path("/sys/fs/cgroup"), "memory": Path("/sys/fs/cgroup/memory")}
+
+
+# Files of limit and usage, and how the kinds of page cache begin that the kernel takes back when there is need.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+
+
+def free_memory(own_groups: Path = Path("/proc/self/cgroup"), roots: dict[str, Path] = CONTROL_GROUPS) -> int:
+    """Bytes that this process may have, with what it has: of the machine, or of its control groups (a container, a batch job).
+
+    Args:
+        own_groups: the kernel's list of the groups that the process is in.
+        roots: where they are mounted, by controller; '' for version 2.
+    """
+    own = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available
+    for line in own_groups.read_text().splitlines() if own_groups.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        controller = "" if controllers == "" else "memory"
+        if controller not in roots or controller not in controllers.split(","):
+            continue
+        root = roots[controller]
+        limit, usage, prefix = _GROUP_FILES[controller]
+        # The group's own limit and those of the groups it is in; in a container the root is its own.
+        group = root / name.lstrip("/")
+        for folder in [group, *(parent for parent in group.parents if root in (parent, *parent.parents))]:
+            try:
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                # No such file, or no limit.
+                continue
+            cache = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            free = min(free, most - used + cache)
+    return max(0, free) + own
+
+
+def check_memory(needed: int) -> None:
+    """Raises ResourceError when a run needs more bytes of memory than there are."""
+    free = free_memory()
+    if needed > free:
+        raise ResourceError(
+            f"needs about {gib(needed)} of memory, {gib(free)} is available; lower --num-samples, --tokens-per-expert or --workers, use "
+            "--dtype bfloat16, or free some"
+        )

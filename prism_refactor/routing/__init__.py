@@ -1,0 +1,1 @@
+"""Fit the sub-expert router of one layer."""

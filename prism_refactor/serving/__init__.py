@@ -1,0 +1,1 @@
+"""Serve one model to many requests, each at its own k."""

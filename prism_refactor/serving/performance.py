@@ -1,0 +1,279 @@
+"""The performance model of MoE-Prism (arXiv 2510.19366): how long a step takes, measured before deployment."""
+
+import json
+import os
+import platform
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import RegularGridInterpolator
+
+from prism_refactor.errors import InputError
+
+PERFORMANCE_FILE = "performance.json"
+_FORMAT = 1
+# Share of held-out points whose error the error bars cover.
+_COVERED = 0.9
+
+# Seconds of one step: (requests, tokens of each, tokens of each in the KV cache, k) -> seconds.
+Measure = Callable[[int, int, int, int], float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step.
+
+    Attributes:
+        seconds: expected.
+        low: that it is expected to take at least: the measured quartile, widened by what 90 % of held-out points stay below.
+        high: at most, likewise.
+        held_out_error: median relative error on points that the model was not fitted on.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    held_out_error: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Seconds on a grid: medians and quartiles, each nested lists [tokens][k][context].
+
+    Attributes:
+        tokens: of a step; for decoding the same as its requests.
+        k: sub-experts per token.
+        context: tokens of each request in the KV cache.
+        seconds: medians.
+        low: lower quartiles.
+        high: upper quartiles.
+    """
+
+    tokens: list[int]
+    k: list[int]
+    context: list[int]
+    seconds: list[Any] = field(default_factory=list)
+    low: list[Any] = field(default_factory=list)
+    high: list[Any] = field(default_factory=list)
+
+    def points(self) -> Iterator[tuple[int, int, int]]:
+        """All (tokens, k, context)."""
+        return product(self.tokens, self.k, self.context)
+
+    def filled(self, runs: dict[tuple[int, int, int], list[float]]) -> "Table":
+        """This grid with the medians and quartiles of some seconds for each of its points."""
+        shape = len(self.tokens), len(self.k), len(self.context)
+        low, middle, high = (
+            np.array([np.quantile(runs[point], share) for point in self.points()]).reshape(shape).tolist() for share in (0.25, 0.5, 0.75)
+        )
+        return Table(self.tokens, self.k, self.context, middle, low, high)
+
+    @cached_property
+    def _interpolators(self) -> list[Any]:
+        # Where an axis has one value, a second one of the same seconds stands beside it.
+        axes = [axis if len(axis) > 1 else [axis[0], axis[0] + 1] for axis in (self.tokens, self.k, self.context)]
+        grids = []
+        for values in (self.seconds, self.low, self.high):
+            array = np.array(values)
+            for dimension, size in enumerate(array.shape):
+                array = np.repeat(array, 2, dimension) if size == 1 else array
+            grids.append(RegularGridInterpolator(axes, array, bounds_error=False, fill_value=None))
+        return grids
+
+    def interpolate(self, tokens: float, k: float, context: float) -> tuple[float, float, float]:
+        """(median, lower quartile, upper quartile), linear between grid points and beyond them."""
+        seconds, low, high = (float(grid((tokens, k, context))) for grid in self._interpolators)
+        least = float(np.min(self.seconds)) / 2
+        return max(seconds, least), max(low, least), max(high, least)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A point that the model was not fitted on: measured and predicted seconds."""
+
+    kind: str
+    tokens: int
+    k: int
+    context: int
+    seconds: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return abs(self.predicted - self.seconds) / self.seconds
+
+
+@dataclass
+class PerformanceModel:
+    """Seconds of the engine's steps on the machine where they were measured.
+
+    Attributes:
+        full_k: sub-experts per token at which the model is the original.
+        device: where it was measured.
+        dtype: of the weights.
+        threads: of torch.
+        decode: steps in which every request runs one token.
+        prefill: steps in which one request runs many.
+        held_out: measured points that are no grid points.
+    """
+
+    full_k: int
+    device: str
+    dtype: str
+    threads: int
+    decode: Table
+    prefill: Table
+    held_out: list[HeldOut] = field(default_factory=list)
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[int, int, float, int], float] = {}
+
+    def predict(self, tokens: int, k: float, context: float = 0.0, prefill: bool = False) -> Prediction:
+        """Seconds of a step of decoding requests, or of a prompt.
+
+        Args:
+            tokens: of the step.
+            k: sub-experts per token, the mean where they differ.
+            context: mean tokens of a request in the KV cache.
+            prefill: the tokens are of one prompt, else each is of a request of its own.
+        """
+        seconds, low, high = (self.prefill if prefill else self.decode).interpolate(tokens, k, context)
+        spread = self.error(_COVERED)
+        return Prediction(seconds, low * (1 - spread), high * (1 + spread), self.error())
+
+    def predict_step(self, prefill: int, decode: int, k: float, context: float) -> float:
+        """Seconds of a step with `prefill` prompt tokens and `decode` decoding requests.
+
+        A mixed one is taken as a prompt of all its tokens, and what the context of the decoding requests adds.
+        """
+        # Schedulers and simulations ask for the same few thousand steps again and again.
+        key = prefill, decode, round(k, 1), int(context) // 32
+        if key not in self._known:
+            self._known[key] = self._predict_step(prefill, decode, key[2], key[3] * 32.0)
+        return self._known[key]
+
+    def _predict_step(self, prefill: int, decode: int, k: float, context: float) -> float:
+        if not prefill:
+            return self.predict(decode, k, context).seconds
+        seconds = self.predict(prefill + decode, k, self.prefill.context[0] if decode else context, prefill=True).seconds
+        if decode:
+            near = self.decode.context[0]
+            seconds += max(self.predict(decode, k, context).seconds - self.predict(decode, k, near).seconds, 0.0)
+        return seconds
+
+    def cost(self, tokens: int, k: float) -> float:
+        """Seconds of a step of so many tokens, for schedulers: as decoding while decoding batches of that size were measured."""
+        decoding = tokens <= self.decode.tokens[-1]
+        return self.predict_step(
+            0 if decoding else tokens, tokens if decoding else 0, k, self.decode.context[len(self.decode.context) // 2]
+        )
+
+    def error(self, share: float = 0.5) -> float:
+        """The relative error that a share of the held-out points stay below; 0 where none were measured."""
+        return float(np.quantile([point.error for point in self.held_out], share)) if self.held_out else 0.0
+
+    def save(self, folder: Path) -> Path:
+        """Write it beside the model; returns the file."""
+        path = folder / PERFORMANCE_FILE
+        temporary = path.with_suffix(".tmp")
+        content = {"format": _FORMAT, **asdict(self), "median_error": self.error(), "p90_error": self.error(_COVERED)}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> "PerformanceModel | None":
+        """The performance model of a checkpoint; None if it has none.
+
+        Raises:
+            InputError: the file is no performance model of this version.
+        """
+        path = folder / PERFORMANCE_FILE
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']}")
+            for name in ("format", "median_error", "p90_error"):
+                del content[name]
+            content |= {name: Table(**content[name]) for name in ("decode", "prefill")}
+            return cls(**content | {"held_out": [HeldOut(**point) for point in content["held_out"]]})
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: is no performance model of this version ({error}); run prism-bench again") from None
+
+
+def powers(most: int, first: int = 1, factor: int = 2) -> list[int]:
+    """first, first * factor, ... up to `most`, and `most` itself."""
+    values = []
+    while first < most:
+        values.append(first)
+        first *= factor
+    return [*values, most]
+
+
+def fit(
+    measure: Measure,
+    full_k: int,
+    decode: Table,
+    prefill: Table,
+    held_out: int = 12,
+    repeats: int = 5,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **about: Any,
+) -> PerformanceModel:
+    """Measure a performance model.
+
+    Every round measures every point once, in another order, so that a slow spell of the machine is spread over all of them; the first
+    round warms up and is thrown away.
+
+    Args:
+        measure: seconds of one step.
+        full_k: sub-experts per token at which the model is the original.
+        decode: the grid of decoding steps; its values are not read.
+        prefill: the grid of prompt steps.
+        held_out: points between those of the grids to compare predictions with, of each kind.
+        repeats: rounds after the first.
+        seed: of the held-out points and the orders.
+        on_progress: called with (steps measured, steps in all).
+        about: device, dtype, threads.
+    """
+    dice = random.Random(seed)
+    tables = {"decode": decode, "prefill": prefill}
+    tests = [(kind, *_between(dice, table)) for kind, table in tables.items() for _ in range(held_out)]
+    points = [(kind, *point) for kind, table in tables.items() for point in table.points()] + tests
+    points = list(dict.fromkeys(points))
+    runs: dict[tuple[str, int, int, int], list[float]] = {point: [] for point in points}
+    for repeat in range(repeats + 1):
+        dice.shuffle(points)
+        for number, (kind, tokens, k, context) in enumerate(points):
+            seconds = measure(tokens, 1, context, k) if kind == "decode" else measure(1, tokens, context, k)
+            if repeat:
+                runs[kind, tokens, k, context].append(seconds)
+            on_progress(repeat * len(points) + number + 1, (repeats + 1) * len(points))
+    filled: dict[str, Any] = {kind: table.filled({point: runs[kind, *point] for point in table.points()}) for kind, table in tables.items()}
+    model = PerformanceModel(full_k, **about, **filled, machine=f"{platform.machine()}, {os.cpu_count()} cores")
+    for kind, tokens, k, context in tests:
+        predicted = model.predict(tokens, k, context, kind == "prefill").seconds
+        model.held_out.append(HeldOut(kind, tokens, k, context, statistics.median(runs[kind, tokens, k, context]), predicted))
+    return model
+
+
+def _between(dice: random.Random, table: Table) -> tuple[int, int, int]:
+    """A point inside the hull of a grid."""
+
+    def value(axis: Sequence[int]) -> int:
+        low = dice.randrange(max(len(axis) - 1, 1))
+        return dice.randint(axis[low], axis[min(low + 1, len(axis) - 1)])
+
+    return value(table.tokens), value(table.k), value(table.context)
