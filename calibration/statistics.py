@@ -1,8 +1,8 @@
 """Per-expert activation statistics of one MoE layer, collected while it runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -113,6 +113,29 @@ class LayerStatistics:
     def below_floor(self) -> list[int]:
         """Experts with fewer routed tokens than `TOKEN_FLOOR`."""
         return torch.nonzero(self.tokens_routed < TOKEN_FLOOR).flatten().tolist()
+
+
+class StatisticsSource(Protocol):
+    """Statistics of a model's MoE layers in order: made while they are iterated (`Profile`), or read from a folder (`Statistics`).
+
+    Attributes:
+        recorded: the calibration, as JSON values for a manifest.
+    """
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The calibration."""
+
+    def __iter__(self) -> Iterator[LayerStatistics]: ...
+
+    def origin(self) -> str:
+        """Return where the statistics come from, as far as it decides their bytes and `recorded` does not say it."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what `restore` needs to go on after the last layer that was yielded."""
+
+    def restore(self, state: dict[str, torch.Tensor], first: int) -> None:
+        """Go on from a `state`, with layer `first`."""
 
 
 def priorities(seed: int, layer: int, total_tokens: int) -> torch.Tensor:
@@ -246,7 +269,7 @@ class LayerCollector:
         if not torch.isfinite(self._activation_sum).all():
             raise InputError(
                 f"layer {self.layer}: activations are not finite in {dtype_name(inputs.dtype)}; check the weights of this "
-                "layer and of those before it" + ("" if inputs.dtype == torch.float32 else ", or use --dtype float32")
+                "layer and of those before it" + ("" if inputs.dtype == torch.float32 else ", or use `dtype` float32")
             )
         for expert, tokens in enumerate(self._sample_tokens):
             order = tokens.argsort()

@@ -1,7 +1,7 @@
 """Statistics on disk: `index.json`, and two safetensors files per MoE layer."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from prism_refactor.calibration.profile import Calibration, Profile
 from prism_refactor.calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
 from prism_refactor.errors import InputError
 from prism_refactor.files import output_folder, save_tensors, write_json
+from prism_refactor.formats import INDEX
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.progress import Progress, versions
 
-INDEX = "index.json"
 FORMAT = 3
 # Share of a token's neurons that count as active in the pictures of a page.
 ACTIVE_SHARE = 1 / 8
@@ -51,49 +51,37 @@ class LayerSummary:
         )
 
 
-def write_statistics(
-    target: Path,
-    checkpoint: Checkpoint,
-    calibration: dict[str, Any],
-    profile: Profile,
-    shard: tuple[int, int] = (1, 1),
-    resume: bool = False,
-    on_start: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
+def write_statistics(target: Path, profile: Profile, resume: bool = False) -> list[dict[str, Any]]:
     """Write a statistics folder; it appears only when complete. A run that ends before leaves its finished layers in TARGET.partial.
 
     Args:
         target: the folder.
-        checkpoint: what `profile` runs.
-        calibration: as recorded.
         profile: the statistics, while they are made.
-        shard: which part of the text they are of, (I, M).
         resume: go on after the last finished layer of an interrupted run of the same checkpoint, calibration and versions.
-        on_start: told how many layers with experts an earlier run has finished, and the last of them.
 
     Returns:
-        Of each layer, `summary` (a `LayerSummary` as a dict) and `shown`, what `reporting.profile_page` shows.
+        Of each layer, `summary` (a `LayerSummary` as a dict) and `shown`, what `evaluation.page.profile_page` shows.
 
     Raises:
         What iterating `profile` raises; UsageError as `output_folder` does.
     """
+    checkpoint = profile.checkpoint
     source = {"name": checkpoint.path.resolve().name, "fingerprint": checkpoint.fingerprint()}
-    made = {"source": source, "calibration": calibration, "statistics": profile.origin(), "versions": versions()}
+    made = {"source": source, "calibration": profile.recorded, "statistics": profile.origin(), "versions": versions()}
     # The same checkpoint in another place is the same.
-    identity = made | {"source": source["fingerprint"], "shard": "{}/{}".format(*shard)}
+    identity = made | {"source": source["fingerprint"], "shard": "{}/{}".format(*profile.shard)}
     with output_folder(target, identity, resume) as folder:
         progress = Progress(folder)
         records = [record for record, _ in progress.restored()]
-        profile.restore(progress.text(), progress.layers)
-        if on_start:
-            on_start(progress.layers, records[-1]["summary"]["layer"] if records else -1)
+        profile.restore(progress.hidden_states(), progress.layers)
+        profile.events.resumed(records[-1]["summary"]["layer"] if records else -1, progress.layers)
         for statistics in profile:
             files = _write_layer(folder, statistics)
             records.append(_record(statistics))
             # Not kept while the next layer is made.
             del statistics
             progress.finish_layer(records[-1], profile.state(), files)
-        _write_index(folder, made, shard, records)
+        _write_index(folder, made, profile.shard, records)
     return records
 
 
@@ -232,8 +220,13 @@ class Statistics:
             if layer >= self._first:
                 yield self.read(layer)
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The calibration, for a manifest."""
+        return self.calibration
+
     def origin(self) -> str:
-        """Where the statistics come from."""
+        """See `StatisticsSource`."""
         return "read from --stats"
 
     def state(self) -> dict[str, torch.Tensor]:

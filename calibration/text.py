@@ -39,10 +39,10 @@ class Source:
             return cls(text, None, "train", None)
         match = _SPEC.fullmatch(text.strip())
         if match is None or not text.strip():
-            raise UsageError(f"--dataset {text}: not of the form name[subset](split):samples")
+            raise UsageError(f"`datasets` {text}: not of the form name[subset](split):samples")
         samples = match["samples"]
         if samples and not int(samples):
-            raise UsageError(f"--dataset {text}: asks for no sample; write a number above 0")
+            raise UsageError(f"`datasets` {text}: asks for no sample; write a number above 0")
         return cls(match["name"], match["subset"], match["split"] or "train", int(samples) if samples else None)
 
     def documents(self, column: str, seed: int) -> Iterator[str]:
@@ -61,11 +61,11 @@ class Source:
             for record in dataset:
                 if column not in record:
                     raise InputError(
-                        f"--dataset {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with --text-column"
+                        f"`datasets` {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with `text_column`"
                     )
                 text = record[column]
                 if text is not None and not isinstance(text, str):
-                    raise InputError(f"--dataset {self.name}: column '{column}' holds {type(text).__name__}, not text")
+                    raise InputError(f"`datasets` {self.name}: column '{column}' holds {type(text).__name__}, not text")
                 yield record
         except PrismError:
             raise
@@ -73,20 +73,20 @@ class Source:
             # An empty JSON file.
             return
         except Exception as error:
-            raise InputError(f"--dataset {self.name}: cannot be read: {one_line(error)}") from error
+            raise InputError(f"`datasets` {self.name}: cannot be read: {one_line(error)}") from error
 
     def _load(self) -> Any:
         path = Path(self.name)
         if not path.exists():
             if path.suffix in FORMATS or path.is_absolute() or self.name.startswith("."):
-                raise InputError(f"--dataset {self.name}: no such file or folder")
+                raise InputError(f"`datasets` {self.name}: no such file or folder")
             return load_dataset(self.name, self.subset, split=self.split, streaming=True)
         if self.subset or self.split != "train":
-            raise UsageError(f"--dataset {self.name}: a local file has no subset or split; write only its path and :samples")
+            raise UsageError(f"`datasets` {self.name}: a local file has no subset or split; write only its path and :samples")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         kinds = {FORMATS[file.suffix] for file in files if file.suffix in FORMATS}
         if len(kinds) != 1:
-            raise InputError(f"--dataset {self.name}: needs files of one kind out of {', '.join(FORMATS)}")
+            raise InputError(f"`datasets` {self.name}: needs files of one kind out of {', '.join(FORMATS)}")
         kind = kinds.pop()
         chosen = [str(file) for file in files if FORMATS.get(file.suffix) == kind]
         options = {"sample_by": "document"} if kind == "text" else {}
@@ -133,7 +133,7 @@ def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, s
             wanted = max(1, left // len(open_sources))
         rows.append(_rows_of(source, tokenizer, wanted, length, seed, column))
     if len(rows) > 1 and any(part.shape[1] != length for part in rows):
-        raise InputError(f"--dataset: every part of a mix needs at least {length} tokens; lower --max-seq-length")
+        raise InputError(f"`datasets`: every part of a mix needs at least {length} tokens; lower `max_seq_length`")
     return torch.cat(rows)
 
 
@@ -146,7 +146,7 @@ def _rows_of(source: Source, tokenizer: Any, wanted: int, length: int, seed: int
         if len(tokens) >= wanted * length * _OVERSAMPLING:
             break
     if len(tokens) < 2:
-        raise InputError(f"--dataset {source.name}: holds no text")
+        raise InputError(f"`datasets` {source.name}: holds no text")
     if len(tokens) < length:
         return torch.tensor([tokens])
     rows = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)

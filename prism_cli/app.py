@@ -1,33 +1,42 @@
-"""What every command shares: how it reports, how it fails, how it stops."""
+"""What every command shares: how it reports, how it fails, how it stops. Imports no library that takes long."""
 
 import errno
 import json
-import logging
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NoReturn
 
 import click
-import datasets
-import torch
-import transformers
 from tqdm import tqdm
 
-from prism_refactor import signals as prism_signals
+from prism_refactor import signals
 from prism_refactor.errors import PrismError, ResourceError
-from prism_refactor.signals import INTERRUPTED
+from prism_refactor.events import Events
 
 BROKEN_PIPE = 141
+# The libraries' own bars and warnings; datasets logs the errors that it also raises.
+_QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 
-class Reporter:
+class Reporter(Events):
     """Progress on stderr: a tqdm bar on a terminal, plain lines in a pipe, JSON lines with --log-json, nothing with --quiet.
 
     Results go to stdout through `click.echo`; this is only about work in progress.
+
+    Attributes:
+        layers_to_finish: of a job that can be resumed.
+        begun: whether it has begun.
+        stages: of a layer's part of the bar, where each stage begins and how much it takes; the whole where nothing is said.
     """
 
     def __init__(self, quiet: bool, log_json: bool):
@@ -36,39 +45,48 @@ class Reporter:
         self._lines = not quiet and not self._bar
         self._tqdm: tqdm | None = None
         self._start = time.monotonic()
+        self.stages: dict[str, tuple[float, float]] = {}
+        self.layers_to_finish = 0
+        self.begun = False
 
-    @property
-    def has_bar(self) -> bool:
-        """Whether progress is a bar on a terminal."""
-        return self._bar
+    def resumed(self, layer: int, done: int) -> None:
+        """The job has begun, after `done` layers of an earlier one, of which `layer` was the last."""
+        self.begun = True
+        if done:
+            layers = self.layers_to_finish
+            self.line(f"going on after layer {layer} ({done}/{layers})", event="resumed", layer=layer, layers=layers)
 
-    def step(self, what: str, layer: int, layers: int, done: int = 0, total: int = 0, part: float = 0.0, parts: float = 1.0) -> None:
-        """Note that `done` of `total` units (0: the whole) of `what` are finished in a layer; `parts` of its work, after `part`."""
-        prism_signals.raise_again()
-        share = done / total if total else 1.0
-        name = f"layer {layer} ({layer + 1}/{layers})"
+    def progress(self, stage: str, done: int, total: int, layer: tuple[int, int] | None = None) -> None:
+        """Note that `done` of `total` units of a stage are finished: of a layer (index, layers), or of the job."""
+        signals.raise_again()
+        if layer is None:
+            self._count(stage, done, total)
+            return
+        index, layers = layer
+        name = f"layer {index} ({index + 1}/{layers})"
         if self._bar:
+            start, part = self.stages.get(stage, (0.0, 1.0))
             if self._tqdm is None:
                 self._tqdm = tqdm(total=layers, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False)
-            self._tqdm.set_description(f"{name} {what}" + (f" {done}/{total}" if total else ""), refresh=False)
-            self._tqdm.n = layer + part + parts * share
+            self._tqdm.set_description(f"{name} {stage}" + (f" {done}/{total}" if total > 1 else ""), refresh=False)
+            self._tqdm.n = index + start + part * done / total
             self._tqdm.refresh()
-        elif self._lines and share == 1:
-            self.line(f"{name}: {what}" + (f" {total}" if total else ""), event=what, layer=layer, layers=layers, total=total)
+        elif self._lines and done == total:
+            count = f" {total}" if total > 1 else ""
+            self.line(f"{name}: {stage}{count}", event=stage, layer=index, layers=layers, total=total if total > 1 else 0)
 
-    def count(self, what: str, done: int, total: int) -> None:
-        """Note that `done` of `total` things that belong to no layer are finished."""
-        prism_signals.raise_again()
+    def _count(self, stage: str, done: int, total: int) -> None:
         if self._bar:
             if self._tqdm is None:
-                self._tqdm = tqdm(total=total, file=sys.stderr, desc=what, leave=False)
+                self._tqdm = tqdm(total=total, file=sys.stderr, leave=False)
+            self._tqdm.set_description(stage, refresh=False)
             self._tqdm.update(done - self._tqdm.n)
         elif done == total:
-            self.line(f"{total} {what}", event=what, total=total)
+            self.line(f"{total} {stage}", event=stage, total=total)
 
     def line(self, text: str, **fields: Any) -> None:
         """One line of progress; with --log-json the fields instead of the text."""
-        prism_signals.raise_again()
+        signals.raise_again()
         seconds = time.monotonic() - self._start
         if self._json and self._lines:
             click.echo(json.dumps({"seconds": round(seconds, 2), "message": text, **fields}), err=True)
@@ -100,47 +118,74 @@ class Reporter:
             self._tqdm = None
 
 
-def command(function: Callable[..., None]) -> Callable[[], NoReturn]:
-    """Turn `function(reporter, **options)` with click options into a console entry point with honest exit codes.
+class Command(click.Command):
+    """A command that may have subcommands beside its own arguments.
 
-    Errors are one line on stderr: exit code 2 usage, 3 input, 4 gate, 5 resources, 130 interrupted, 143 terminated, 1 a bug of ours.
+    Attributes:
+        subcommands: by name.
     """
 
-    @wraps(function)
-    def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        # It logs the errors that it also raises.
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        reporter = Reporter(quiet, log_json)
-        try:
-            function(reporter, **options)
-        finally:
-            reporter.close()
+    def __init__(self, *arguments: Any, subcommands: Mapping[str, click.Command] | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self.subcommands = dict(subcommands or {})
 
-    wrapped: Any = with_reporter
-    for option in (
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option("--log-json", is_flag=True, help="Progress as JSON lines on stderr."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    ):
-        wrapped = option(wrapped)
-    built = click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})(wrapped)
-    built = click.version_option(package_name="prism-refactor")(built)
+    def main(self, args: Any = None, prog_name: str | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Run the subcommand that the first argument names, or the command itself."""
+        given = list(sys.argv[1:] if args is None else args)
+        if given and given[0] in self.subcommands:
+            subcommand = self.subcommands[given[0]]
+            return subcommand.main(given[1:], f"{prog_name or os.path.basename(sys.argv[0])} {given[0]}", **options)
+        return super().main(given, prog_name, **options)
 
-    def main() -> NoReturn:
-        prism_signals.listen()
-        sys.exit(run(built, sys.argv[1:]))
 
-    main.command = built  # type: ignore[attr-defined]
-    main.__doc__ = function.__doc__
-    return main
+def command(**subcommands: Any) -> Callable[[Callable[..., None]], Callable[[], NoReturn]]:
+    """Turn `function(reporter, **options)` with click options into a console entry point with honest exit codes.
+
+    Errors are one line on stderr: exit code 2 usage, 3 input, 4 requirement, 5 resources, 130 interrupted, 143 terminated, 1 a bug of
+    ours.
+
+    Args:
+        subcommands: other such entry points, by name.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[[], NoReturn]:
+        @wraps(function)
+        def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
+            reporter = Reporter(quiet, log_json)
+            try:
+                function(reporter, **options)
+            finally:
+                reporter.close()
+
+        wrapped: Any = with_reporter
+        for option in (
+            click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+            click.option("--log-json", is_flag=True, help="Progress as JSON lines on stderr."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress."),
+        ):
+            wrapped = option(wrapped)
+        built = click.command(
+            cls=Command,
+            subcommands={name: main.command for name, main in subcommands.items()},
+            context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+        )(wrapped)
+        built = click.version_option(package_name="prism-refactor")(built)
+
+        def main() -> NoReturn:
+            signals.listen()
+            os.environ.update(_QUIET_LIBRARIES)
+            sys.exit(run(built, sys.argv[1:]))
+
+        main.command = built  # type: ignore[attr-defined]
+        main.__doc__ = function.__doc__
+        return main
+
+    return decorate
 
 
 def exit_of(error: BaseException) -> click.exceptions.Exit | None:
     """The exit of a command that a signal stopped with this error and that has said itself what is left; None: no signal did."""
-    code = prism_signals.exit_code(error)
+    code = signals.exit_code(error)
     return None if code is None else click.exceptions.Exit(code)
 
 
@@ -162,21 +207,28 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        stopped = prism_signals.exit_code(error)
+        stopped = signals.exit_code(error)
         if stopped is not None:
-            return _interrupted(arguments) if stopped == INTERRUPTED else stopped
+            return _interrupted(arguments) if stopped == signals.INTERRUPTED else stopped
         known = _as_prism_error(error)
         if known is not None:
-            tell(arguments, f"error: {known}", known.exit_code)
+            tell(arguments, f"error: {with_flags(str(known), built)}", known.exit_code)
             return known.exit_code
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         tell(arguments, f"error: unexpected {summary}; please report it with the output of --debug", 1)
         return 1
 
 
+def with_flags(message: str, built: click.Command) -> str:
+    """An error's message with the flag of each option that it names in backticks."""
+    subcommands = built.subcommands.values() if isinstance(built, Command) else ()
+    flags = {parameter.name: parameter.opts[0] for known in (*subcommands, built) for parameter in known.params}
+    return re.sub(r"`([a-z_]+)`", lambda match: flags.get(match[1], f"--{match[1].replace('_', '-')}"), message)
+
+
 def _interrupted(arguments: list[str]) -> int:
-    tell(arguments, "interrupted; nothing was written", INTERRUPTED)
-    return INTERRUPTED
+    tell(arguments, "interrupted; nothing was written", signals.INTERRUPTED)
+    return signals.INTERRUPTED
 
 
 def tell(arguments: list[str], text: str, code: int) -> None:
@@ -189,8 +241,10 @@ def tell(arguments: list[str], text: str, code: int) -> None:
 def _as_prism_error(error: Exception) -> PrismError | None:
     if isinstance(error, PrismError):
         return error
-    # torch reports an exhausted CPU as a RuntimeError that names its allocator.
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    # torch reports an exhausted GPU as an OutOfMemoryError, an exhausted CPU as a RuntimeError that names its allocator.
+    no_memory = (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) == errno.ENOMEM
+    )
     if no_memory or "DefaultCPUAllocator" in str(error) or os.strerror(errno.ENOMEM) in str(error):
         return ResourceError("out of memory; lower --num-samples, --batch-size or --workers, or use --dtype bfloat16 where there is one")
     # safetensors reports a full disk in an exception of its own, as text.

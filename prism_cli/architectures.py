@@ -1,13 +1,12 @@
 """Which families can be split, and why: `prism-refactor --list-architectures`, `prism-profile --explain`, docs/architectures.md.
 
-python -m prism_cli.architectures > docs/architectures.md
+python -m prism_refactor.cli.architectures > docs/architectures.md
 """
 
 from pathlib import Path
 from typing import Any
 
 import click
-from transformers.utils import logging
 
 from prism_refactor.cli.options import table
 from prism_refactor.errors import UsageError
@@ -17,7 +16,8 @@ from prism_refactor.refactoring.plan import Splits, possible_splits
 
 _INTRODUCTION = """# Families
 
-Written by `make docs` from the table the product works with (`checkpoints/architectures.py`). Everything else about a family (tensor names,
+Written by `make docs` from the table the product works with (`prism_refactor/models/architectures.py`). Everything else about a family
+(tensor names,
 layouts, shared experts, dense layers) comes from transformers' own model code and weight conversion. A test splits a small random model of
 each family and compares its logits at full k with the source's.
 
@@ -57,28 +57,23 @@ def page() -> str:
     return "\n".join([_INTRODUCTION, *lines, "", "## Refused", *refused])
 
 
-def list_architectures(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    """Callback of an eager flag: print the families and exit."""
-    if asked:
-        refused = "\n".join(f"not {model_type}: {reason}" for model_type, reason in REFUSED.items())
-        click.echo(f"{table(_HEADER, [_row(architecture) for architecture in ARCHITECTURES.values()])}\n{refused}")
-        context.exit()
+def listing() -> str:
+    """The families as a table, for `--list-architectures`."""
+    refused = "\n".join(f"not {model_type}: {reason}" for model_type, reason in REFUSED.items())
+    return f"{table(_HEADER, [_row(architecture) for architecture in ARCHITECTURES.values()])}\n{refused}"
 
 
-def explain(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
-    """Callback of an eager option: print how the checkpoint in `folder` would be split and exit.
+def explanation(folder: Path) -> str:
+    """How the checkpoint in `folder` would be split.
 
     Raises:
         InputError, UsageError: it cannot be, with the reason.
     """
-    if folder is not None:
-        logging.set_verbosity_error()
-        checkpoint = Checkpoint(folder)
-        splits = possible_splits(checkpoint)
-        if not splits.possible:
-            raise UsageError(f"{folder}: no number of sub-experts fits its expert width: {splits.reason}")
-        click.echo(_explanation(checkpoint, splits))
-        context.exit()
+    checkpoint = Checkpoint(folder)
+    splits = possible_splits(checkpoint)
+    if not splits.possible:
+        raise UsageError(f"{folder}: no number of sub-experts fits its expert width: {splits.reason}")
+    return _explanation(checkpoint, splits)
 
 
 def _explanation(checkpoint: Checkpoint, splits: Splits) -> str:

@@ -1,23 +1,22 @@
 """`prism-bench`: how long a step takes, over tokens, k and context."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from prism_refactor.calibration.profile import DTYPES
+from prism_refactor.calibration.settings import torch_dtype
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import FOLDER, PICTURE, SERVING_OPTIONS, add, table
+from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, SERVING_OPTIONS, add, table
 from prism_refactor.errors import UsageError
-from prism_refactor.evaluation.plot import save_figure
-from prism_refactor.serving.engine import KV_PAGE, Engine, load
-from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
 from prism_refactor.serving.scheduling import Limits
 
+if TYPE_CHECKING:
+    from prism_refactor.serving.performance import LatencyGrid, PerformanceModel
 
-@command
-@click.argument("refactored_dir", type=FOLDER)
+
+@command()
+@click.argument("refactored_dir", type=INPUT_FOLDER)
 @add(SERVING_OPTIONS)
 @click.option("--context", type=click.IntRange(1), help="Longest context measured.  [default: half of the model's, at most 1024]")
 @click.option("--repeats", type=click.IntRange(1), default=5, help="Times that every point is measured; medians count.")
@@ -32,27 +31,27 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     context are written to REFACTORED_DIR/performance.json, where prism-serve and prism-loadtest --simulate find them, with the error on
     points between those measured.
     """
-    model = load(refactored_dir, options["device"], DTYPES.get(options["dtype"]))
-    limits = Limits(options["max_batch_tokens"], options["max_requests"])
+    import torch
+
+    from prism_refactor.serving.engine import KV_PAGE, Engine, load
+    from prism_refactor.serving.performance import LatencyGrid, Sampling, fit, powers
+
+    model = load(refactored_dir, options["device"], torch_dtype(options["dtype"]))
     context = options["context"] or min(1024, model.config.get_text_config().max_position_embeddings // 2)
-    engine = Engine(model, "fifo", limits, kv_tokens=limits.requests * (context + KV_PAGE) + limits.tokens)
-    if context + limits.tokens > engine.context:
-        raise UsageError(f"--context {context} and {limits.tokens} tokens of a step: the model takes {engine.context} together")
+    tokens, requests = options["max_batch_tokens"], options["max_requests"]
+    engine = Engine(model, "fifo", Limits(tokens, requests, kv_tokens=requests * (context + KV_PAGE) + tokens))
+    if context + tokens > engine.context:
+        raise UsageError(f"--context {context} and {tokens} tokens of a step: the model takes {engine.context} together")
     contexts = sorted({min(16, context), context // 4 or 1, context})
     ks = sorted({max(engine.full_k * quarter // 4, 1) for quarter in (1, 2, 3, 4)})
-    performance = fit(
-        engine.measure,
-        engine.full_k,
-        Table(powers(limits.requests), ks, contexts),
-        Table(powers(limits.tokens, 16, 2), ks, [0, context]),
-        options["held_out"],
-        options["repeats"],
-        options["seed"],
-        lambda done, total: reporter.count("steps measured", done, total),
-        device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-    )
+    grids = {"decode": LatencyGrid(powers(requests), ks, contexts), "prefill": LatencyGrid(powers(tokens, 16, 2), ks, [0, context])}
+    about = {
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    sampling = Sampling(options["held_out"], options["repeats"], options["seed"])
+    performance = fit(engine.measure, engine.full_k, grids, sampling, about, reporter)
     engine.close()
     path = performance.save(refactored_dir)
     reporter.close()
@@ -63,7 +62,7 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
         click.echo(f"written to {path}" + (f" and {plot}" if plot else ""))
 
 
-def describe(performance: PerformanceModel) -> str:
+def describe(performance: "PerformanceModel") -> str:
     """Milliseconds of a step at the middle context, by tokens and k, and how far predictions were off."""
     parts = []
     for name, grid in (("decode", performance.decode), ("prefill", performance.prefill)):
@@ -82,13 +81,15 @@ def describe(performance: PerformanceModel) -> str:
     return "\n".join(parts)
 
 
-def draw(performance: PerformanceModel, path: Path) -> None:
+def draw(performance: "PerformanceModel", path: Path) -> None:
     """Seconds against tokens, a line per k, with quartiles and the held-out points."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (half a second that only --plot needs)
+    from matplotlib.figure import Figure
+
+    from prism_refactor.files import save_figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
-        grid: Table = getattr(performance, name)
+        grid: LatencyGrid = getattr(performance, name)
         middle = len(grid.context) // 2 if name == "decode" else 0
         for column, k in enumerate(grid.k):
             low, mid, high = ([row[column][middle] * 1e3 for row in values] for values in (grid.low, grid.seconds, grid.high))

@@ -3,29 +3,28 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_refactor.calibration.profile import DTYPES, Calibration
-from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import FOLDER, PICTURE, TEXT_OPTIONS, add, table
-from prism_refactor.errors import GateError, InputError, UsageError
-from prism_refactor.evaluation.compare import Curve, Evaluation, Runtime
-from prism_refactor.evaluation.curve import Gate, Measured
-from prism_refactor.evaluation.plot import plot_curves
-from prism_refactor.evaluation.windows import Windows, read_windows
-from prism_refactor.files import write_json
+from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, TEXT_OPTIONS, Requirements, add, table
+from prism_refactor.errors import RequirementError, UsageError
 from prism_refactor.formats import EVALUATION, MANIFEST
-from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import full_k
-from prism_refactor.models.refactored import open_refactored
+from prism_refactor.requirements import Requirement
+
+if TYPE_CHECKING:
+    from prism_refactor.evaluation.compare import Curve
+    from prism_refactor.evaluation.curve import Measured
+    from prism_refactor.evaluation.windows import Windows
+    from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.models.refactored import RefactoredCheckpoint
 
 
-@command
-@click.argument("model_dir", type=FOLDER)
-@click.argument("refactored_dirs", type=FOLDER, nargs=-1, metavar="[REFACTORED_DIR]...")
+@command()
+@click.argument("model_dir", type=INPUT_FOLDER)
+@click.argument("refactored_dirs", type=INPUT_FOLDER, nargs=-1, metavar="[REFACTORED_DIR]...")
 @click.option("--k", "choices", metavar="LIST", help="Active sub-experts: '4,8,12', '2-16' or 'all'.  [default: whole experts' worth]")
 @click.option(
     "--router",
@@ -41,7 +40,11 @@ from prism_refactor.models.refactored import open_refactored
 @click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {EVALUATION}, for prism-report.")
 @click.option("--plot", type=PICTURE, help="Save the curves as a picture (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--fail-if", "gates", multiple=True, metavar="CONDITION", help="Exit with 4 when true, e.g. 'recovered@50%<0.3'.")
+@Requirements(
+    "--fail-if",
+    "turn the comparison round: 'recovered@50%<0.3' becomes 'recovered@50%>=0.3'",
+    "Exit with 4 unless true, e.g. 'recovered@50%>=0.3'.",
+)
 def main(
     reporter: Reporter,
     model_dir: Path,
@@ -54,7 +57,7 @@ def main(
     save: bool,
     plot: Path | None,
     as_json: bool,
-    gates: tuple[str, ...],
+    require: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Measure the perplexity of the checkpoint in MODEL_DIR at its own top-1 to top-K, and of models refactored from it at every k.
@@ -63,11 +66,22 @@ def main(
     scored once. Intervals are 95 % bootstrap intervals over windows; 'recovered' is the share of what the original loses at the same
     active experts that the refactored model does not lose.
     """
-    demands = [Gate.parse(text) for text in gates]
-    if demands and not refactored_dirs:
-        raise UsageError("--fail-if: needs a REFACTORED_DIR to judge")
+    from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+    from prism_refactor.evaluation.compare import Evaluation
+    from prism_refactor.evaluation.curve import FIGURES
+    from prism_refactor.evaluation.plot import plot_curves
+    from prism_refactor.evaluation.windows import read_windows
+    from prism_refactor.files import write_json
+    from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.models.refactored import RefactoredCheckpoint
+
+    requirements = [Requirement.parse(text, FIGURES) for text in require]
+    if requirements and not refactored_dirs:
+        raise UsageError("--require: needs a REFACTORED_DIR")
     original = Checkpoint(model_dir)
-    models = [_refactored(folder, original) for folder in refactored_dirs]
+    models = [RefactoredCheckpoint(folder) for folder in refactored_dirs]
+    for model in models:
+        model.check_source(original)
     requests = [_request(model, choices, router, allocated) for model in models]
     calibration = Calibration(**options)
     length = calibration.sequence_length(original)
@@ -80,12 +94,7 @@ def main(
         calibration.text_column,
         num_tokens,
     )
-    runtime = Runtime(calibration.resolved_dtype(original), calibration.resolved_device(), calibration.batch_size)
-
-    def on_layer(name: str, layer: int, layers: int, done: int, total: int) -> None:
-        reporter.step(f"{name}, operating points", layer, layers, done, total)
-
-    evaluation = Evaluation(original, windows, runtime, calibration.seed, on_layer)
+    evaluation = Evaluation(original, windows, calibration.compute(original), calibration.seed, reporter)
     curves: list[Curve] = []
     for model, (routers, values) in zip(models, requests, strict=True):
         found = evaluation.curves(model, routers, values, allocated)
@@ -102,18 +111,13 @@ def main(
         click.echo(json.dumps(_result(windows, calibration, evaluation.original, curves), indent=2))
     else:
         click.echo(_tables(windows, evaluation.original, curves))
-    _judge(demands, curves)
+    _check(requirements, curves)
 
 
-def _refactored(folder: Path, original: Checkpoint) -> Checkpoint:
-    checkpoint, manifest = open_refactored(folder)
-    if manifest["source"]["fingerprint"] != original.fingerprint():
-        raise InputError(f"{folder}: was made from another checkpoint than {original.path}")
-    return checkpoint
-
-
-def _request(model: Checkpoint, choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
+def _request(model: "Checkpoint", choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
     """(routers, values of k) to run a refactored model at."""
+    from prism_refactor.models.modeling_prism import full_k
+
     recipe = model.config.prism
     routers = ["stock", "two-level"] if router == "both" else [router]
     if recipe["router"] == "replicate":
@@ -137,7 +141,7 @@ def _choices(text: str, full: int) -> list[int]:
     return sorted(found)
 
 
-def _result(windows: Windows, calibration: Calibration, original: Curve, curves: list[Curve]) -> dict[str, Any]:
+def _result(windows: "Windows", calibration: Calibration, original: "Curve", curves: list["Curve"]) -> dict[str, Any]:
     text = {
         "datasets": list(calibration.datasets) or ["bundled"],
         "tokens": windows.tokens,
@@ -149,22 +153,23 @@ def _result(windows: Windows, calibration: Calibration, original: Curve, curves:
     return {"text": text, "original": asdict(original), "refactored": [asdict(curve) for curve in curves]}
 
 
-def _store_points(model: Checkpoint, curves: list[Curve], text: dict[str, Any]) -> None:
+def _store_points(model: "RefactoredCheckpoint", curves: list["Curve"], text: dict[str, Any]) -> None:
     """Put the operating points into the manifest, with the perplexity of the same k everywhere: that one where it is the better."""
+    from prism_refactor.files import write_json
+
     curve = next(curve for curve in curves if curve.router == "two-level")
     uniform = {point.k: point.perplexity for point in curve.points}
-    path = model.path / MANIFEST
-    manifest = json.loads(path.read_text())
+    manifest = model.manifest
     points = []
     for mean, point in zip([point.k for point in curve.points if point.share < 1], curve.allocated, strict=True):
         better = isinstance(point.k, list) and point.perplexity < uniform[mean]
         k = point.k if better else [mean] * len(manifest["layers"])
         points.append({"mean_k": mean, "k": k, "perplexity": min(point.perplexity, uniform[mean]), "uniform": uniform[mean]})
     manifest["operating_points"] = {"text": text, "points": points}
-    write_json(path, manifest)
+    write_json(model.path / MANIFEST, manifest)
 
 
-def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
+def _tables(windows: "Windows", original: "Curve", curves: list["Curve"]) -> str:
     header = ["k", "share", "active", "MFLOPs", "perplexity", "95 % interval", "to original", "recovered", "95 % interval"]
     parts = [f"{windows.tokens} tokens in windows of {windows.rows.shape[1]}, stride {windows.stride}"]
     for curve in [original, *curves]:
@@ -188,11 +193,11 @@ def _tables(windows: Windows, original: Curve, curves: list[Curve]) -> str:
     return "\n".join(parts)
 
 
-def _per_layer(point: Measured) -> str:
+def _per_layer(point: "Measured") -> str:
     return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
 
 
-def _row(point: Measured, curve: Curve) -> list[str]:
+def _row(point: "Measured", curve: "Curve") -> list[str]:
     row = [
         f"{point.k} of {curve.full}",
         f"{point.share:.0%}",
@@ -209,12 +214,14 @@ def _row(point: Measured, curve: Curve) -> list[str]:
     return [*row, f"{point.recovered:.0%}", "{:.0%} - {:.0%}".format(*point.recovered_interval)]
 
 
-def _judge(demands: list[Gate], curves: list[Curve]) -> None:
+def _check(requirements: list[Requirement], curves: list["Curve"]) -> None:
+    from prism_refactor.evaluation.curve import figure
+
     failed = []
-    for gate in demands:
+    for requirement in requirements:
         for curve in curves:
-            value = gate.value(curve.points)
-            if gate.fails(value):
-                failed.append(f"{curve.model} ({curve.router}): {gate.text} is true, it is {value:.4g}")
+            value = figure(requirement, curve.points, curve.full)
+            if not requirement.holds(value):
+                failed.append(f"{curve.model} ({curve.router}): {requirement.text} does not hold, it is {value:.4g}")
     if failed:
-        raise GateError("; ".join(failed))
+        raise RequirementError("; ".join(failed))

@@ -2,22 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import Finite, table
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.loadtest.client import discover, replay
-from prism_refactor.loadtest.simulator import simulate
-from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, read_trace, summary
-from prism_refactor.serving.performance import PerformanceModel
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 from prism_refactor.signals import run_async
 
+if TYPE_CHECKING:
+    from prism_refactor.loadtest.workload import Arrival, Served, Slo
 
-@command
+
+@command()
 @click.argument("target")
 @click.option("--simulate", "simulated", is_flag=True, help="TARGET is a folder with performance.json; nothing is run.")
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), multiple=True, help="With --simulate; repeat to compare.  [default: all]")
@@ -43,6 +42,8 @@ def main(reporter: Reporter, target: str, simulated: bool, as_json: bool, **opti
     With --simulate, TARGET is a checkpoint measured by prism-bench, and the schedulers are compared on its performance model alone:
     thousands of requests in seconds. Exit code 3 when no request was served.
     """
+    from prism_refactor.loadtest.workload import Slo
+
     slo = Slo(options["slo_ttft"], options["slo_tpot"])
     if simulated:
         results = _simulated(target, options, slo)
@@ -56,18 +57,23 @@ def main(reporter: Reporter, target: str, simulated: bool, as_json: bool, **opti
         raise InputError(f"{target}: served no request")
 
 
-def _trace(full_k: int | None, options: dict[str, Any]) -> list[Arrival]:
+def _trace(full_k: int | None, options: dict[str, Any]) -> list["Arrival"]:
+    from prism_refactor.loadtest.workload import floors, poisson, read_trace
+
     if options["trace"] is not None:
         return read_trace(options["trace"])
     try:
-        ks, weights = floors(full_k or 1, options["mix"])
+        mix = floors(full_k or 1, options["mix"])
     except ValueError as error:
         raise UsageError(f"--mix {options['mix']}: {error}") from None
     sizes = options["prompt_tokens"], options["max_tokens"]
-    return poisson(options["requests"], options["rate"], *sizes, ks, weights, options["seed"])
+    return poisson(options["requests"], options["rate"], sizes, mix, options["seed"])
 
 
-def _simulated(folder: str, options: dict[str, Any], slo: Slo) -> dict[str, dict[str, Any]]:
+def _simulated(folder: str, options: dict[str, Any], slo: "Slo") -> dict[str, dict[str, Any]]:
+    from prism_refactor.loadtest.simulator import simulate
+    from prism_refactor.serving.performance import PerformanceModel
+
     performance = PerformanceModel.load(Path(folder))
     if performance is None:
         raise InputError(f"{folder}: has no performance model; run prism-bench first")
@@ -75,28 +81,29 @@ def _simulated(folder: str, options: dict[str, Any], slo: Slo) -> dict[str, dict
     most = max(arrival.k or 1 for arrival in trace)
     if most > performance.full_k:
         raise InputError(f"the trace asks for k = {most}; the model has {performance.full_k}")
-    limits = Limits(options["max_batch_tokens"], options["max_requests"])
+    limits = Limits(options["max_batch_tokens"], options["max_requests"], kv_tokens=options["kv_tokens"])
     results = {}
     for scheduler in options["scheduler"] or SCHEDULERS:
-        served, seconds = simulate(trace, scheduler, performance, limits, options["kv_tokens"])
+        served, seconds = simulate(trace, scheduler, performance, limits)
         results[scheduler] = _summary(served, seconds, trace, slo)
     return results
 
 
-async def _against_server(reporter: Reporter, url: str, options: dict[str, Any], slo: Slo) -> dict[str, Any]:
+async def _against_server(reporter: Reporter, url: str, options: dict[str, Any], slo: "Slo") -> dict[str, Any]:
+    from prism_refactor.loadtest.client import discover, run_load
+
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: is no URL; to use a folder's performance model give --simulate")
     server = await discover(url.rstrip("/").removesuffix("/v1"), options["model"], options["api_key"])
     trace = _trace(server.full_k, options)
 
-    def on_done(done: int, total: int) -> None:
-        reporter.count("requests answered", done, total)
-
-    served, seconds = await replay(server, trace, options["seed"], options["timeout"], on_done)
+    served, seconds = await run_load(server, trace, options["seed"], options["timeout"], reporter)
     return _summary(served, seconds, trace, slo)
 
 
-def _summary(served: list[Served], seconds: float, trace: list[Arrival], slo: Slo) -> dict[str, Any]:
+def _summary(served: list["Served"], seconds: float, trace: list["Arrival"], slo: "Slo") -> dict[str, Any]:
+    from prism_refactor.loadtest.workload import summary
+
     prompts = sum(arrival.prompt_tokens for arrival, item in zip(trace, served, strict=True) if item.done is not None)
     return summary(served, seconds, prompts, slo)
 

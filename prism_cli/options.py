@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
-from prism_refactor.calibration.profile import DTYPES, Calibration
-from prism_refactor.errors import UsageError, one_line
-from prism_refactor.offload.policies import POLICIES, PREFETCHES
-from prism_refactor.offload.store import DIRECT, READS
+from prism_refactor.calibration.settings import DTYPES, Calibration
+from prism_refactor.errors import InputError, UsageError, one_line
+from prism_refactor.offload.options import DIRECT, PREFETCHES, READS
+from prism_refactor.offload.policies import POLICIES
+from prism_refactor.resources import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -58,7 +59,59 @@ class Finite(click.FloatRange):
         return number
 
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
+class Size(click.ParamType):
+    """A number of bytes such as 5GB or 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, as an int."""
+        size = parse_size(str(value))
+        if size is None:
+            self.fail(f"{value!r} is not a size; write 5GB or 512MiB", param, ctx)
+        return size
+
+
+class InputFolder(click.Path):
+    """A folder that must be there."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path. Raises InputError: a missing folder is an input that cannot be used."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; give a local folder with config.json and safetensors shards")
+        return path
+
+
+class Requirements:
+    """The option --require of a command, and the options that it replaced.
+
+    Args:
+        former: the former option, which is refused with the new spelling.
+        advice: what to write instead of it.
+        help_text: of --require.
+    """
+
+    def __init__(self, former: str, advice: str, help_text: str):
+        self.former, self.advice, self.help_text = former, advice, help_text
+
+    def __call__(self, function: Function) -> Function:
+        """Add both options."""
+
+        def refuse(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> None:
+            if given:
+                raise UsageError(f"{self.former} is now --require, with a condition that must hold; {self.advice}")
+
+        old = click.option(self.former, multiple=True, hidden=True, expose_value=False, callback=refuse)
+        new = click.option("--require", multiple=True, metavar="CONDITION", help=self.help_text)
+        return new(old(function))
+
+
+INPUT_FOLDER = InputFolder()
+OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
 PICTURE = OutputFile(".png", ".svg", ".pdf")
 
 TEXT_OPTIONS = (
@@ -101,14 +154,12 @@ SERVING_OPTIONS = (
 )
 OFFLOAD_OPTIONS = (
     click.option("--policy", type=click.Choice(list(POLICIES)), default="activation", help="Which sub-expert leaves fast memory."),
-    click.option(
-        "--prefetch", type=click.Choice(PREFETCHES), default="none", help="By what sub-experts are fetched before they are needed."
-    ),
+    click.option("--prefetch", type=click.Choice(PREFETCHES), default="none", help="How to predict which sub-experts to load early."),
     click.option(
         "--read",
         type=click.Choice(READS),
         default=DIRECT,
-        help="direct: past the page cache; mapped: through it; pinned: all in page-locked host memory, for --device cuda.",
+        help="direct: past the page cache; buffered: through it; pinned: all in page-locked host memory, for --device cuda.",
     ),
 )
 CALIBRATION_NAMES = ("datasets", "text_column", "num_samples", "max_seq_length", "tokens_per_expert", "dtype", "device", "batch_size")

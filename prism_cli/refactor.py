@@ -2,60 +2,50 @@
 
 import json
 import os
-import re
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from prism_refactor import solvers
-from prism_refactor.calibration.profile import Calibration, Profile
-from prism_refactor.calibration.store import Statistics
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.architectures import list_architectures
-from prism_refactor.cli.options import CALIBRATION_NAMES, CALIBRATION_OPTIONS, FOLDER, Finite, add, table
+from prism_refactor.cli.options import (
+    CALIBRATION_NAMES,
+    CALIBRATION_OPTIONS,
+    INPUT_FOLDER,
+    OUTPUT_FOLDER,
+    Finite,
+    Requirements,
+    Size,
+    add,
+    table,
+)
 from prism_refactor.cli.resuming import RESUME, Resumption
-from prism_refactor.errors import GateError, InputError, UsageError
-from prism_refactor.files import check_target, unfinished_bytes
+from prism_refactor.errors import InputError, RequirementError, UsageError
 from prism_refactor.formats import MANIFEST
-from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.refactoring.gate import QualityGate
-from prism_refactor.refactoring.pipeline import refactor
-from prism_refactor.refactoring.plan import Plan, make_plan, partition_seconds, profile_seconds
-from prism_refactor.refactoring.recipe import ROUTERS, SALIENCIES, Recipe
-from prism_refactor.refactoring.timings import Timings
-from prism_refactor.refactoring.workers import ENGINES, Workers
-from prism_refactor.resources import check_disk, check_memory, gib
+from prism_refactor.refactoring.figures import FIGURES, check_position, figure
+from prism_refactor.refactoring.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
+from prism_refactor.requirements import Requirement
+from prism_refactor.resources import gib
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Size(click.ParamType):
-    """A number of bytes such as 5GB or 512MiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes, as an int."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(value).upper())
-        if match is None or not float(match[1]):
-            self.fail(f"{value!r} is not a size; write 5GB or 512MiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
-
+if TYPE_CHECKING:
+    from prism_refactor.calibration.statistics import StatisticsSource
+    from prism_refactor.refactoring.plan import Plan
+    from prism_refactor.refactoring.workers import Workers
 
 RECIPE_OPTIONS = (
     click.option("--sub-experts", type=int, default=Recipe.sub_experts, help="Parts per expert, a power of two."),
-    click.option("--solver", type=click.Choice(list(solvers.SOLVERS)), default=Recipe.solver, help="How neurons are partitioned."),
+    click.option("--solver", type=click.Choice(SOLVERS), default=Recipe.solver, help="How neurons are partitioned."),
     click.option(
         "--router",
         type=click.Choice(ROUTERS),
         default=Recipe.router,
-        help="Sub-expert router: ridge regression, gate neurons calibrated to predict sizes, the paper's gate neurons, or none.",
+        help="Sub-expert router: ridge regression, the paper's gate neurons, or none.",
     ),
-    click.option("--gate-neurons", type=click.IntRange(1), default=Recipe.gate_neurons, help="Neurons per sub-expert of either proxy."),
+    click.option("--gate-neurons", type=click.IntRange(1), default=Recipe.gate_neurons, help="Neurons per sub-expert of --router proxy."),
     click.option(
         "--coactive-share",
         type=Finite(0, 1, min_open=True),
@@ -67,7 +57,7 @@ RECIPE_OPTIONS = (
         "--saliency",
         type=click.Choice(SALIENCIES),
         default=Recipe.saliency,
-        help="|activation| x norm of its down_proj column, |activation|, or the square of the first.",
+        help="What a neuron adds: |activation| x norm of its down_proj column, or |activation|, the paper's.",
     ),
     click.option(
         "--max-shard-size",
@@ -79,23 +69,30 @@ RECIPE_OPTIONS = (
 )
 
 
-@command
-@click.argument("model_dir", type=FOLDER)
-@click.argument("out_dir", type=FOLDER)
+def _list_architectures(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Callback of an eager flag: print the families and exit."""
+    if asked:
+        from prism_refactor.cli.architectures import listing
+
+        click.echo(listing())
+        context.exit()
+
+
+@command()
+@click.argument("model_dir", type=INPUT_FOLDER)
+@click.argument("out_dir", type=OUTPUT_FOLDER)
 @add(RECIPE_OPTIONS)
-@click.option("--stats", type=FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
+@click.option("--stats", type=INPUT_FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
 @add(CALIBRATION_OPTIONS)
 @click.option("--workers", type=click.IntRange(1), help="Processes that partition experts and fit routers.  [default: one per core]")
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="local", help="Where those processes are: this machine, or a Ray cluster (extra [ray])."
 )
 @click.option("--ray-address", help="Of the cluster: auto or HOST:PORT.  [default: RAY_ADDRESS, or one started here]")
-@click.option(
+@Requirements(
     "--quality-gate",
-    "gates",
-    multiple=True,
-    metavar="CONDITION",
-    help="Exit with 4 unless true, e.g. 'error@50%<0.05', 'dropped<0.5', 'unrouted<=0'; OUT_DIR is written all the same.",
+    "write it as it was: --require 'error@50%<0.05'",
+    "Exit with 4 unless true, e.g. 'error@50%<0.05', 'dropped<0.5', 'unrouted<=0'; OUT_DIR is written all the same.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--strict", is_flag=True, help="Fail when an expert saw no token.")
@@ -104,7 +101,7 @@ RECIPE_OPTIONS = (
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=list_architectures,
+    callback=_list_architectures,
     help="Print the families that can be split and exit.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
@@ -120,7 +117,7 @@ def main(
     workers: int | None,
     engine: str,
     ray_address: str | None,
-    gates: tuple[str, ...],
+    require: tuple[str, ...],
     as_json: bool,
     strict: bool,
     dry_run: bool,
@@ -132,8 +129,16 @@ def main(
 
     An interrupted run keeps its finished layers in OUT_DIR.partial; --resume goes on with them.
     """
+    from prism_refactor.calibration.profile import Profile
+    from prism_refactor.calibration.store import Statistics
+    from prism_refactor.files import check_target, unfinished_bytes
+    from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.refactoring.pipeline import Refactoring
+    from prism_refactor.refactoring.plan import make_plan
+    from prism_refactor.resources import check_disk, check_memory
+
+    requirements = [Requirement.parse(text, FIGURES) for text in require]
     pool = _workers(workers, engine, ray_address)
-    demands = [QualityGate.parse(text) for text in gates]
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
@@ -146,47 +151,39 @@ def main(
         statistics = Statistics(stats, checkpoint)
         calibration = Calibration(**statistics.calibration)
     plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None, pool.count or 1)
-    for demand in demands:
-        demand.check([recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
+    for requirement in requirements:
+        check_position(requirement, [recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, pool.count, statistics is not None))
     check_memory(plan.memory_needed)
     check_disk(out_dir, plan.disk_needed - (unfinished_bytes(out_dir) if resume else 0))
     if dry_run:
         return
-    layers = checkpoint.config.num_hidden_layers
-    # Of a layer's progress, the first half is profiling where there is any.
-    half = 0.5 if statistics is None else 0.0
-
-    def on_rows(layer: int, done: int, total: int) -> None:
-        reporter.step("rows profiled", layer, layers, done, total, 0, half)
-
-    def on_expert(layer: int, done: int, total: int) -> None:
-        reporter.step("experts partitioned", layer, layers, done, total, half, 1 - half)
-
-    arriving: Profile | Statistics
+    source: StatisticsSource
     if statistics is None:
         rows = calibration.rows(checkpoint)
         reporter.warn_of(calibration.shortage(rows))
-        arriving, recorded = Profile(checkpoint, calibration, rows, on_rows), calibration.recorded(rows)
+        source = Profile(checkpoint, calibration, rows, reporter)
+        # Of a layer's progress, the first half is profiling.
+        reporter.stages = {"rows profiled": (0, 0.5), "experts partitioned": (0.5, 0.5)}
     else:
-        arriving, recorded = statistics, statistics.calibration
-    timings = Timings()
-    resumption = Resumption(reporter, out_dir, layers)
-    with resumption.telling():
-        manifest = refactor(
-            checkpoint, out_dir, arriving, recorded, recipe, plan, pool, strict, resume, on_expert, resumption.on_start, timings
-        )
+        source = statistics
+    refactoring = Refactoring(checkpoint, recipe, plan, pool, reporter, strict)
+    with Resumption(reporter, out_dir, checkpoint.config.num_hidden_layers):
+        manifest = refactoring.run(source, out_dir, resume)
     reporter.close()
     _warn_unrouted(manifest, reporter)
-    judged = [(demand, demand.value(manifest)) for demand in demands]
-    click.echo(_json_summary(manifest, out_dir, judged, timings) if as_json else _summary(manifest, out_dir))
-    failed = [f"{demand.text} is not met, it is {value:.4g}" for demand, value in judged if not demand.met(value)]
+    found = [(requirement, figure(requirement, manifest)) for requirement in requirements]
+    seconds = refactoring.timings.seconds
+    click.echo(_json_summary(manifest, out_dir, found, seconds) if as_json else _summary(manifest, out_dir))
+    failed = [f"{requirement.text} does not hold, it is {value:.4g}" for requirement, value in found if not requirement.holds(value)]
     if failed:
-        raise GateError("; ".join(failed))
+        raise RequirementError("; ".join(failed))
 
 
-def _workers(count: int | None, engine: str, address: str | None) -> Workers:
+def _workers(count: int | None, engine: str, address: str | None) -> "Workers":
+    from prism_refactor.refactoring.workers import Workers
+
     if address is not None and engine != "ray":
         raise UsageError("--ray-address has no effect without --engine ray; add it")
     return Workers(len(os.sched_getaffinity(0)) if count is None and engine == "local" else count, engine, address)
@@ -221,20 +218,18 @@ def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
     for layer in manifest["layers"]:
         experts = layer["experts"]
         before, after = _dropped(layer)
-        rows.append(
-            [layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}", layer["tilt"]]
-        )
-    header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned", "stock tilt"]
+        rows.append([layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}"])
+    header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned"]
     changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
     recipe = manifest["recipe"]
     caption = (
         f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts\n"
-        "(less is better); stock tilt: 0 is exact at full k, more favours the useful sub-experts below it"
+        "(less is better)"
     )
     return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
 
 
-def _json_summary(manifest: dict[str, Any], out_dir: Path, judged: list[tuple[QualityGate, float]], timings: Timings) -> str:
+def _json_summary(manifest: dict[str, Any], out_dir: Path, found: list[tuple[Requirement, float]], seconds: dict[str, float]) -> str:
     layers = [
         {
             "layer": layer["layer"],
@@ -242,23 +237,23 @@ def _json_summary(manifest: dict[str, Any], out_dir: Path, judged: list[tuple[Qu
             "fewest_tokens": min(expert["tokens"] for expert in layer["experts"]),
             "unrouted": layer["unrouted"],
             **{name: round(share, 6) for name, share in zip(("dropped_stored", "dropped"), _dropped(layer), strict=True)},
-            "tilt": layer["tilt"],
-            "full_k_error": layer["full_k_error"],
             "output_error": layer["output_error"],
         }
         for layer in manifest["layers"]
     ]
-    gates = [{"gate": demand.text, "value": value, "met": demand.met(value)} for demand, value in judged]
-    seconds = {stage: round(value, 3) for stage, value in timings.seconds.items()}
+    required = [{"requirement": item.text, "value": value, "holds": item.holds(value)} for item, value in found]
+    seconds = {stage: round(value, 3) for stage, value in seconds.items()}
     sizes = {key: {"source": before, "result": manifest["result"][key]} for key, before in _sizes(manifest).items()}
-    return json.dumps({"out_dir": str(out_dir), "sizes": sizes, "layers": layers, "gates": gates, "seconds": seconds}, indent=2)
+    return json.dumps({"out_dir": str(out_dir), "sizes": sizes, "layers": layers, "required": required, "seconds": seconds}, indent=2)
 
 
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
     return {key: manifest["source"][key] for key in manifest["result"]}
 
 
-def _plan_table(plan: Plan, recipe: Recipe, calibration: Calibration, workers: int | None, has_statistics: bool) -> str:
+def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers: int | None, has_statistics: bool) -> str:
+    from prism_refactor.refactoring.plan import partition_seconds, profile_seconds
+
     rows = [[key, before, plan.after[key]] for key, before in plan.before.items()]
     rows.append(["tensors", plan.tensors_in, plan.tensors_out])
     forward = 0.0 if has_statistics else profile_seconds(plan)

@@ -7,8 +7,7 @@ import click
 
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import PICTURE, table
-from prism_refactor.evaluation.plot import save_figure
-from prism_refactor.offload.manager import FastMemory
+from prism_refactor.offload.options import CacheBudget
 from prism_refactor.offload.policies import POLICIES
 from prism_refactor.offload.replay import Trace, belady, hit_rate
 
@@ -16,7 +15,7 @@ SIZES = ("10%", "25%", "50%", "75%", "90%")
 BOUND = "belady"
 
 
-@command
+@command()
 @click.argument("trace", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--fast-memory", "sizes", multiple=True, default=SIZES, help="Cache size, bytes (2GiB) or a share (25%); repeat to compare.")
 @click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, help="Repeat to compare.  [default: all]")
@@ -27,7 +26,7 @@ def main(reporter: Reporter, trace: Path, sizes: tuple[str, ...], policies: tupl
 
     Prints the share of uses that find their sub-expert in fast memory, without prefetch. belady knows the future: no policy can be better.
     """
-    budgets = [FastMemory(size) for size in sizes]
+    budgets = [CacheBudget(size) for size in sizes]
     recorded = Trace.load(trace)
     total = recorded.layers * recorded.experts
     names = [*(policies or POLICIES), BOUND]
@@ -37,7 +36,7 @@ def main(reporter: Reporter, trace: Path, sizes: tuple[str, ...], policies: tupl
         for name in names:
             policy = belady(recorded) if name == BOUND else POLICIES[name](recorded.layers, recorded.experts)
             rates[name].append(hit_rate(recorded, policy, number))
-        reporter.count("cache sizes replayed", done + 1, len(slots))
+        reporter.progress("cache sizes replayed", done + 1, len(slots))
     reporter.close()
     if plot is not None:
         draw(rates, [number / total for number in slots], plot)
@@ -54,7 +53,9 @@ def main(reporter: Reporter, trace: Path, sizes: tuple[str, ...], policies: tupl
 
 def draw(rates: dict[str, list[float]], shares: list[float], path: Path) -> None:
     """Hit rate against the share of the sub-experts that fits."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (half a second that only --plot needs)
+    from matplotlib.figure import Figure
+
+    from prism_refactor.files import save_figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -7,34 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from jinja2 import UndefinedError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import FOLDER, OutputFile
+from prism_refactor.cli.options import INPUT_FOLDER, OutputFile
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.evaluation.page import report_page
-from prism_refactor.files import output_file
-from prism_refactor.formats import EVALUATION, MANIFEST
-from prism_refactor.models.refactored import open_refactored
-from prism_refactor.refactoring.pipeline import PICTURE_FILE
-
-PAGE = "report.html"
-# What reading a file raises that lacks a field or has one of another type.
-_MISTAKES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, SafetensorError, UndefinedError)
+from prism_refactor.formats import EVALUATION, MANIFEST, PAGE, PICTURE_FILE
 
 
-@command
-@click.argument("out_dir", type=FOLDER)
+@command()
+@click.argument("out_dir", type=INPUT_FOLDER)
 @click.option("--output", type=OutputFile(), help=f"Write the page here.  [default: OUT_DIR/{PAGE}]")
 def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
     """Show the refactored checkpoint in OUT_DIR as one HTML page: quality curve, operating points, errors, partition, load, recipe.
 
     The page refers to nothing outside itself. The quality curve is there once prism-eval --save has measured it.
     """
-    _, manifest = open_refactored(out_dir)
+    from prism_refactor.evaluation.page import report_page
+    from prism_refactor.files import output_file
+    from prism_refactor.models.refactored import RefactoredCheckpoint
+
+    manifest = RefactoredCheckpoint(out_dir).manifest
     target = output or out_dir / PAGE
     evaluation, pictures = _evaluation(out_dir / EVALUATION), _pictures(out_dir / PICTURE_FILE)
     with _broken(f"{out_dir}: {MANIFEST}, {EVALUATION} or {PICTURE_FILE}", "refactor and evaluate again"):
@@ -48,9 +40,14 @@ def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
 
 @contextmanager
 def _broken(what: str, remedy: str) -> Iterator[None]:
+    from jinja2 import UndefinedError
+    from safetensors import SafetensorError
+
+    # What reading a file raises that lacks a field or has one of another type.
+    mistakes = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, SafetensorError, UndefinedError
     try:
         yield
-    except _MISTAKES as error:
+    except mistakes as error:
         raise InputError(f"{what} is not as this version writes it ({type(error).__name__}: {one_line(error)}); {remedy}") from error
 
 
@@ -61,7 +58,9 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text()))
 
 
-def _pictures(path: Path) -> dict[str, np.ndarray]:
+def _pictures(path: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
     if not path.exists():
         return {}
     with _broken(str(path), "refactor again"):

@@ -5,28 +5,28 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from prism_refactor.calibration.text import load_tokenizer
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
+from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
 from prism_refactor.errors import PrismError, UsageError
-from prism_refactor.files import output_file
-from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import full_k, set_active
-from prism_refactor.offload.cache import Counters
-from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.options import CacheBudget, LatencyTarget
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.offload.cache import Counters
 
 # Prompt tokens of one forward pass: a long prompt must not need more memory than its answer.
 CHUNK = 256
 
 
-@command
-@click.argument("refactored_dir", type=FOLDER)
+@command()
+@click.argument("refactored_dir", type=INPUT_FOLDER)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on with; repeat for several, one after the other.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Tokens to generate for each.")
 @click.option("--k", type=click.IntRange(1), help="Sub-experts per token.  [default: all]")
@@ -43,6 +43,12 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     Everything else of the model is in memory; sub-experts are read from the checkpoint when they are needed, or a little before. The
     text is the same as with the whole model in memory, unless --latency-target allows to skip sub-experts. Figures go to stderr.
     """
+    from prism_refactor.calibration.text import load_tokenizer
+    from prism_refactor.files import output_file
+    from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.models.modeling_prism import full_k, set_active
+    from prism_refactor.offload.manager import load_offloaded
+
     if options["k_min"] is not None and options["latency_target"] is None:
         raise UsageError("--k-min: belongs to --latency-target")
     if trace is not None and refactored_dir.resolve() in trace.resolve().parents:
@@ -59,7 +65,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     tokenizer = load_tokenizer(refactored_dir)
     encoded = [_encode(tokenizer, prompt, checkpoint, options["max_new_tokens"]) for prompt in prompts]
     model = load_offloaded(
-        refactored_dir, FastMemory(options["fast_memory"]), options["policy"], options["prefetch"], options["read"], options["device"]
+        refactored_dir, CacheBudget(options["fast_memory"]), options["policy"], options["prefetch"], options["read"], options["device"]
     )
     set_active(model, k)
     store, slots = model.offload.cache.store, model.offload.cache.slots
@@ -68,7 +74,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
         f"{slots} of {total} sub-experts fit in fast memory, {slots * store.sub_expert_bytes / 2**20:,.0f} MiB", slots=slots, total=total
     )
     if options["latency_target"] is not None:
-        model.offload.set_elastic(Elastic(options["latency_target"] / 1e3, options["k_min"] or max(k // 2, 1)))
+        model.offload.set_latency(LatencyTarget(options["latency_target"] / 1e3, options["k_min"] or max(k // 2, 1)))
     answers, failed = [], None
     with ExitStack() as stack:
         stack.callback(model.offload.close)
@@ -89,7 +95,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
         raise click.exceptions.Exit(failed.exit_code)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, checkpoint: Checkpoint, new: int) -> torch.Tensor:
+def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, checkpoint: "Checkpoint", new: int) -> "torch.Tensor":
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -103,29 +109,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, checkpoint: Checkpo
     return ids
 
 
-class _Clock(TextStreamer):
-    """Prints the text as it comes, unless it is to be quiet, and notes when each token came."""
-
-    def __init__(self, tokenizer: Any, quiet: bool):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.quiet = quiet
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if not self.quiet:
-            click.echo(text, nl=stream_end)
-
-
-@torch.inference_mode()
 def _answer(
-    reporter: Reporter, model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, new: int, k: int, quiet: bool
+    reporter: Reporter, model: Any, tokenizer: "PreTrainedTokenizerBase", ids: "torch.Tensor", new: int, k: int, quiet: bool
 ) -> dict[str, Any]:
     """Generate for one prompt; its text and figures, which are also reported."""
-    clock, before = _Clock(tokenizer, quiet), model.offload.counters
+    import torch
+
+    from prism_refactor.cli.streaming import Clock
+
+    clock, before = Clock(tokenizer, quiet), model.offload.counters
     start = time.perf_counter()
     output = model.generate(
         ids.to(model.device),
@@ -154,7 +146,7 @@ def _answer(
     return figures
 
 
-def _describe(figures: dict[str, Any], counters: Counters) -> str:
+def _describe(figures: dict[str, Any], counters: "Counters") -> str:
     speed = figures["tokens_per_second"]
     parts = [
         f"{figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),

@@ -3,30 +3,34 @@
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import uvicorn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prism_refactor.calibration.profile import DTYPES
+from prism_refactor.calibration.settings import torch_dtype
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
+from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.offload.manager import FastMemory, load_offloaded
-from prism_refactor.serving.engine import Engine, apart, load
-from prism_refactor.serving.metrics import Metrics
-from prism_refactor.serving.performance import PerformanceModel
-from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.offload.options import CacheBudget
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
-from prism_refactor.serving.server import Site, create_app
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from prism_refactor.serving.engine import Engine
+    from prism_refactor.serving.metrics import Metrics
 
 
-@command
-@click.argument("refactored_dir", type=FOLDER)
+@command()
+@click.argument("refactored_dir", type=INPUT_FOLDER)
 @add(SERVING_OPTIONS)
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), default="per-token", help="Which requests share a step, and at which k.")
-@click.option("--max-wait", type=Finite(0), default=Limits.wait, help="Seconds that schedulers other than fifo hold back work.")
+@click.option(
+    "--max-wait",
+    type=Finite(0),
+    default=Limits.wait,
+    help="Longest time, in seconds, that a request may be delayed to form a better batch (not by fifo and per-token).",
+)
 @click.option("--kv-tokens", type=click.IntRange(64), help="Tokens of the KV cache.  [default: a quarter of free memory]")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, help="Requests that may queue; more get 429.")
 @click.option("--fast-memory", help="Keep only so much of the sub-experts in memory: bytes (2GiB) or a share (25%).  [default: all]")
@@ -44,6 +48,11 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     (after prism-eval --save), or asks for the model NAME@12. It is served at that k whatever runs beside it. SIGTERM stops taking
     requests, lets the running ones end, and exits with 0.
     """
+    from prism_refactor.serving.engine import run_in_thread
+    from prism_refactor.serving.metrics import Metrics
+    from prism_refactor.serving.quality import QualityCurve
+    from prism_refactor.serving.server import ServerState, UvicornServer
+
     name = options["served_model_name"] or refactored_dir.resolve().name
     if "@" in name:
         raise UsageError(f"--served-model-name {name}: must have no @, which separates the name from k")
@@ -51,14 +60,11 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     listener = _listen(options["host"], options["port"])
     reporter.line(f"loading {refactored_dir}")
     metrics = Metrics()
-    engine = apart(_engine, refactored_dir, metrics, options)
+    engine = run_in_thread(_engine, refactored_dir, metrics, options)
     metrics.watch(engine)
     router = "stock" if engine.model.config.prism["router"] == "replicate" else "two-level"
     curve = QualityCurve.load(refactored_dir, router, engine.full_k)
-    site = Site(name, engine, tokenizer, metrics, curve, options["api_key"])
-    server = _Server(
-        uvicorn.Config(create_app(site, engine.stop), log_config=None, timeout_graceful_shutdown=options["drain_seconds"]), site
-    )
+    server = UvicornServer(ServerState(name, engine, tokenizer, metrics, curve, options["api_key"]), options["drain_seconds"])
     # uvicorn drains on these, and then raises them again for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -70,39 +76,31 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     reporter.line("stopped" + (f"; {left} requests were ended" if left else ""), unfinished=left)
 
 
-class _Server(uvicorn.Server):
-    """Says that it is stopping as soon as it is asked to."""
+def _engine(folder: Path, metrics: "Metrics", options: dict[str, Any]) -> "Engine":
+    from prism_refactor.serving.engine import Engine
+    from prism_refactor.serving.performance import PerformanceModel
 
-    def __init__(self, config: uvicorn.Config, site: Site):
-        super().__init__(config)
-        self.site = site
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        self.site.stopping = True
-        super().handle_exit(sig, frame)
-
-
-def _engine(folder: Path, metrics: Metrics, options: dict[str, Any]) -> Engine:
-    model = _model(folder, options)
-    limits = Limits(options["max_batch_tokens"], options["max_requests"], options["max_wait"])
-    performance = PerformanceModel.load(folder)
-    return Engine(model, options["scheduler"], limits, performance, options["kv_tokens"], options["max_waiting"], metrics.on_step)
+    requests, wait, waiting = options["max_requests"], options["max_wait"], options["max_waiting"]
+    limits = Limits(options["max_batch_tokens"], requests, wait, options["kv_tokens"], waiting)
+    return Engine(_model(folder, options), options["scheduler"], limits, PerformanceModel.load(folder), metrics.on_step)
 
 
 def _model(folder: Path, options: dict[str, Any]) -> Any:
+    from prism_refactor.offload.manager import load_offloaded
+    from prism_refactor.serving.engine import load
+
     if options["fast_memory"] is None:
-        return load(folder, options["device"], DTYPES.get(options["dtype"]))
+        return load(folder, options["device"], torch_dtype(options["dtype"]))
     if options["dtype"] != "auto":
         raise UsageError("--dtype: with --fast-memory sub-experts are used as they are stored; leave it out")
-    budget = FastMemory(options["fast_memory"])
+    budget = CacheBudget(options["fast_memory"])
     return load_offloaded(folder, budget, options["policy"], options["prefetch"], options["read"], options["device"])
 
 
-def _tokenizer(folder: Path, template: Path | None) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: transformers cannot load its tokenizer: {error}") from None
+def _tokenizer(folder: Path, template: Path | None) -> "PreTrainedTokenizerFast":
+    from prism_refactor.calibration.text import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: the tokenizer has no tokenizer.json, which streaming needs")
     if template is not None:

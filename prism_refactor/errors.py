@@ -1,4 +1,7 @@
-"""The one exception hierarchy. Every error a user can cause is a `PrismError`; the door prints it as one line."""
+"""The one exception hierarchy. Every error a user can cause is a `PrismError`; a command prints it as one line.
+
+A message names an option by its Python name in backticks: "`sub_experts` 3: must be a power of two". Commands print the flag instead.
+"""
 
 import textwrap
 
@@ -12,7 +15,7 @@ class PrismError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's error on one line, cut where it goes on and on, or its type where it says nothing."""
+    """Return another library's error on one line, shortened where it is long; its type where it says nothing."""
     return textwrap.shorten(str(error), LONGEST_LINE) or type(error).__name__
 
 
@@ -28,8 +31,8 @@ class InputError(PrismError):
     exit_code = 3
 
 
-class GateError(PrismError):
-    """A verification or quality gate was not met."""
+class RequirementError(PrismError):
+    """A verification failed, or a requirement does not hold."""
 
     exit_code = 4
 

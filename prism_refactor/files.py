@@ -66,7 +66,7 @@ def check_target(target: Path, source: Path, overwrite: bool, marker: str) -> No
         if not target.is_dir():
             raise UsageError(f"{target}: is a file; choose another output folder")
         if any(target.iterdir()) and not overwrite:
-            raise UsageError(f"{target}: exists; choose another output folder or add --overwrite")
+            raise UsageError(f"{target}: exists; choose another output folder or add `overwrite`")
         if any(target.iterdir()) and not (target / marker).exists():
             raise UsageError(f"{target}: was not written by this command (no {marker}); remove it yourself if you mean it")
     if not resolved.parent.is_dir():
@@ -85,6 +85,11 @@ def record_path(state: Path, index: int) -> Path:
     return state / f"layer-{index:05d}.json"
 
 
+def can_resume(target: Path) -> bool:
+    """Return whether an interrupted run has left something of the folder `target` to go on with."""
+    return any((partial_folder(target) / STATE).glob("*.json"))
+
+
 def finished_layers(target: Path) -> int:
     """How many layers an interrupted run that can be resumed has finished of the folder `target`."""
     return len(list((partial_folder(target) / STATE).glob("layer-*.json")))
@@ -100,7 +105,7 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
     """A temporary folder `TARGET.partial` that becomes TARGET if the block ends well and is removed if it does not.
 
     A folder of that name left by a killed run is replaced; one in use by a live run is refused. A run that can be resumed gives its
-    `identity`: then the folder stays if layers are finished, and a run of the same identity goes on with it.
+    `identity`: then the folder stays if its state holds a record, and a run of the same identity goes on with it.
 
     Args:
         target: the folder to be.
@@ -122,7 +127,7 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
         try:
             if partial.is_symlink() or (partial.exists() and not (partial / INCOMPLETE).exists()):
                 raise UsageError(f"{partial}: is in the way and was not written by this command; remove it yourself if you mean it")
-            if not (identity is not None and finished_layers(target) and _may_go_on(partial, identity, resume)):
+            if not (identity is not None and can_resume(target) and _may_go_on(partial, identity, resume)):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 (partial / INCOMPLETE).touch()
@@ -131,7 +136,7 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
             sync([*partial.rglob("*"), partial])
             _replace(partial, target)
         finally:
-            if not partial.is_symlink() and (partial / INCOMPLETE).exists() and not (identity is not None and finished_layers(target)):
+            if not partial.is_symlink() and (partial / INCOMPLETE).exists() and not (identity is not None and can_resume(target)):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
 
@@ -154,13 +159,13 @@ def _opened(path: Path) -> Iterator[int]:
 def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:
     """Raises UsageError when an interrupted run is there and this is not its continuation."""
     if not resume:
-        raise UsageError(f"{partial}: holds an interrupted run; add --resume to go on or remove it")
+        raise UsageError(f"{partial}: holds an interrupted run; add `resume` to go on or remove it")
     before, now = (_flat(value) for value in (json.loads((partial / INCOMPLETE).read_text()), json.loads(json.dumps(identity))))
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
         raise UsageError(
-            f"--resume: {partial} belongs to a run with {name} {before.get(name)}, not {now.get(name)}; use the same or remove it"
+            f"`resume`: {partial} belongs to a run with {name} {before.get(name)}, not {now.get(name)}; use the same or remove it"
         )
     # What a killed run was about to give its name: our files end in .partial, those of safetensors begin with .tmp.
     for leftover in partial.rglob(".*"):
@@ -205,3 +210,9 @@ def _replace(partial: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(old)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure in the format of the path's ending; it appears only when complete."""
+    with output_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150)

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from prism_refactor.files import STATE, record_path, save_tensors, sync, write_json
 
 PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "scipy", "deap", "numba", "scikit-learn", "pymetis")
+Tensors = dict[str, torch.Tensor]
 
 
 class Progress:
     """The state folder inside an unfinished output folder.
 
     `layer-NNNNN.json` is written last and counts a layer as finished; beside it are tensors that the layer adds to files written at the
-    end, and the state of the calibration text. Everything is on the disk before it counts, so a power cut loses at most the layer it
-    falls into.
+    end, and the hidden states of the calibration text. Everything is on the disk before it counts, so a power cut loses at most the
+    layer it falls into.
 
     Args:
         folder: the unfinished output folder.
@@ -31,48 +32,53 @@ class Progress:
 
     def __init__(self, folder: Path):
         self.folder, self.layers = folder / STATE, 0
-        self._text: str | None = None
+        self._hidden_states: str | None = None
 
-    def restored(self) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        """The record and the tensors of every finished layer, in order; `layers` counts them."""
+    def restored(self) -> Iterator[tuple[dict[str, Any], dict[str, Tensors]]]:
+        """Yield the record and the named groups of tensors of every finished layer, in order; `layers` counts them."""
         while (path := record_path(self.folder, self.layers)).exists():
             record = json.loads(path.read_text())
-            self._text = record["text"]
+            self._hidden_states = record["hidden_states"]
             self.layers += 1
-            yield record, load_file(path.with_suffix(".safetensors"))
+            yield record, {name: load_file(self._group(path, name)) for name in record["groups"]}
 
-    def text(self) -> dict[str, torch.Tensor]:
-        """The state of the calibration text after the last of them; empty if there is none."""
-        return load_file(self.folder / self._text) if self._text else {}
+    @staticmethod
+    def _group(path: Path, name: str) -> Path:
+        return path.with_suffix(f".{name}.safetensors")
+
+    def hidden_states(self) -> Tensors:
+        """Return the hidden states of the calibration text after the last finished layer; empty where a run carries none."""
+        return load_file(self.folder / self._hidden_states) if self._hidden_states else {}
 
     def finish_layer(
-        self, record: dict[str, Any], text: dict[str, torch.Tensor], files: Iterable[Path], tensors: dict[str, torch.Tensor] | None = None
+        self, record: dict[str, Any], hidden_states: Tensors, files: Iterable[Path], groups: dict[str, Tensors] | None = None
     ) -> None:
         """Count one more layer as finished.
 
         Args:
             record: of this layer, JSON values.
-            text: state of the calibration text.
+            hidden_states: of the calibration text.
             files: written for this layer, to have on the disk first.
-            tensors: of this layer.
+            groups: tensors of this layer, by what they belong to.
         """
         self.folder.mkdir(exist_ok=True)
         path = record_path(self.folder, self.layers)
-        save_tensors(tensors or {}, path.with_suffix(".safetensors"))
-        self._text = f"text-{self.layers:05d}.safetensors" if text else None
-        if self._text:
-            save_tensors(text, self.folder / self._text)
+        for name, tensors in (groups or {}).items():
+            save_tensors(tensors, self._group(path, name))
+        self._hidden_states = f"hidden-{self.layers:05d}.safetensors" if hidden_states else None
+        if self._hidden_states:
+            save_tensors(hidden_states, self.folder / self._hidden_states)
         sync([*files, *self.folder.iterdir(), self.folder.parent])
-        write_json(path, record | {"text": self._text})
+        write_json(path, record | {"hidden_states": self._hidden_states, "groups": [*(groups or {})]})
         sync([self.folder])
-        for old in self.folder.glob("text-*.safetensors"):
-            if old.name != self._text:
+        for old in self.folder.glob("hidden-*.safetensors"):
+            if old.name != self._hidden_states:
                 old.unlink()
         self.layers += 1
 
 
 def versions() -> dict[str, str]:
-    """Of every package here that decides the bytes of a result."""
+    """Return the version of every installed package that decides the bytes of a result."""
     found = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

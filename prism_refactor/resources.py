@@ -1,11 +1,22 @@
 """Memory and disk: how much there is, how much is needed."""
 
+import re
 import shutil
 from pathlib import Path
 
 import psutil
 
 from prism_refactor.errors import ResourceError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes that a text such as '5GB' or '512MiB' names; None if it names none, or zero."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].upper()]) or None
 
 
 def gib(size: int) -> str:
@@ -73,6 +84,6 @@ def check_memory(needed: int) -> None:
     free = free_memory()
     if needed > free:
         raise ResourceError(
-            f"needs about {gib(needed)} of memory, {gib(free)} is available; lower --num-samples, --tokens-per-expert or --workers, use "
-            "--dtype bfloat16, or free some"
+            f"needs about {gib(needed)} of memory, {gib(free)} is available; lower `num_samples`, `tokens_per_expert` or `workers`, use "
+            "`dtype` bfloat16, or free some"
         )

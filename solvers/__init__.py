@@ -10,7 +10,7 @@ from prism_refactor.errors import UsageError
 from prism_refactor.solvers import methods
 from prism_refactor.solvers.genetic import genetic
 from prism_refactor.solvers.problem import Partition, Problem
-from prism_refactor.solvers.regression import ridge, ridge_on_few
+from prism_refactor.solvers.regression import ridge
 
 SOLVERS: dict[str, Callable[..., np.ndarray]] = {
     "genetic": genetic,
@@ -58,4 +58,4 @@ def solve(
         return Partition.of(problem, SOLVERS[method](problem, seed, **options))
 
 
-__all__ = ["SOLVERS", "Partition", "Problem", "ridge", "ridge_on_few", "solve"]
+__all__ = ["SOLVERS", "Partition", "Problem", "ridge", "solve"]

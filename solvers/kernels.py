@@ -5,7 +5,7 @@ float64; the float32 sums that screen swaps and value assignments only propose, 
 Shapes: B tokens, C neurons, N groups; `by_neuron` is the saliency, float32 [C, B]; `labels` is int32 [C] with C / N neurons of each
 value; `kept` is m.
 
-Compiled by numba; with NUMBA_DISABLE_JIT=1 the inner loops are those of `solvers.plain` in NumPy, tested equal and much slower.
+Compiled by numba. tests/numpy_kernels.py has the inner loops in NumPy, which they are tested against.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ import numpy as np
 from numba import config, njit
 
 from prism_refactor.signals import uninterrupted
-from prism_refactor.solvers import plain
 
 # A change must gain more than this share of the whole saliency to count. Every token's terms are rounded to float32, at most 6e-8 of its
 # saliency each, and a gain is made of four of them: what passes is a gain in truth, so descents end.
@@ -24,14 +23,8 @@ TOLERANCE = 2.5e-7
 
 
 def _inner_loop(fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An inner loop: compiled, or its namesake in `solvers.plain`. `fastmath` lets sums be vectorised, in an order of their own."""
-
-    def choose(function: Callable[..., Any]) -> Callable[..., Any]:
-        if config.DISABLE_JIT:  # type: ignore[attr-defined]
-            return getattr(plain, function.__name__)
-        return njit(cache=True, fastmath=fastmath)(function)
-
-    return choose
+    """An inner loop, compiled. `fastmath` lets sums be vectorised, in an order of their own."""
+    return njit(cache=True, fastmath=fastmath)
 
 
 def _whole(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -79,32 +79,3 @@ def _shrunk(values: np.ndarray, rotated: np.ndarray, target: np.ndarray, feature
             best, least = shrunk, score
     assert best is not None
     return best
-
-
-def ridge_on_few(x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pick `count` features one by one for how much of the target they explain together, and regress it on them.
-
-    Args:
-        x: float32 [n, D] features.
-        y: float32 [n] target.
-        count: r.
-
-    Returns:
-        positions int64 [r], coefficient float32 [r], bias float32 [].
-    """
-    with threadpool_limits(1):
-        features = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-        scatter, left = features.T @ features, features.T @ (y - y.mean(dtype=np.float64))
-    least = 1e-9 * max(scatter.diagonal().mean(), 1e-30)
-    chosen: list[int] = []
-    for _ in range(count):
-        gain = np.square(left) / scatter.diagonal().clip(least)
-        gain[chosen] = -1.0
-        pick = int(gain.argmax())
-        chosen.append(pick)
-        # Sweep the pick out of the features and of the target.
-        column, pivot = scatter[:, pick].copy(), max(scatter[pick, pick], least)
-        left = left - column * (left[pick] / pivot)
-        scatter = scatter - np.outer(column, column) / pivot
-    weight, bias = ridge(x[:, chosen], y[:, None])
-    return np.array(chosen), weight[0], bias[0]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
+from prism_refactor.routing.tilt import FULL_K_BUDGET
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeCV
@@ -20,7 +21,6 @@ from prism_refactor.refactoring.plan import make_plan
 from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.routing.output import relative_error
 from prism_refactor.routing.proxy import gate_neurons
-from prism_refactor.routing.tilt import FULL_K_BUDGET
 from prism_refactor.solvers.regression import STRENGTHS, ridge, ridge_on_few
 
 

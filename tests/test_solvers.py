@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import numpy_kernels
 import pytest
 from deap import tools
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from prism_refactor import solvers
 from prism_refactor.errors import UsageError
-from prism_refactor.solvers import kernels, plain
+from prism_refactor.solvers import kernels
 
 PROPERTIES = settings(max_examples=25, deadline=None)
 METHODS = [name for name in solvers.SOLVERS if name != "metis" or importlib.util.find_spec("pymetis")]
@@ -170,10 +171,10 @@ def test_inner_loops_are_the_same_in_numpy():
         "swap_gain": [row(), row(), row(), row()],
         "swap": [row(np.float64), row(np.float64), row(), row(), row()],
     }
-    assert set(arguments) == {name for name, value in vars(plain).items() if callable(value)}
+    assert set(arguments) == {name for name, value in vars(numpy_kernels).items() if callable(value)}
     for name, given_arguments in arguments.items():
         outcomes = []
-        for module in (kernels, plain):
+        for module in (kernels, numpy_kernels):
             copies = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in given_arguments]
             outcomes.append([getattr(module, name)(*copies), *copies])
         for compiled, numpy in zip(*outcomes, strict=True):
@@ -186,7 +187,8 @@ def test_inner_loops_are_the_same_in_numpy():
 
 def test_without_a_compiler_every_method_ends_where_it_does_with_one():
     script = """
-import json, numpy, solvers
+import json, numpy
+from prism_refactor import solvers
 saliency = numpy.abs(numpy.random.default_rng(0).standard_t(2, (60, 16))).astype(numpy.float32)
 options = {name: {} for name in solvers.SOLVERS if name != "metis"} | {"genetic": {"generations": 1}}
 print(json.dumps({name: solvers.solve(saliency, 4, 2, name, 5, **given).loss for name, given in options.items()}))

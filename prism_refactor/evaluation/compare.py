@@ -1,6 +1,5 @@
 """The original and its refactored models on the same text."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,10 @@ from prism_refactor.evaluation.cost import CostModel
 from prism_refactor.evaluation.curve import Measured, Sampled, measured
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows
+from prism_refactor.events import Events
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import full_k
-
-OnLayer = Callable[[str, int, int, int, int], None]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How the models run: compute type, device, windows per forward."""
-
-    dtype: torch.dtype
-    device: str
-    batch_size: int
+from prism_refactor.models.stream import ComputeOptions
 
 
 @dataclass(frozen=True)
@@ -51,13 +41,13 @@ class Evaluation:
     Args:
         original: the source checkpoint.
         windows: the text.
-        runtime: how to run.
+        compute: how to run.
         seed: of the bootstrap.
-        on_layer: told (model, layer, layers, operating points done, in all).
+        events: told of the operating points that have passed a layer.
     """
 
-    def __init__(self, original: Checkpoint, windows: Windows, runtime: Runtime, seed: int, on_layer: OnLayer | None = None):
-        self.windows, self.runtime, self.on_layer = windows, runtime, on_layer
+    def __init__(self, original: Checkpoint, windows: Windows, compute: ComputeOptions, seed: int, events: Events | None = None):
+        self.windows, self.compute, self.events = windows, compute, events
         self.sampled = Sampled(windows, seed)
         top_k = original.architecture.sizes(original.config)[original.architecture.top_k]
         choices = list(range(1, top_k + 1))
@@ -68,11 +58,7 @@ class Evaluation:
         self.original = Curve(original.path.resolve().name, "original", top_k, self._measured(points, losses.sums, top_k, cost), [])
 
     def _losses(self, checkpoint: Checkpoint, points: list[Point], measure_layers: bool = False) -> Any:
-        name = checkpoint.path.resolve().name
-        on_layer = self.on_layer
-        told = None if on_layer is None else (lambda *progress: on_layer(name, *progress))
-        runtime = self.runtime
-        return stream_losses(checkpoint, self.windows, points, runtime.dtype, runtime.device, runtime.batch_size, measure_layers, told)
+        return stream_losses(checkpoint, self.windows, points, self.compute, measure_layers, self.events)
 
     def _measured(self, points: list[tuple[int, ...]], sums: torch.Tensor, full: int, cost: CostModel) -> list[Measured]:
         return [

@@ -69,5 +69,5 @@ class CostModel:
         if k == full:
             return gate, 2 * gate
         rows = total * hidden if self.recipe["router"] == "linear" else 2 * self.recipe["gate_neurons"] * full * hidden
-        compensation = 0 if self.recipe["router"] == "proxy" else 2 * (full - k) * hidden
+        compensation = 2 * (full - k) * hidden if self.recipe["router"] == "linear" else 0
         return gate + rows + compensation, 2 * (gate + rows + compensation)

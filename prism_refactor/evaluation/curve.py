@@ -1,7 +1,5 @@
-"""The quality curve: perplexity with intervals, the original beside each refactored model, and what a gate may demand of it."""
+"""The quality curve: perplexity with intervals, the original beside each refactored model, and the figures that a requirement may be on."""
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +9,10 @@ import torch
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.cost import Cost
 from prism_refactor.evaluation.windows import Windows
+from prism_refactor.requirements import Requirement
 
 RESAMPLES = 1000
 CONFIDENCE = (2.5, 97.5)
-_GATE = re.compile(r"\s*(recovered|ratio|perplexity)@(\d+(?:\.\d+)?)(%?)\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*")
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-}
 
 
 class Sampled:
@@ -111,49 +103,26 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A demand on the curve, written like 'recovered@50%<0.3': the run fails when it is true.
+# The figures that a requirement may be on, and that each has a position.
+FIGURES = {"recovered": True, "ratio": True, "perplexity": True}
 
-    Attributes:
-        text: as written.
-        figure: 'recovered', 'ratio' (to the original at the same cost) or 'perplexity'.
-        position: a share of the experts in per cent, or k.
-        is_share: which of the two.
-        operator, limit: the comparison.
+
+def figure(requirement: Requirement, points: list[Measured], full: int) -> float:
+    """Return the figure of a requirement on one curve, at its position.
+
+    Args:
+        requirement: on one of `FIGURES`.
+        points: of the curve.
+        full: k at which everything runs.
+
+    Raises:
+        UsageError: the curve has no such point, or the figure does not exist there.
     """
-
-    text: str
-    figure: str
-    position: float
-    is_share: bool
-    operator: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Gate":
-        """Raises UsageError when the text is not such a demand."""
-        match = _GATE.fullmatch(text)
-        if match is None:
-            raise UsageError(f"--fail-if '{text}': write for example 'recovered@50%<0.3', 'ratio@8>1' or 'perplexity@25%>60'")
-        return cls(text.strip(), match[1], float(match[2]), bool(match[3]), match[4], float(match[5]))
-
-    def value(self, points: list[Measured]) -> float:
-        """The figure at the gate's position on one curve.
-
-        Raises:
-            UsageError: the curve has no such point, or the figure does not exist there.
-        """
-        for point in points:
-            at = 100 * point.share if self.is_share else point.k
-            if isinstance(point.k, int) and at == self.position:
-                value = getattr(point, self.figure)
-                if value is None:
-                    raise UsageError(f"--fail-if '{self.text}': there is no '{self.figure}' at k = {point.k}")
-                return value
-        known = ", ".join(str(point.k) for point in points if isinstance(point.k, int))
-        raise UsageError(f"--fail-if '{self.text}': not among the evaluated k ({known}); add it with --k")
-
-    def fails(self, value: float) -> bool:
-        """Whether the demand is true, that is, the run fails; a figure that is not a number always does."""
-        return not np.isfinite(value) or _COMPARE[self.operator](value, self.limit)
+    for point in points:
+        if isinstance(point.k, int) and point.k == requirement.k(full):
+            value = getattr(point, requirement.figure)
+            if value is None:
+                raise UsageError(f"`require` '{requirement.text}': there is no '{requirement.figure}' at k = {point.k}")
+            return value
+    known = ", ".join(str(point.k) for point in points if isinstance(point.k, int))
+    raise UsageError(f"`require` '{requirement.text}': not among the evaluated k ({known}); add it with `k`")

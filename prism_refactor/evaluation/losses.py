@@ -1,6 +1,7 @@
 """Next-token losses of one checkpoint at many operating points, in one pass over its layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from prism_refactor.evaluation.windows import Windows
+from prism_refactor.events import Events
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach_block, router_of, router_tensors
-from prism_refactor.models.stream import LayerStream
+from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, install, router_of, router_tensors, two_level_router, uninstall
+from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.routing.output import two_level_output
 
 # Tokens that the output errors of a layer are measured on.
 JUDGED = 4096
-OnLayer = Callable[[int, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,9 @@ def stream_losses(
     checkpoint: Checkpoint,
     windows: Windows,
     points: list[Point],
-    dtype: torch.dtype,
-    device: str,
-    batch_size: int,
+    compute: ComputeOptions,
     measure_layers: bool = False,
-    on_layer: OnLayer | None = None,
+    events: Events | None = None,
 ) -> Losses:
     """Run text through a checkpoint once: each layer is read once and every operating point's hidden states pass through it.
 
@@ -64,48 +63,65 @@ def stream_losses(
         checkpoint: original or refactored.
         windows: the text.
         points: operating points.
-        dtype: compute type.
-        device: 'cpu' or 'cuda'.
-        batch_size: windows per forward.
+        compute: how to run.
         measure_layers: also measure `Losses.layer_errors`; the first point must then be two-level at full k.
-        on_layer: told (layer, layers, points done, points in all).
+        events: told of the operating points that have passed a layer.
     """
-    stream = LayerStream(checkpoint, windows.rows, dtype, device, batch_size, len(points))
+    events, name = events or Events(), checkpoint.path.resolve().name
+    stream = LayerStream(checkpoint, windows.rows, compute, len(points))
     stream.model.set_experts_implementation(EXPERTS)
     routers = router_tensors(checkpoint.path / ROUTER_FILE) if any(point.router == "two-level" for point in points) else {}
-    # The stock router first: attaching the two-level one cannot be undone while the layer is loaded.
-    turns = sorted(range(len(points)), key=lambda number: points[number].router == "two-level")
     errors: list[torch.Tensor] = []
     moe_layers = 0
     for index in range(len(stream)):
         with stream.layer(index) as layer:
             found = moe_block(layer)
-            for done, number in enumerate(turns, 1):
-                point = points[number]
-                judged: list[torch.Tensor] = []
-                handle = None
-                if found is not None:
-                    block = found[1]
-                    if point.router == "two-level" and not hasattr(router_of(block), "two_level"):
-                        attach_block(block, checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
-                    router_of(block).top_k = point.k[moe_layers]
-                    if measure_layers and number == 0:
-                        handle = block.register_forward_pre_hook(lambda _, inputs, judged=judged: judged.append(inputs[0].flatten(0, 1)))
-                stream.advance(index, state=number)
-                if handle is not None:
-                    handle.remove()
-                    errors.append(_layer_errors(block, torch.cat(judged)))
-                if on_layer:
-                    on_layer(index, len(stream), done, len(points))
+            two_level = None
+            if found is not None and routers:
+                two_level = two_level_router(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+            for number, point in enumerate(points):
+                with ExitStack() as stack:
+                    if found is not None:
+                        stack.enter_context(_routed(found[1], two_level, point, moe_layers))
+                    inputs = stack.enter_context(_inputs_of(found[1])) if found is not None and measure_layers and number == 0 else None
+                    stream.advance(index, state=number)
+                    if found is not None and inputs is not None:
+                        errors.append(_layer_errors(found[1], torch.cat(inputs)))
+                events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
             moe_layers += found is not None
     with stream.head() as head:
-        sums = torch.stack([_sums(head, state, windows, device) for state in stream.states])
+        sums = torch.stack([_sums(head, state, windows, compute.device) for state in stream.states])
     return Losses(sums, torch.stack(errors) if errors else None)
+
+
+@contextmanager
+def _routed(block: Any, two_level: Any, point: Point, moe_layer: int) -> Iterator[None]:
+    """Let a block route as an operating point says."""
+    if point.router != "two-level":
+        router_of(block).top_k = point.k[moe_layer]
+        yield
+        return
+    install(block, two_level, ActiveK(point.k), moe_layer)
+    try:
+        yield
+    finally:
+        uninstall(block)
+
+
+@contextmanager
+def _inputs_of(block: Any) -> Iterator[list[torch.Tensor]]:
+    """Give the inputs [T, H] of a block's forwards, as they come."""
+    inputs: list[torch.Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, 1)))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
 
 
 def _layer_errors(block: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the inputs [T, H]."""
-    router = router_of(block).two_level
+    router = block.experts.two_level
     chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long()
     inputs = inputs[chosen.to(inputs.device)]
     full = router.original.top_k * router.sub_experts
@@ -113,7 +129,6 @@ def _layer_errors(block: Any, inputs: torch.Tensor) -> torch.Tensor:
     errors = [
         (two_level_output(router, block.experts, inputs, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)
     ]
-    router.missing = None
     return torch.tensor(errors, dtype=torch.float64)
 
 

@@ -1,10 +1,9 @@
 """The quality curve as a picture."""
 
 from pathlib import Path
-from typing import Any
 
 from prism_refactor.evaluation.compare import Curve
-from prism_refactor.files import output_file
+from prism_refactor.files import save_figure
 
 
 def plot_curves(original: Curve, curves: list[Curve], path: Path) -> None:
@@ -26,9 +25,3 @@ def plot_curves(original: Curve, curves: list[Curve], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Save a matplotlib figure in the format of the path's ending; it appears only when complete."""
-    with output_file(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)

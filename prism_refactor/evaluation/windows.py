@@ -55,7 +55,7 @@ def read_windows(
         UsageError: the stride is longer than the window.
     """
     if stride > length:
-        raise UsageError(f"--stride {stride}: must be at most the window of {length} tokens")
+        raise UsageError(f"`stride` {stride}: must be at most the window of {length} tokens")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts: dict[str, list[int]] = defaultdict(list)
     read = 0
@@ -78,7 +78,7 @@ def read_windows(
             scored.append(counted)
             domains.append(domain)
     if not any(any(row) for row in scored):
-        raise InputError(f"--dataset {', '.join(datasets)}: holds no text to score")
+        raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
     return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
 
 

@@ -4,12 +4,13 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
 
 from prism_refactor.errors import InputError, one_line
+from prism_refactor.events import Events
 from prism_refactor.loadtest.workload import Arrival, Served
 
 _MODELS, _COMPLETIONS = "/v1/models", "/v1/completions"
@@ -52,8 +53,8 @@ async def discover(url: str, model: str | None, api_key: str | None) -> Target:
     return Target(url, found["id"], found.get("full_k"), headers)
 
 
-async def replay(
-    target: Target, trace: Sequence[Arrival], seed: int, timeout: float, on_done: Callable[[int, int], None] = lambda done, total: None
+async def run_load(
+    target: Target, trace: Sequence[Arrival], seed: int, timeout: float, events: Events | None = None
 ) -> tuple[list[Served], float]:
     """Send every request of a trace when it is due, read its stream to the end.
 
@@ -65,12 +66,12 @@ async def replay(
         trace: requests, by time.
         seed: of the prompts.
         timeout: seconds after which an answer counts as lost.
-        on_done: called with (requests done, requests).
+        events: told of the requests that are answered.
 
     Returns:
         (how each request was served, in the order of the trace; seconds from the first request to the last answer).
     """
-    dice = random.Random(seed)
+    events, dice = events or Events(), random.Random(seed)
     # Ids that any vocabulary has and that are rarely special.
     prompts = [[dice.randrange(100, 1000) for _ in range(arrival.prompt_tokens)] for arrival in trace]
     done = 0
@@ -81,7 +82,7 @@ async def replay(
         await asyncio.sleep(max(start + arrival.at - time.monotonic(), 0))
         served = await _ask(session, target, arrival, prompt)
         done += 1
-        on_done(done, len(trace))
+        events.progress("requests answered", done, len(trace))
         return served
 
     connector = aiohttp.TCPConnector(limit=0)

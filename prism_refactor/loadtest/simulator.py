@@ -40,9 +40,7 @@ class _Simulated:
         return Served(floor, self.sub_experts / self.context, self.generated, first - start, done - start)
 
 
-def simulate(
-    trace: Sequence[Arrival], scheduler: str, performance: PerformanceModel, limits: Limits, kv_tokens: int | None = None
-) -> tuple[list[Served], float]:
+def simulate(trace: Sequence[Arrival], scheduler: str, performance: PerformanceModel, limits: Limits) -> tuple[list[Served], float]:
     """Serve a trace in simulated time.
 
     Memory is simpler than the engine's: a request gets its whole KV cache when it starts, or waits for it; nothing is evicted, and no
@@ -52,8 +50,7 @@ def simulate(
         trace: requests, by time.
         scheduler: one of `SCHEDULERS`.
         performance: gives the seconds of a step.
-        limits: bounds of a step.
-        kv_tokens: tokens of the KV cache; None: no bound.
+        limits: bounds of a step; `kv_tokens` None: no bound.
 
     Raises:
         UsageError: a request is longer than the KV cache.
@@ -61,6 +58,7 @@ def simulate(
     Returns:
         (how each request was served, in the order of the trace; seconds from the first request to the last token).
     """
+    kv_tokens = limits.kv_tokens
     longest = max(arrival.prompt_tokens + arrival.max_tokens for arrival in trace)
     if kv_tokens is not None and longest > kv_tokens:
         raise UsageError(f"a request of {longest} tokens does not fit a KV cache of {kv_tokens} tokens")

@@ -98,29 +98,26 @@ def floors(full_k: int, mix: str | None) -> tuple[list[int], list[float]]:
     return ks_given, shares
 
 
-def poisson(
-    requests: int, rate: float, prompt_tokens: int, max_tokens: int, ks: Sequence[int], weights: Sequence[float], seed: int
-) -> list[Arrival]:
+def poisson(requests: int, rate: float, sizes: tuple[int, int], floors: tuple[Sequence[int], Sequence[float]], seed: int) -> list[Arrival]:
     """A trace with exponential times between requests, and lengths that vary by a factor of two either way around their means.
 
     Args:
         requests: how many.
         rate: per second; infinite: all at once.
-        prompt_tokens: mean length of a prompt.
-        max_tokens: mean tokens to generate.
-        ks: floors.
-        weights: of the floors.
+        sizes: mean length of a prompt, and mean tokens to generate.
+        floors: and their weights, see `floors`.
         seed: equal seeds give equal traces; the lengths and floors do not depend on the rate.
     """
-    times, sizes = random.Random(seed), random.Random(seed + 1)
+    times, others = random.Random(seed), random.Random(seed + 1)
+    prompt_tokens, max_tokens = sizes
 
     def length(mean: int) -> int:
-        return max(round(mean * sizes.triangular(0.5, 2.0, 0.5)), 1)
+        return max(round(mean * others.triangular(0.5, 2.0, 0.5)), 1)
 
     trace, now = [], 0.0
     for _ in range(requests):
         now += times.expovariate(1.0) / rate
-        trace.append(Arrival(now, length(prompt_tokens), length(max_tokens), sizes.choices(ks, weights)[0]))
+        trace.append(Arrival(now, length(prompt_tokens), length(max_tokens), others.choices(*floors)[0]))
     return trace
 
 

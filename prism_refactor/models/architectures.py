@@ -53,11 +53,11 @@ class Architecture:
         sizes = self.sizes(config)
         if sub_experts < 2 or sub_experts & (sub_experts - 1):
             raise UsageError(
-                f"--sub-experts {sub_experts}: must be a power of two (2, 4, 8, ...), so that scaling down_proj by it is exact"
+                f"`sub_experts` {sub_experts}: must be a power of two (2, 4, 8, ...), so that scaling down_proj by it is exact"
             )
         if sizes[self.width] % sub_experts:
             raise UsageError(
-                f"--sub-experts {sub_experts}: does not divide the expert width {sizes[self.width]} ({self.width} in config.json)"
+                f"`sub_experts` {sub_experts}: does not divide the expert width {sizes[self.width]} ({self.width} in config.json)"
             )
         return {key: value // sub_experts if key == self.width else value * sub_experts for key, value in sizes.items()}
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
 from prism_refactor.models.architectures import Architecture, describe
+from prism_refactor.models.modeling_prism import ROUTER_FILE
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -161,12 +162,13 @@ class Checkpoint:
             yield slices
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and, for each shard, its name, size and 16 evenly spaced 64 KiB samples (the first holds the header).
+        """SHA-256 over config.json and, for each file of tensors, its name, size and 16 evenly spaced 64 KiB samples.
 
-        Tells one checkpoint from another without reading all of it.
+        The first sample holds the header. Tells one checkpoint from another without reading all of it; the sub-expert router counts.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted(set(self.weight_map.values())):
+        router = [ROUTER_FILE] if (self.path / ROUTER_FILE).exists() else []
+        for file in sorted({*self.weight_map.values(), *router}):
             size = (self.path / file).stat().st_size
             digest.update(f"{file}:{size}".encode())
             with open(self.path / file, "rb") as stream:

@@ -52,7 +52,7 @@ def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
 def check_device(device: str) -> None:
     """Raises UsageError when CUDA is asked for and absent."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu")
+        raise UsageError(f"`device` {device}: no CUDA device is available; use `device` cpu")
 
 
 class LayeredModel:

@@ -8,6 +8,7 @@ each with the weight of its expert. Where the checkpoint has a compensation, wha
 their place, and the kept output is rescaled. At k = K * N that is the original model.
 """
 
+import functools
 import json
 import os
 
@@ -32,11 +33,10 @@ class TwoLevelRouter(nn.Module):
         sub_experts: N.
         factor: what `down_proj` is multiplied with; the weights are divided by it.
         kind: how sizes are predicted, see `tensors`.
-        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]. 'proxy', the paper's gate neurons: their rows
-            [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. 'calibrated-proxy': these with
-            coefficient [E, N, r], bias and ceiling [E, N]. All but the paper's: compensation [2, E, N, H] and scale [K * N]. Where the
-            family corrects scores by a tensor outside its router: correction [E].
-        activation: the experts' gating function, for the proxies.
+        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N], compensation [2, E, N, H] and scale
+            [K * N]. 'proxy', the paper's gate neurons: their rows [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where
+            those have biases. Where the family corrects scores by a tensor outside its router: correction [E].
+        activation: the experts' gating function, for the proxy.
     """
 
     def __init__(self, original, sub_experts, factor, kind, tensors, activation=None):
@@ -48,8 +48,6 @@ class TwoLevelRouter(nn.Module):
         self.original, self.sub_experts, self.factor, self.kind, self.activation = original, sub_experts, factor, kind, activation
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
-        # What the dropped sub-experts of the last forward would have added, until the experts module has run.
-        self.missing = None
         # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, k of
         # each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
         self.choose = None
@@ -71,9 +69,7 @@ class TwoLevelRouter(nn.Module):
         bias = self.row_bias[expert].flatten().to(inputs.dtype) if hasattr(self, "row_bias") else None
         both = F.linear(inputs, self.rows[expert].flatten(0, 1).to(inputs.dtype), bias)
         magnitude = self.activation(both.unflatten(-1, self.rows.shape[1:3])).abs().float()
-        if self.kind == "proxy":
-            return magnitude.mean(-1).clamp_min(_SMALLEST).log()
-        return torch.minimum((magnitude * self.coefficient[expert]).sum(-1) + self.bias[expert], self.ceiling[expert])
+        return magnitude.mean(-1).clamp_min(_SMALLEST).log()
 
     def route(self, hidden_states):
         """The original routing: (weights [T, K], experts int64 [T, K])."""
@@ -91,7 +87,7 @@ class TwoLevelRouter(nn.Module):
         return weights, experts, value.flatten(1)
 
     def forward(self, hidden_states, k, token_k=None):
-        """Pick the k best sub-experts of each token; what the others would add is left in `missing`, [T, H] or None.
+        """Pick the k best sub-experts of each token.
 
         Args:
             hidden_states: MoE inputs [..., H].
@@ -100,10 +96,15 @@ class TwoLevelRouter(nn.Module):
                 transformers' experts skip (the number of sub-experts), with weight 0, in its other slots.
 
         Returns:
-            (weights [T, k], indices int64 [T, k]); the weights are divided by the factor that `down_proj` carries.
+            (weights [T, k], indices int64 [T, k], what the other sub-experts are expected to add [T, H] or None). The weights are divided
+            by the factor that `down_proj` carries.
+
+        Raises:
+            ValueError: `token_k` does not hold one number per token.
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        self.missing = None
+        if token_k is not None and len(token_k) != len(hidden_states):
+            raise ValueError(f"{len(token_k)} numbers of sub-experts for {len(hidden_states)} tokens; give one for each token")
         most = self.original.top_k * self.sub_experts
         everything = k == most and token_k is None
         if everything and self.choose is None:
@@ -124,35 +125,35 @@ class TwoLevelRouter(nn.Module):
         shares = weights.gather(1, slots)
         if token_k is not None:
             return self._ragged(hidden_states, k, token_k, value.gather(1, order), indices, shares)
-        kept = shares[:, :k] / self.factor
+        kept, missing = shares[:, :k] / self.factor, None
         if compensated:
             size = value.gather(1, order[:, k:]).exp()
-            self.missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
+            missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
             kept = (kept * self.scale[k - 1]).to(weights.dtype)
         if value.requires_grad:
             # Straight-through: forward as above; backward as if a sub-expert ran in proportion to how clearly it is chosen.
             margin = value.gather(1, order)[:, :k] - value.sort(1, descending=True).values[:, k - 1 : k + 1].mean(1, keepdim=True)
             chosen = margin.sigmoid()
             kept = kept * (1 + chosen - chosen.detach())
-        return kept, indices[:, :k]
+        return kept, indices[:, :k], missing
 
     def _everything(self, weights, experts):
         """The end of `forward` at full k, from the original routing."""
         indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
-        return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1)
+        return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1), None
 
     def _ragged(self, hidden_states, k, token_k, value, indices, shares):
         """The end of `forward` for tokens with a k each; value, indices and shares [T, k or all], best sub-expert first."""
         own = token_k[:, None]
         dropped = torch.arange(indices.shape[1], device=indices.device) >= own
-        kept = shares[:, :k] / self.factor
+        kept, missing = shares[:, :k] / self.factor, None
         if hasattr(self, "compensation"):
             absent = shares.float() * dropped, value.exp() * dropped
-            self.missing = self.expected(indices, *absent).to(hidden_states.dtype)
+            missing = self.expected(indices, *absent).to(hidden_states.dtype)
             whole = own == self.original.top_k * self.sub_experts
             kept = torch.where(whole, kept, (kept * self.scale[own - 1]).to(kept.dtype))
         skipped = self.original.weight.shape[0] * self.sub_experts
-        return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped)
+        return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped), missing
 
     def expected(self, indices, shares, size):
         """Expected output [T, H] of some sub-experts: sum of share x (mean output) + size x (mean direction); all arguments [T, m]."""
@@ -161,13 +162,22 @@ class TwoLevelRouter(nn.Module):
         return constant + F.embedding_bag(indices, direction, per_sample_weights=size, mode="sum")
 
 
-def _two_level_hook(gate, arguments, output):
-    weights, indices = gate.two_level(arguments[0], gate.top_k, getattr(gate, "token_k", None))
-    return output[0], weights, indices
+class ActiveK:
+    """How many sub-experts the tokens of a model run: its `prism_active`, which the two-level routers of all its layers read.
+
+    Attributes:
+        per_layer: k of each MoE layer; where tokens differ, the largest.
+        per_token: int64 [T], k of each token of the next forward; None: all tokens run `per_layer`.
+    """
+
+    def __init__(self, per_layer):
+        self.per_layer, self.per_token = list(per_layer), None
 
 
-def _compensation_hook(experts, arguments, output):
-    missing, experts.two_level.missing = experts.two_level.missing, None
+def _two_level_forward(experts, forward, active, layer, hidden_states, *_, **__):
+    """The forward of an experts module with two-level routing: what the family's own router chose is not used."""
+    weights, indices, missing = experts.two_level(hidden_states, active.per_layer[layer], active.per_token)
+    output = forward(hidden_states, indices, weights)
     return output if missing is None else output + missing.view_as(output)
 
 
@@ -217,7 +227,7 @@ def two_level_router(block, config, tensors):
     return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, block.experts._apply_gate)
 
 
-_SUB_ROUTER = ("weight", "bias", "ceiling", "coefficient", "compensation", "scale", "correction")
+_SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")
 
 
 def router_of(block):
@@ -225,17 +235,23 @@ def router_of(block):
     return next((module for name in _ROUTER_NAMES if isinstance(module := getattr(block, name, None), nn.Module)), None)
 
 
-def attach_block(block, config, tensors):
-    """Make and install the two-level router of one MoE block; arguments as for `two_level_router`."""
-    install(block, two_level_router(block, config, tensors))
+def install(block, two_level, active, layer):
+    """Let a two-level router route one MoE block: it takes its place in front of the experts, behind the family's own router.
+
+    Args:
+        block: the MoE block.
+        two_level: its router.
+        active: the model's `ActiveK`.
+        layer: the block's number among the MoE blocks of the model.
+    """
+    experts = block.experts
+    experts.two_level = two_level
+    experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
 
 
-def install(block, two_level):
-    """Let a two-level router route one MoE block."""
-    router = router_of(block)
-    router.two_level = block.experts.two_level = two_level
-    router.register_forward_hook(_two_level_hook)
-    block.experts.register_forward_hook(_compensation_hook)
+def uninstall(block):
+    """Undo `install`: the family's own router routes the block again."""
+    del block.experts.two_level, block.experts.forward
 
 
 def router_tensors(path):
@@ -260,17 +276,28 @@ def attach(model, folder):
     """
     recipe = getattr(model.config, "prism", None)
     if not recipe or recipe["router"] == "replicate":
-        raise ValueError(f"{folder}: has no sub-expert router to attach; refactor with --router linear or proxy")
-    for name, tensors in router_tensors(os.path.join(folder, ROUTER_FILE)).items():
-        attach_block(model.get_submodule(name), model.config, tensors)
-    set_active(model, getattr(model.config, recipe["top_k"]))
+        raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")
+    tensors, names = router_tensors(os.path.join(folder, ROUTER_FILE)), {id(module): name for name, module in model.named_modules()}
+    install_all(model, {names[id(block)]: block for block in moe_blocks(model)}, tensors)
     return model
 
 
-def moe_gates(model):
-    """The routers of a model's MoE blocks, in the order of its layers."""
+def install_all(model, blocks, tensors):
+    """Install two-level routing on the MoE blocks {name: module} of a model, from the router file's {name: tensors}."""
+    model.prism_active = ActiveK([getattr(model.config, model.config.prism["top_k"])] * len(blocks))
+    for layer, (name, block) in enumerate(blocks.items()):
+        install(block, two_level_router(block, model.config, tensors[name]), model.prism_active, layer)
+
+
+def moe_blocks(model):
+    """A model's MoE blocks, in the order of its layers: modules with a router and `experts`."""
     blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
-    return [router for block in blocks if (router := router_of(block)) is not None]
+    return [block for block in blocks if router_of(block) is not None]
+
+
+def moe_gates(model):
+    """The family's own routers of a model's MoE blocks, in the order of its layers."""
+    return [router_of(block) for block in moe_blocks(model)]
 
 
 def operating_points(folder):
@@ -296,18 +323,19 @@ def set_active(model, k):
     Raises:
         ValueError: k is not between 1 and N times the original top-k, or has not one number per MoE layer.
     """
-    recipe, gates = model.config.prism, moe_gates(model)
-    most = full_k(model.config)
-    per_layer = [k] * len(gates) if isinstance(k, int) else list(k)
-    if len(per_layer) != len(gates):
-        raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {len(gates)} MoE layers")
-    for value in per_layer:
-        if not 1 <= value <= most:
-            raise ValueError(f"{value} active sub-experts: choose 1 to {most}")
+    most, active = full_k(model.config), getattr(model, "prism_active", None)
+    gates = moe_gates(model) if active is None else []
+    layers = len(gates or active.per_layer)
+    per_layer = [k] * layers if isinstance(k, int) else list(k)
+    if len(per_layer) != layers:
+        raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {layers} MoE layers")
+    _check_k(per_layer, most)
     # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
-    setattr(model.config, recipe["top_k"], max(per_layer))
-    for gate, value in zip(gates, per_layer, strict=True):
-        gate.top_k, gate.token_k = value, None
+    setattr(model.config, model.config.prism["top_k"], max(per_layer))
+    if active is not None:
+        active.per_layer, active.per_token = per_layer, None
+    for layer, gate in enumerate(gates):
+        gate.top_k = per_layer[layer]
 
 
 def set_token_active(model, token_k):
@@ -316,12 +344,24 @@ def set_token_active(model, token_k):
     Args:
         model: the model.
         token_k: a list of numbers, 1 to `full_k`, one per token of the batch in the order in which MoE blocks see them.
+
+    Raises:
+        ValueError: a number is out of range, or the model has no two-level routing.
     """
+    active = getattr(model, "prism_active", None)
+    if active is None:
+        raise ValueError("a k per token needs two-level routing; attach it to the model first")
+    _check_k(token_k, full_k(model.config))
     most = max(token_k)
+    active.per_layer = [most] * len(active.per_layer)
     # A batch of one k runs as if `set_active` had been called: nothing is ranked at full k, nothing is dropped.
-    ragged = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
-    for gate in moe_gates(model):
-        gate.top_k, gate.token_k = most, ragged
+    active.per_token = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
+
+
+def _check_k(values, most):
+    for value in values:
+        if not 1 <= value <= most:
+            raise ValueError(f"{value} active sub-experts: choose 1 to {most}")
 
 
 class PrismForCausalLM(PreTrainedModel):

@@ -14,18 +14,34 @@ from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import ROUTER_FILE, router_tensors
 
 
-def open_refactored(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """A refactored checkpoint and its manifest. Raises InputError when the folder is not one, or a file of it cannot be read."""
-    checkpoint = Checkpoint(path)
-    if not hasattr(checkpoint.config, "prism") or not (path / MANIFEST).exists():
-        raise InputError(f"{path}: not a refactored checkpoint; write one with prism-refactor")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / MANIFEST}: is broken ({one_line(error)}); refactor again") from None
-    with router_file(path) as file:
-        router_tensors(file)
-    return checkpoint, manifest
+class RefactoredCheckpoint(Checkpoint):
+    """A checkpoint that `prism-refactor` wrote.
+
+    Args:
+        path: its folder.
+
+    Attributes:
+        manifest: what is in its prism.json.
+
+    Raises:
+        InputError: the folder is no refactored checkpoint, or a file of it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        if not hasattr(self.config, "prism") or not (path / MANIFEST).exists():
+            raise InputError(f"{path}: not a refactored checkpoint; write one with prism-refactor")
+        try:
+            self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path / MANIFEST}: is broken ({one_line(error)}); refactor again") from None
+        with router_file(path) as file:
+            router_tensors(file)
+
+    def check_source(self, source: Checkpoint) -> None:
+        """Raise InputError unless this checkpoint was made from `source`."""
+        if self.manifest["source"]["fingerprint"] != source.fingerprint():
+            raise InputError(f"{self.path}: was made from another checkpoint than {source.path}")
 
 
 @contextmanager

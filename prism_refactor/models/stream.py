@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,6 @@ from torch import nn
 
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-
-OnBatch = Callable[[int], None]
-
 
 # Hidden states that together need more than this are kept in an unnamed temporary file instead of in memory.
 MEMORY_LIMIT = 2**30
@@ -27,6 +25,21 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, states: int) -> torch.
         return torch.empty(shape, dtype=dtype)
     with tempfile.TemporaryFile() as file:
         return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a model runs layer by layer.
+
+    Attributes:
+        dtype: compute type.
+        device: 'cpu' or 'cuda'.
+        batch_size: token sequences per forward.
+    """
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    batch_size: int = 8
 
 
 class _LayersReached(Exception):
@@ -42,26 +55,22 @@ class LayerStream:
     Args:
         checkpoint: the model.
         rows: int64 [S, T] token ids, no padding.
-        dtype: compute type.
-        device: 'cpu' or 'cuda'.
-        batch_size: rows per forward.
+        compute: how to run.
         states: how many versions of the hidden states travel, for example one per number of active sub-experts.
 
     Attributes:
-        states: of each version [S, T, H] in `dtype` on the CPU: the hidden-state store, updated in place layer by layer.
+        states: of each version [S, T, H] in the compute type on the CPU: the hidden-state store, updated in place layer by layer.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, device: str = "cpu", batch_size: int = 8, states: int = 1
-    ):
-        self.layered = LayeredModel(checkpoint, dtype, device)
+    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, compute: ComputeOptions, states: int = 1):
+        self.layered = LayeredModel(checkpoint, compute.dtype, compute.device)
         self.layered.check()
         self.model = self.layered.model
         # Layers that are stood in for have none to give.
         self.model.config.output_router_logits = False
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size = compute.device, compute.batch_size
         shape = (*rows.shape, checkpoint.config.hidden_size)
-        self.states = [_allocate(shape, dtype, states) for _ in range(states)]
+        self.states = [_allocate(shape, compute.dtype, states) for _ in range(states)]
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._embed(rows)
 
@@ -120,7 +129,7 @@ class LayerStream:
             yield self.layered.layers[index]
 
     @torch.inference_mode()
-    def advance(self, index: int, on_batch: OnBatch | None = None, state: int = 0) -> None:
+    def advance(self, index: int, on_batch: Callable[[int], None] | None = None, state: int = 0) -> None:
         """Send every row of one version through layer `index`, which must be materialised; `on_batch` is told the rows done."""
         layer, hidden = self.layered.layers[index], self.states[state]
         for batch in self._batches():

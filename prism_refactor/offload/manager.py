@@ -5,18 +5,15 @@ registered with transformers, `OFFLOADED`: it asks the cache for what the router
 and computes in the order of arrival but adds up in the order of the resident implementation, so that the output is the same to the bit.
 """
 
+import functools
 import json
-import re
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -27,12 +24,13 @@ from prism_refactor.errors import InputError, PrismError, ResourceError, UsageEr
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
 from prism_refactor.models.layered import LayeredModel, check_device
-from prism_refactor.models.modeling_prism import full_k, install, moe_gates, router_tensors, set_active, two_level_router
+from prism_refactor.models.modeling_prism import ActiveK, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.refactored import router_file
 from prism_refactor.offload.cache import Cache, Counters, Pool
+from prism_refactor.offload.options import DIRECT, PINNED, CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, ActivationAware
-from prism_refactor.offload.store import DIRECT, PINNED, DiskStore, PinnedStore
-from prism_refactor.resources import gib
+from prism_refactor.offload.store import DiskStore, PinnedStore
+from prism_refactor.resources import free_memory, gib
 from prism_refactor.routing.sample import route
 
 OFFLOADED = "prism_offloaded"
@@ -40,44 +38,6 @@ OFFLOADED = "prism_offloaded"
 LIKELY = 0.7
 # Tokens of a pass up to which a forecast is compared with what came, and the weight of the last comparison.
 CHECKED, MEMORY = 16, 0.05
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-@dataclass(frozen=True)
-class FastMemory:
-    """A budget for the cached sub-experts.
-
-    Attributes:
-        text: as the user gave it: bytes with a unit, 2GiB, or a share of all sub-experts, 25%.
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        self.bytes(1)
-
-    def bytes(self, total: int) -> int:
-        """The budget where all sub-experts together take `total` bytes. Raises UsageError when the text is neither."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)\s*", self.text)
-        if match is not None and match[2] == "%" and 0 < float(match[1]) <= 100:
-            return int(total * Fraction(match[1]) / 100)
-        if match is not None and match[2].upper() in _UNITS and float(match[1]) > 0:
-            return int(float(match[1]) * _UNITS[match[2].upper()])
-        raise UsageError(f"--fast-memory {self.text}: give bytes with a unit, like 2GiB or 512MiB, or a share of the experts, like 25%")
-
-
-@dataclass(frozen=True)
-class Elastic:
-    """A latency target, and how far quality may go for it.
-
-    Attributes:
-        seconds: that a token should take; while the misses of a layer would take longer than what is left for it, the sub-experts of
-            smallest predicted contribution among them are skipped.
-        k_min: the first so many of each token by rank are computed whatever it takes, so that it is at least as good as at that k.
-    """
-
-    seconds: float
-    k_min: int
 
 
 class OffloadManager:
@@ -109,7 +69,7 @@ class OffloadManager:
         self._forecast = _Forecast(len(blocks), cache.store.experts)
         self._request = 0
         self._predicting = False
-        self._elastic: Elastic | None = None
+        self._latency: LatencyTarget | None = None
         self._pace = _Pace(len(blocks))
         self._trace: IO[str] | None = None
         self._passed: list[dict[int, int]] = []
@@ -132,22 +92,22 @@ class OffloadManager:
     def _own(self) -> str:
         return f"request {self._request}"
 
-    def set_elastic(self, elastic: Elastic | None) -> None:
+    def set_latency(self, elastic: LatencyTarget | None) -> None:
         """Skip sub-experts for a latency target from now on, or no more; only in passes of one token.
 
         Raises:
             UsageError: the model has no sub-expert router to tell what each contributes, or k_min is out of range.
         """
-        gates = moe_gates(self.model)
+        routers = [getattr(block.experts, "two_level", None) for block in self._blocks]
         if elastic is not None:
-            if not all(hasattr(gate, "two_level") for gate in gates):
-                raise UsageError("a latency target needs a sub-expert router, and this checkpoint has none; refactor with --router linear")
+            if None in routers:
+                raise UsageError("a latency target needs a sub-expert router, and this checkpoint has none; refactor with `router` linear")
             if not 1 <= elastic.k_min <= full_k(self.model.config):
-                raise UsageError(f"--k-min {elastic.k_min}: choose 1 to {full_k(self.model.config)}")
-        self._elastic = elastic
-        for layer, gate in enumerate(gates):
-            if hasattr(gate, "two_level"):
-                gate.two_level.choose = None if elastic is None else _chooser(self, layer)
+                raise UsageError(f"`k_min` {elastic.k_min}: choose 1 to {full_k(self.model.config)}")
+        self._latency = elastic
+        for layer, router in enumerate(routers):
+            if router is not None:
+                router.choose = None if elastic is None else functools.partial(self.choose, layer)
 
     def record(self, trace: IO[str] | None) -> None:
         """Write what each forward pass uses to a file of JSON lines from now on; see docs/file-formats.md."""
@@ -231,7 +191,7 @@ class OffloadManager:
         if self._by_router and layer + 1 < layers:
             self._predicting = True
             try:
-                _, index = route(self._blocks[layer + 1], hidden_states)
+                index = self._routed(layer + 1, hidden_states)
             finally:
                 self._predicting = False
             probability[layer + 1] = np.maximum(probability[layer + 1], self._forecast.probability(layer + 1, index.cpu().numpy()))
@@ -241,17 +201,26 @@ class OffloadManager:
         order = (-probability * near)[tuple(likely.T)].argsort(kind="stable")
         self.cache.prefetch(range(layers), [(row, expert) for row, expert in likely[order].tolist()])
 
+    def _routed(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what a layer's router would choose for some inputs [T, H]: int64 [T, k]."""
+        block = self._blocks[layer]
+        two_level = getattr(block.experts, "two_level", None)
+        if two_level is None:
+            return route(block, hidden_states)[1]
+        active: Any = self.model.prism_active
+        return two_level(hidden_states, active.per_layer[layer], active.per_token)[1]
+
     def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""
-        if self._elastic is None or self._predicting or len(indices) != 1:
+        if self._latency is None or self._predicting or len(indices) != 1:
             return None
         k = int(asked[0])
         ranked = indices[0, :k].tolist()
         absent = set(self.cache.absent(layer, ranked))
-        affordable = self._pace.loads(self._elastic.seconds, layer, self.cache.counters)
+        affordable = self._pace.loads(self._latency.seconds, layer, self.cache.counters)
         misses = [rank for rank, expert in enumerate(ranked) if expert in absent]
         # The first k_min are computed whatever it takes: with them the token is at least as good as at that k.
-        skipped = [rank for rank in misses[affordable:] if rank >= self._elastic.k_min]
+        skipped = [rank for rank in misses[affordable:] if rank >= self._latency.k_min]
         if not skipped:
             return None
         self.cache.counters.skipped += len(skipped)
@@ -321,10 +290,6 @@ class _Forecast:
             self._right[layer] = np.where(chosen.any(0), right + MEMORY * (found - right), right)
 
 
-def _chooser(manager: OffloadManager, layer: int) -> Callable[..., Any]:
-    return lambda indices, asked: manager.choose(layer, indices, asked)
-
-
 def offloaded_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -337,7 +302,7 @@ ALL_EXPERTS_FUNCTIONS.register(OFFLOADED, offloaded_experts_forward)
 
 def load_offloaded(
     folder: Path,
-    fast_memory: FastMemory,
+    fast_memory: CacheBudget,
     policy: str = "activation",
     prefetch: str = "none",
     read: str = DIRECT,
@@ -350,7 +315,7 @@ def load_offloaded(
         fast_memory: what the cache may take.
         policy: one of `POLICIES`.
         prefetch: one of `policies.PREFETCHES`.
-        read: DIRECT or MAPPED (see `DiskStore`), or PINNED (see `PinnedStore`, needs a GPU).
+        read: DIRECT or BUFFERED (see `DiskStore`), or PINNED (see `PinnedStore`, needs a GPU).
         device: where the model computes, and where fast memory is.
 
     Raises:
@@ -359,7 +324,7 @@ def load_offloaded(
         ResourceError: fast memory is more than there is.
     """
     if read == PINNED and device == "cpu":
-        raise UsageError("--read pinned is for --device cuda: on a CPU fast memory is host memory already")
+        raise UsageError("`read` pinned is for `device` cuda: on a CPU fast memory is host memory already")
     check_device(device)
     checkpoint = Checkpoint(folder)
     layered = LayeredModel(checkpoint, checkpoint.config.dtype or torch.float32, device)
@@ -371,9 +336,9 @@ def load_offloaded(
     with ExitStack() as unneeded:
         unneeded.callback(disk.close)
         slots = _slots(disk, fast_memory, _most(checkpoint))
-        needed, free = slots * disk.sub_expert_bytes, psutil.virtual_memory().available
+        needed, free = slots * disk.sub_expert_bytes, free_memory()
         if device == "cpu" and needed > free:
-            raise ResourceError(f"--fast-memory {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
+            raise ResourceError(f"`fast_memory` {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
         _load_resident(layered, set(modules))
         if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
             _attach(layered, blocks, folder)
@@ -402,14 +367,14 @@ def _most(checkpoint: Checkpoint) -> int:
     return checkpoint.architecture.sizes(checkpoint.config)[checkpoint.architecture.top_k]
 
 
-def _slots(store: DiskStore, fast_memory: FastMemory, most: int) -> int:
+def _slots(store: DiskStore, fast_memory: CacheBudget, most: int) -> int:
     total = store.layers * store.experts
     budget = fast_memory.bytes(total * store.sub_expert_bytes)
     slots = min(budget // store.sub_expert_bytes, total)
     if slots < most:
         size = store.sub_expert_bytes
         raise UsageError(
-            f"--fast-memory {fast_memory.text}: holds {slots} sub-experts of {size:,} bytes, and one token needs {most} of a layer; "
+            f"`fast_memory` {fast_memory.text}: holds {slots} sub-experts of {size:,} bytes, and one token needs {most} of a layer; "
             f"the least that works is {most * size / 2**20:.1f}MiB ({100 * most / total:.1f}%)"
         )
     return slots
@@ -457,10 +422,11 @@ def _own(model: nn.Module, device: str) -> None:
 
 def _attach(layered: LayeredModel, blocks: dict[str, Any], folder: Path) -> None:
     """Install two-level routing, a layer at a time: gate neurons are rows of experts, which are read for it and let go."""
+    model = layered.model
+    model.prism_active = ActiveK([full_k(model.config)] * len(blocks))
     with router_file(folder) as path:
         routers = router_tensors(path)
-        for name, block in blocks.items():
+        for layer, (name, block) in enumerate(blocks.items()):
             with layered.loaded(*([f"{name}.experts"] if "gate_neurons" in routers[name] else [])):
-                two_level = two_level_router(block, layered.model.config, routers[name])
-            install(block, two_level)
-    set_active(layered.model, full_k(layered.model.config))
+                two_level = two_level_router(block, model.config, routers[name])
+            install(block, two_level, model.prism_active, layer)

@@ -1,7 +1,7 @@
 """Which sub-expert leaves fast memory when another one must come in.
 
 A policy sees what every layer of every forward pass used, and says how much each sub-expert is worth keeping; the cache evicts the least.
-The same classes run in the cache and in `serving.offload.replay`.
+The same classes run in the cache and in `offload.replay`.
 """
 
 from collections.abc import Mapping
@@ -79,34 +79,6 @@ class LeastFrequentlyUsed(Policy):
         used = _used(uses)
         # The whole part counts, the fraction is the time of the last use.
         self.worth[layer, used] = np.floor(self.worth[layer, used]) + 1 + self._now / (self._now + 1e6)
-
-
-class LeastStale(Policy):
-    """After SpecMD (arXiv 2602.03921): what this forward pass has used goes last; among the stale the layer that comes last goes first.
-
-    Layers come round in order, so the layer just passed is the one needed latest.
-    """
-
-    def __init__(self, layers: int, experts: int):
-        super().__init__(layers, experts)
-        self._last = np.zeros((layers, experts))
-        self._pass, self._layer = 0, 0
-
-    def begin_pass(self) -> None:
-        self._pass += 1
-        self._layer = 0
-
-    def use(self, layer: int, uses: Uses) -> None:
-        self._layer = layer
-        self._last[layer, _used(uses)] = self._pass
-
-    def load(self, layer: int, expert: int) -> None:
-        self._last[layer, expert] = self._pass
-
-    def keep(self) -> np.ndarray:
-        ahead = (np.arange(self.layers) - self._layer - 1) % self.layers
-        fresh = self._last == self._pass
-        return fresh * 1e9 + (self.layers - ahead[:, None]) * 1e6 + self._last
 
 
 class ActivationAware(Policy):
@@ -235,9 +207,5 @@ class Belady(Policy):
 POLICIES: dict[str, Any] = {
     "lru": LeastRecentlyUsed,
     "lfu": LeastFrequentlyUsed,
-    "least-stale": LeastStale,
     "activation": ActivationAware,
 }
-
-# By what sub-experts are fetched ahead: the next layer's router on this layer's input, activation matrices, or both.
-PREFETCHES = ("none", "router", "activation", "both")

@@ -4,8 +4,6 @@ A sub-expert is a few tensors on disk, most often side by side, so it takes one 
 for any family: transformers' own conversion, applied to numbered elements of two experts, tells.
 """
 
-import ctypes
-import errno
 import json
 import math
 import mmap
@@ -22,15 +20,14 @@ from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, names_on_disk
 from prism_refactor.models.writer import BLOCK
+from prism_refactor.offload.options import DIRECT
 
-READS = DIRECT, MAPPED, PINNED = "direct", "mapped", "pinned"
 # Tensors of a sub-expert with less than this between them are fetched by one read.
 GAP = 65536
 # Same-sized integers: numpy has no bfloat16, and copies need not know what they copy.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Slot = dict[str, torch.Tensor]
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class _File:
@@ -44,7 +41,7 @@ class _File:
         except OSError as error:
             if direct and os.path.exists(path):
                 raise UsageError(
-                    f"--read direct: the file system of {path} does not do that ({error.strerror}); use --read mapped"
+                    f"`read` direct: the file system of {path} does not do that ({error.strerror}); use `read` buffered"
                 ) from None
             raise
 
@@ -54,60 +51,6 @@ class _File:
 
     def close(self) -> None:
         os.close(self._number)
-
-
-class _Vector(ctypes.Structure):
-    """struct iovec."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-class _Mapped:
-    """A file in memory, from which the kernel copies.
-
-    Where a page of it cannot be had, because the file was truncated or its disk fails, `process_vm_readv` fails; any other access would
-    end the process with SIGBUS.
-    """
-
-    whole_blocks = False
-
-    def __init__(self, path: str):
-        with ExitStack() as on_error:
-            self._number = os.open(path, os.O_RDONLY)
-            on_error.callback(os.close, self._number)
-            self._map = mmap.mmap(self._number, 0, prot=mmap.PROT_READ)
-            self._start = np.frombuffer(self._map, np.uint8).ctypes.data
-            # Whether it works is found out now.
-            self.readv([memoryview(bytearray(1))], 0)
-            on_error.pop_all()
-
-    def readv(self, buffers: list[memoryview], offset: int) -> int:
-        """Fill some buffers in turn; bytes read."""
-        there = os.fstat(self._number).st_size - offset
-        wanted = max(0, min(sum(len(buffer) for buffer in buffers), there))
-        if not wanted:
-            return 0
-        starts = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
-        ours = (_Vector * len(buffers))(*[_Vector(start, len(buffer)) for start, buffer in zip(starts, buffers, strict=True)])
-        theirs = _Vector(self._start + offset, wanted)
-        first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, offset + wanted - first)
-        got: int = _LIBC.process_vm_readv(os.getpid(), ours, len(buffers), ctypes.byref(theirs), 1, 0)
-        if got < 0:
-            number = ctypes.get_errno()
-            if number in (errno.EPERM, errno.ENOSYS):
-                raise UsageError(f"--read mapped: this system does not allow it ({os.strerror(number)}); use --read direct")
-            raise OSError(number, os.strerror(number))
-        # The pages stay in the page cache, but are not this process's memory.
-        self._map.madvise(mmap.MADV_DONTNEED, first, offset + wanted - first)
-        return got
-
-    def close(self) -> None:
-        self._map.close()
-        os.close(self._number)
-
-
-_Opened = _File | _Mapped
 
 
 @dataclass(frozen=True)
@@ -182,9 +125,8 @@ class DiskStore:
         checkpoint: any supported one; of an original the "sub-experts" are its whole experts.
         layered: its model.
         blocks: dotted names of its experts modules, a name per MoE layer.
-        mode: DIRECT: past the page cache (O_DIRECT), so that fast memory is all the memory there is; MAPPED: through it, from the files'
-            maps, so that what was read before may come from memory that nobody else needs; PINNED: through it, without maps, as everything
-            is read once.
+        mode: DIRECT: past the page cache (O_DIRECT), so that fast memory is all the memory there is; BUFFERED: through it, so that what
+            was read before may come from memory that nobody else needs; PINNED: the same, as everything is read once.
 
     Raises:
         InputError: an expert cannot be found on disk.
@@ -204,7 +146,7 @@ class DiskStore:
         self._offsets = {file: _offsets(checkpoint, file) for file in sorted(set(checkpoint.weight_map.values()))}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
         self._longest = max(read.end - read.start for reads in self._reads.values() for read, _ in reads)
-        self._files: dict[str, _Opened] = {}
+        self._files: dict[str, _File] = {}
         with ExitStack() as on_error:
             on_error.callback(self.close)
             for path in sorted({read.path for reads in self._reads.values() for read, _ in reads}):
@@ -301,9 +243,9 @@ class PinnedStore:
         """Nothing is open."""
 
 
-def _open(path: str, mode: str) -> _Opened:
+def _open(path: str, mode: str) -> _File:
     try:
-        return _Mapped(path) if mode == MAPPED else _File(path, mode == DIRECT)
+        return _File(path, mode == DIRECT)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened ({one_line(error)}); download it again") from None
 
@@ -314,7 +256,7 @@ def _view(target: torch.Tensor, layout: _Layout) -> np.ndarray:
     return torch.as_strided(flat, layout.shape, layout.strides, flat.storage_offset() + layout.start).numpy()
 
 
-def _read_fully(file: _Opened, buffers: list[memoryview], offset: int, needed: int) -> int:
+def _read_fully(file: _File, buffers: list[memoryview], offset: int, needed: int) -> int:
     """Read into some buffers in turn until they have what is needed or the file ends; bytes read."""
     got = 0
     while got < needed:

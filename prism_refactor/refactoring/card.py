@@ -27,10 +27,10 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num
 `trust_remote_code` runs `modeling_prism.py` from this folder. With prism-refactor installed it is not needed:
 
 ```python
-import routers
+import prism_refactor
 
-model = routers.attach(AutoModelForCausalLM.from_pretrained(folder), folder)
-routers.set_active(model, {half})
+model = prism_refactor.load(folder, k={half})
+prism_refactor.set_active(model, {most})  # as often as you like
 ```
 """
 
@@ -40,17 +40,19 @@ def model_card(manifest: dict[str, Any]) -> str:
     source, recipe = manifest["source"], manifest["recipe"]
     top_k = ARCHITECTURES[source["model_type"]].top_k
     most = manifest["result"][top_k]
+    tuned = manifest.get("finetuning")
+    rows = {"two-level": "the sub-expert router", "stock": "the stock router"}
+    trained = f"Only the rows of {rows[tuned['router']]} were trained ({tuned['best_step']} steps)." if tuned else "No weight was trained."
+    exact = f"At {most} it computes what the original computes."
+    if tuned and tuned["router"] == "stock":
+        exact = (
+            f"At {most} the two-level router computes what the original computes; the plain load differs, because its router was trained."
+        )
     values = {"model_type": source["model_type"], "most": most, "half": most // 2}
     experts = [expert for layer in manifest["layers"] for expert in layer["experts"]]
     before = sum(expert["loss_before"] for expert in experts) / len(experts)
     after = sum(expert["loss_after"] for expert in experts) / len(experts)
     unrouted = sum(len(layer["unrouted"]) for layer in manifest["layers"])
-    exactness = f"At {most} it computes what the original computes."
-    if recipe["router"] == "linear":
-        exactness = (
-            f"At {most} the two-level router computes what the original computes; the plain load differs slightly, because its gate is\n"
-            "tilted towards the useful sub-experts (at most 1e-3 nats per token on average, see prism-verify)."
-        )
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
@@ -59,7 +61,7 @@ tags: [mixture-of-experts, elastic, prism-refactor]
 
 Every expert of `{source["name"]}` is split into {recipe["sub_experts"]} sub-experts whose neurons fire together (MoE-Prism, arXiv
 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
-{source[top_k]} whole experts. No weight was trained. {exactness}
+{source[top_k]} whole experts. {trained} {exact}
 
 {_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe["router"] != "replicate" else ""}
 ## How it was made

@@ -1,49 +1,38 @@
 """Router-only fine-tuning (MoE-Prism, linear gate): everything is frozen but router rows, and k rises while training."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from prism_refactor.models.modeling_prism import full_k, moe_gates, set_active
-from prism_refactor.signals import uninterrupted
+from prism_refactor.calibration.profile import Calibration
+from prism_refactor.errors import InputError
+from prism_refactor.events import Events
+from prism_refactor.files import STATE, output_file, output_folder, save_tensors, write_json
+from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE
+from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.layered import names_on_disk
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, full_k, moe_blocks, moe_gates, router_of, set_active
+from prism_refactor.models.refactored import RefactoredCheckpoint
+from prism_refactor.progress import versions
+from prism_refactor.refactoring.card import model_card
+from prism_refactor.refactoring.curriculum import Curriculum
+from prism_refactor.signals import exit_code, uninterrupted
 
-LOSSES = ("cross-entropy", "distill")
-# Told (step, loss, k) after every step and (step, None, perplexity) after every evaluation.
-OnStep = Callable[[int, float | None, float], None]
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """How to train.
-
-    Attributes:
-        steps: optimiser steps.
-        first_k, last_k: active sub-experts at the first and the last step; linear between.
-        learning_rate: of AdamW; the paper's 1e-5 suits 200,000 sequences.
-        loss: 'cross-entropy', or 'distill': KL divergence to the model at full k.
-        batch_size: sequences per step.
-        evaluate_every: steps between two measurements of the held-out perplexity.
-        seed: of the order of the sequences.
-    """
-
-    steps: int
-    first_k: int
-    last_k: int
-    learning_rate: float
-    loss: str
-    batch_size: int
-    evaluate_every: int
-    seed: int
-
-    def k_at(self, step: int) -> int:
-        """Active sub-experts at a step counted from 0."""
-        return round(self.first_k + (self.last_k - self.first_k) * step / max(1, self.steps - 1))
+# Written anew, or not true of the trained router.
+NOT_COPIED = (CARD, MANIFEST, EVALUATION, PAGE)
+# The last part of the text chooses the best state: one sequence in so many.
+HELD_OUT_ONE_IN = 16
+_STATE_FILE, _STATE_RECORD = "training.safetensors", "training.json"
 
 
 class Training:
@@ -71,19 +60,19 @@ class Training:
         self.best = (0, self.perplexity())
         self.best_values = dict(self.original)
 
-    def run(self, on_step: OnStep | None = None) -> None:
-        """Train to the end from where the state is."""
+    def run(self, save: Callable[[], None], events: Events) -> None:
+        """Train to the end from where the state is; `save` is called after every measurement of the held-out perplexity."""
         steps, every = self.curriculum.steps, self.curriculum.evaluate_every
         while self.evaluated < steps:
             if self.step > self.evaluated and (self.step % every == 0 or self.step == steps):
                 perplexity = self._evaluate()
-                if on_step:
-                    on_step(self.step, None, perplexity)
+                save()
+                text = f"step {self.step} of {steps}: held-out perplexity {perplexity:.4f}"
+                events.line(text, event="evaluated", step=self.step, steps=steps, perplexity=perplexity)
             else:
                 k = self.curriculum.k_at(self.step)
                 loss = self._train_on(self._batch(), k)
-                if on_step:
-                    on_step(self.step, loss, k)
+                events.progress(f"steps trained, loss {loss:.4f}, k = {k}", self.step, steps)
 
     def _evaluate(self) -> float:
         """Measure, and keep the values when they are the best so far."""
@@ -186,18 +175,118 @@ class Training:
 def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
     """Turn the router rows into parameters in float32: {'<MoE layer>.<tensor>': parameter}."""
     trainable = {}
-    for layer, gate in enumerate(moe_gates(model)):
-        owner, names = (gate.two_level, ("weight", "bias")) if hasattr(gate, "two_level") else (gate, ("weight",))
+    for layer, block in enumerate(moe_blocks(model)):
+        two_level = getattr(block.experts, "two_level", None)
+        owner, names = (router_of(block), ("weight",)) if two_level is None else (two_level, ("weight", "bias"))
         for name in names:
             value = getattr(owner, name).detach().clone()
             delattr(owner, name)
-            parameter = nn.Parameter(value.float() if hasattr(gate, "two_level") else value)
+            parameter = nn.Parameter(value if two_level is None else value.float())
             owner.register_parameter(name, parameter)
             trainable[f"{layer}.{name}"] = parameter
     return trainable
 
 
-def recorded(curriculum: Curriculum, training: Training, router: str) -> dict[str, Any]:
-    """What the manifest says about a finished training."""
-    step, perplexity = training.best
-    return asdict(curriculum) | {"router": router, "best_step": step, "held_out_perplexity": perplexity}
+class FineTuning:
+    """One run of `prism-finetune`: router rows of a refactored checkpoint are trained, and written in the place of the old ones.
+
+    Args:
+        source: the refactored checkpoint. The whole model is in memory.
+        router: 'two-level' trains the linear sub-routers, 'stock' the stock gates.
+        curriculum: how to train.
+        calibration: which text, and how the model runs.
+        events: told of progress.
+
+    Raises:
+        InputError: there is too little text.
+
+    Attributes:
+        training: its state.
+    """
+
+    def __init__(
+        self, source: RefactoredCheckpoint, router: str, curriculum: Curriculum, calibration: Calibration, events: Events | None = None
+    ):
+        self.source, self.router, self.curriculum, self.events = source, router, curriculum, events or Events()
+        rows = calibration.rows(source)
+        if len(rows) < 2:
+            raise InputError("`datasets`: too little text; needs at least two samples")
+        held_out = max(1, len(rows) // HELD_OUT_ONE_IN)
+        self.identity = {
+            "source": source.fingerprint(),
+            "router": router,
+            "curriculum": asdict(curriculum),
+            "text": calibration.recorded(rows),
+            "versions": versions(),
+        }
+        self.training = Training(self._model(calibration), rows[:-held_out], rows[-held_out:], curriculum)
+
+    def _model(self, calibration: Calibration) -> Any:
+        path, dtype = self.source.path, calibration.resolved_dtype(self.source)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, experts_implementation=EXPERTS)
+        model.to(calibration.resolved_device())
+        if self.router == "two-level":
+            attach(model, path)
+        model.activation_checkpointing_enable()
+        return model
+
+    def run(self, target: Path, resume: bool = False) -> None:
+        """Train and write the folder `target`, which appears only when it is complete.
+
+        An interrupted run keeps its state in TARGET.partial.
+
+        Args:
+            target: output folder.
+            resume: go on with what an interrupted run of the same checkpoint, options and text left, if it left something.
+        """
+        with output_folder(target, self.identity, resume) as folder:
+            state = folder / STATE
+            if (state / _STATE_RECORD).exists():
+                self.training.restore(load_file(state / _STATE_FILE))
+            step, perplexity = self.training.step, self.training.best[1]
+            self.events.line(f"held-out perplexity {perplexity:.4f} before", event="start", perplexity=perplexity, step=step)
+            try:
+                self.training.run(lambda: self._save(state), self.events)
+            except BaseException as error:
+                if exit_code(error) is not None:
+                    self._save(state)
+                raise
+            self._write(folder)
+
+    def _save(self, state: Path) -> None:
+        """Replace the state; whatever interrupts this, the old or the new one is there."""
+        state.mkdir(exist_ok=True)
+        with output_file(state / _STATE_FILE) as partial:
+            save_tensors(self.training.state(), partial)
+        if not (state / _STATE_RECORD).exists():
+            write_json(state / _STATE_RECORD, {})
+
+    def _write(self, folder: Path) -> None:
+        """Write the source's files with the trained rows in the place of the old ones; measurements of the old router are left out."""
+        changed, source = self._trained_tensors(), self.source
+        shards = {ROUTER_FILE} if self.router == "two-level" else {source.weight_map[name] for name in changed}
+        step, perplexity = self.training.best
+        recorded = asdict(self.curriculum) | {"router": self.router, "best_step": step, "held_out_perplexity": perplexity}
+        kept = {key: value for key, value in source.manifest.items() if key != "operating_points"}
+        manifest = kept | {"finetuning": recorded}
+        for relative in sorted(path.relative_to(source.path) for path in source.path.rglob("*") if path.is_file()):
+            if str(relative) in NOT_COPIED or relative.parts[0].startswith("."):
+                continue
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            if str(relative) in shards:
+                tensors = load_file(source.path / relative)
+                save_tensors({name: changed.get(name, value).to(value.dtype) for name, value in tensors.items()}, folder / relative)
+            else:
+                shutil.copyfile(source.path / relative, folder / relative)
+        write_json(folder / MANIFEST, manifest)
+        (folder / CARD).write_text(model_card(manifest))
+
+    def _trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the best values by their names on disk."""
+        model = self.training.model
+        names, gates = {id(module): name for name, module in model.named_modules()}, moe_gates(model)
+        found = {}
+        for key, value in self.training.best_values.items():
+            layer, _, leaf = key.partition(".")
+            found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
+        return found if self.router == "two-level" else names_on_disk(model, found)

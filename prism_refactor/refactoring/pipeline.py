@@ -1,8 +1,7 @@
 """The main path: statistics of each layer in, a refactored checkpoint out."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from prism_refactor.calibration.profile import Profile
-from prism_refactor.calibration.statistics import LayerStatistics
-from prism_refactor.calibration.store import Statistics
+from prism_refactor.calibration.statistics import LayerStatistics, StatisticsSource
 from prism_refactor.errors import InputError
+from prism_refactor.events import Events
 from prism_refactor.files import output_folder, save_tensors, write_json
-from prism_refactor.formats import MANIFEST
+from prism_refactor.formats import CARD, MANIFEST, PICTURE_FILE
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import replaced_parts
 from prism_refactor.models.checkpoint import Checkpoint
@@ -25,134 +23,179 @@ from prism_refactor.models.side_files import side_files
 from prism_refactor.models.writer import ShardWriter
 from prism_refactor.progress import Progress, versions
 from prism_refactor.refactoring.card import model_card
-from prism_refactor.refactoring.layer import refactor_layer
-from prism_refactor.refactoring.plan import CARD, MODELING_FILE, Plan
+from prism_refactor.refactoring.layer import LayerRefactoring, Run
+from prism_refactor.refactoring.plan import MODELING_FILE, Plan
 from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
-from prism_refactor.routing.tilt import FULL_K_BUDGET
 
-OnExpert = Callable[[int, int, int], None]
-FORMAT = 2
+FORMAT = 3
 SOURCE_CARD = "README.source.md"
-PICTURE_FILE = "coactivation.safetensors"
 
 
-@dataclass
-class Done:
-    """The finished layers' share of what is written at the end: the router's tensors are 12 N H of a layer's 3 C H numbers per expert.
-
-    Attributes:
-        router, pictures: tensors of the two last files.
-        reports: of the MoE layers, for the manifest.
-    """
-
-    router: dict[str, torch.Tensor] = field(default_factory=dict)
-    pictures: dict[str, torch.Tensor] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
-
-    def take(self, report: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
-        """Add a layer: its report, None for a dense one, and its tensors as 'router.<name>' and 'pictures.<name>'."""
-        for name, value in tensors.items():
-            kind, _, key = name.partition(".")
-            (self.router if kind == "router" else self.pictures)[key] = value
-        if report is not None:
-            self.reports.append(report)
-
-
-def refactor(
-    checkpoint: Checkpoint,
-    target: Path,
-    statistics: Profile | Statistics,
-    calibration: dict[str, Any],
-    recipe: Recipe,
-    plan: Plan,
-    workers: Workers | None = None,
-    strict: bool = False,
-    resume: bool = False,
-    on_expert: OnExpert | None = None,
-    on_start: Callable[[int, int], None] | None = None,
-    timings: Timings | None = None,
-) -> dict[str, Any]:
-    """Write the refactored checkpoint. The folder `target` appears only when it is complete.
-
-    A run that ends before leaves its finished layers in TARGET.partial, if there are any.
+class Refactoring:
+    """One run of `prism-refactor`: the statistics of each layer in, a refactored checkpoint out.
 
     Memory is one layer: its statistics, its weights as stored, and its refactored weights.
 
     Args:
         checkpoint: the source.
-        target: output folder.
-        statistics: of every MoE layer, in order.
-        calibration: what made them, for the manifest.
         recipe: what to do. Equal recipes and statistics give equal bytes.
         plan: of this run.
         workers: that partition experts and fit routers, not yet entered; None: this process.
+        events: told of progress.
         strict: refuse experts that saw no token instead of reporting them.
-        resume: go on after the last finished layer of an interrupted run with the same checkpoint, statistics, recipe and versions, if
-            there is one. The bytes are those of a run that was not interrupted.
-        on_expert: told (layer, experts done, experts in all).
-        on_start: told how many layers an earlier run has finished, and the last of them.
-        timings: told the seconds of each stage.
 
-    Returns:
-        The manifest, as written to prism.json.
+    Attributes:
+        timings: seconds of each stage.
     """
-    timings = timings or Timings()
-    identity = {
-        "source": checkpoint.fingerprint(),
-        "calibration": calibration,
-        "recipe": recipe.recorded(),
-        "versions": versions(),
-        "statistics": statistics.origin(),
-    }
-    with workers or Workers() as running, output_folder(target, identity, resume) as folder:
-        config = _write_config(checkpoint, folder, recipe, plan)
-        source = LayeredModel(checkpoint, None)
-        target_model = build_meta_model(config, torch.float32)
-        writer = ShardWriter(folder, recipe.max_shard_bytes)
-        progress, done = Progress(folder), Done()
-        for record, tensors in progress.restored():
-            done.take(record["report"], tensors)
-            writer.restore(record["shards"])
-        statistics.restore(progress.text(), progress.layers)
-        if on_start:
-            on_start(progress.layers, progress.layers - 1)
-        if not progress.layers:
-            _copy_outer_tensors(source, writer)
-        tilt_bound = FULL_K_BUDGET / len(plan.moe_layers)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        plan: Plan,
+        workers: Workers | None = None,
+        events: Events | None = None,
+        strict: bool = False,
+    ):
+        self.checkpoint, self.recipe, self.plan, self.strict = checkpoint, recipe, plan, strict
+        self.workers, self.events, self.timings = workers or Workers(), events or Events(), Timings()
+
+    def run(self, statistics: StatisticsSource, target: Path, resume: bool = False) -> dict[str, Any]:
+        """Write the refactored checkpoint. The folder `target` appears only when it is complete.
+
+        A run that ends before leaves its finished layers in TARGET.partial, if there are any.
+
+        Args:
+            statistics: of every MoE layer, in order.
+            target: output folder.
+            resume: go on after the last finished layer of an interrupted run with the same checkpoint, statistics, recipe and versions,
+                if there is one. The bytes are those of a run that was not interrupted.
+
+        Returns:
+            The manifest, as written to prism.json.
+
+        Raises:
+            InputError: the statistics or the weights cannot be used.
+        """
+        identity = {
+            "source": self.checkpoint.fingerprint(),
+            "calibration": statistics.recorded,
+            "recipe": self.recipe.recorded(),
+            "versions": versions(),
+            "statistics": statistics.origin(),
+        }
+        with self.workers as workers, output_folder(target, identity, resume) as folder:
+            return _Writing(self, workers, folder).finish(statistics)
+
+
+class _Writing:
+    """A `Refactoring` on its way into one unfinished folder."""
+
+    def __init__(self, job: Refactoring, workers: Workers, folder: Path):
+        self.job, self.checkpoint, self.folder = job, job.checkpoint, folder
+        self.config = _write_config(job.checkpoint, folder, job.recipe, job.plan)
+        self.source = LayeredModel(job.checkpoint, None)
+        self.target = build_meta_model(self.config, torch.float32)
+        self.writer = ShardWriter(folder, job.recipe.max_shard_bytes)
+        self.layer_run = Run(job.recipe, workers, len(self.source.layers), job.events, job.timings)
+        self.progress = Progress(folder)
+        # Of the finished layers: tensors of the two files that are written at the end, and reports for the manifest.
+        self.files: dict[str, dict[str, torch.Tensor]] = {"router": {}, "pictures": {}}
+        self.reports: list[dict[str, Any]] = []
+
+    def finish(self, statistics: StatisticsSource) -> dict[str, Any]:
+        """Write everything that is not there yet; returns the manifest."""
+        for record, groups in self.progress.restored():
+            self._count(record["report"], groups)
+            self.writer.restore(record["shards"])
+        done = self.progress.layers
+        statistics.restore(self.progress.hidden_states(), done)
+        self.job.events.resumed(done - 1, done)
+        if not done:
+            self._copy_outer_tensors()
         arriving = iter(statistics)
-        for index in range(progress.layers, len(source.layers)):
-            tensors = {}
-            report = None
-            if index in plan.moe_layers:
-                with timings.stage("statistics"):
-                    layer_statistics = next(arriving, None)
-                if layer_statistics is None or layer_statistics.layer != index:
-                    raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
-                if strict and layer_statistics.unrouted:
-                    raise InputError(
-                        f"layer {index}: experts {layer_statistics.unrouted} saw no token (--strict); "
-                        "use more or other text (--num-samples, --dataset)"
-                    )
-                report, tensors = _refactor_layer(
-                    source, target_model, layer_statistics, recipe, running, tilt_bound, on_expert, writer, timings
-                )
-                del layer_statistics
-            else:
-                _copy(source, source.tensors_under(source.layer_name(index)), writer)
-            with timings.stage("writing"):
-                writer.close_shard()
-                record = {"shards": writer.shards, "report": report}
-                progress.finish_layer(record, statistics.state(), writer.unsynced(), tensors)
-                done.take(report, tensors)
-        writer.finish()
-        manifest = _manifest(checkpoint, calibration, recipe, plan, done.reports)
-        save_tensors(done.router, folder / ROUTER_FILE)
-        save_tensors(done.pictures, folder / PICTURE_FILE)
-        _write_side_files(checkpoint, folder, manifest)
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+        for index in range(done, len(self.source.layers)):
+            report, groups = self._layer(index, arriving)
+            with self.job.timings.stage("writing"):
+                self.writer.close_shard()
+                record = {"shards": self.writer.shards, "report": report}
+                self.progress.finish_layer(record, statistics.state(), self.writer.unsynced(), groups)
+                self._count(report, groups)
+        self.writer.finish()
+        manifest = _manifest(self.job, statistics.recorded, self.reports)
+        save_tensors(self.files["router"], self.folder / ROUTER_FILE)
+        save_tensors(self.files["pictures"], self.folder / PICTURE_FILE)
+        _write_side_files(self.checkpoint, self.folder, manifest)
+        write_json(self.folder / MANIFEST, manifest)
+        return manifest
+
+    def _count(self, report: dict[str, Any] | None, groups: dict[str, dict[str, torch.Tensor]]) -> None:
+        for name, tensors in groups.items():
+            self.files[name] |= tensors
+        if report is not None:
+            self.reports.append(report)
+
+    def _layer(self, index: int, arriving: Iterator[LayerStatistics]) -> tuple[dict[str, Any] | None, dict[str, dict[str, torch.Tensor]]]:
+        """Queue one layer's tensors; returns its report (None for a dense one) and its tensors of the last two files."""
+        if index not in self.job.plan.moe_layers:
+            self._copy(self.source.tensors_under(self.source.layer_name(index)))
+            return None, {}
+        with self.job.timings.stage("statistics"):
+            statistics = next(arriving, None)
+        if statistics is None or statistics.layer != index:
+            raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
+        if self.job.strict and statistics.unrouted:
+            raise InputError(
+                f"layer {index}: experts {statistics.unrouted} saw no token (`strict`); use more or other text (`num_samples`, `datasets`)"
+            )
+        return self._refactor_layer(statistics)
+
+    def _refactor_layer(self, statistics: LayerStatistics) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        index, source = statistics.layer, self.source
+        name = source.moe_blocks[index]
+        block = self.target.get_submodule(name)
+        parts = replaced_parts(name, block)
+        with source.loaded(*parts):
+            try:
+                result = LayerRefactoring(source.model.get_submodule(name), block, self.config, statistics, self.layer_run).result()
+            except InputError as error:
+                raise InputError(f"{self.checkpoint.path}: layer {index}: {error}") from error
+            except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+                raise InputError(
+                    f"{self.checkpoint.path}: layer {index}: its outputs are beyond float32, no router can be fitted; check the checkpoint"
+                ) from error
+            # Clones: leaving the block sends the source's own tensors back to the meta device.
+            router = {f"{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+        block.to("meta")
+        converted = {tensor for part in parts for tensor in source.tensors_under(part)}
+        self._copy([tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted])
+        experts = {f"{name}.{leaf}": value for leaf, value in result.weights.items() if leaf.startswith("experts.")}
+        self._add({f"{name}.{leaf}": value for leaf, value in result.weights.items() if not leaf.startswith("experts.")})
+        # Alone in their shards sub-experts lie at whole blocks, as most are whole blocks long: offloading reads them without a copy.
+        self.writer.close_shard()
+        self._add(experts)
+        pictures = {f"layer.{index}.{leaf}": value.contiguous() for leaf, value in result.pictures.items()}
+        return result.report, {"router": router, "pictures": pictures}
+
+    def _copy(self, names: list[str]) -> None:
+        """Queue some of the source's tensors as they are."""
+        with self.checkpoint.slices(sorted(names)) as slices:
+            for name, part in slices.items():
+                self.writer.add(name, part[...])
+
+    def _add(self, state: dict[str, torch.Tensor]) -> None:
+        """Queue some of the refactored model's tensors under their names on disk."""
+        for name, tensor in names_on_disk(self.target, state).items():
+            self.writer.add(name, tensor)
+
+    def _copy_outer_tensors(self) -> None:
+        """Queue everything outside the decoder layers, and whatever transformers does not know, byte for byte."""
+        source = self.source
+        inside = {name for index in range(len(source.layers)) for name in source.tensors_under(source.layer_name(index))}
+        self._copy([name for name in self.checkpoint.weight_map if name not in inside])
+        self.writer.close_shard()
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Plan) -> Any:
@@ -180,89 +223,18 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _copy(source: LayeredModel, names: list[str], writer: ShardWriter) -> None:
-    with source.checkpoint.slices(sorted(names)) as slices:
-        for name, part in slices.items():
-            writer.add(name, part[...])
-
-
-def _add(model: Any, state: dict[str, torch.Tensor], writer: ShardWriter) -> None:
-    """Queue some of a model's tensors under their names on disk."""
-    for name, tensor in names_on_disk(model, state).items():
-        writer.add(name, tensor)
-
-
-def _copy_outer_tensors(source: LayeredModel, writer: ShardWriter) -> None:
-    """Everything outside the decoder layers, and whatever transformers does not know, byte for byte."""
-    inside = {name for index in range(len(source.layers)) for name in source.tensors_under(source.layer_name(index))}
-    _copy(source, [name for name in source.checkpoint.weight_map if name not in inside], writer)
-    writer.close_shard()
-
-
-def _refactor_layer(
-    source: LayeredModel,
-    target_model: Any,
-    statistics: LayerStatistics,
-    recipe: Recipe,
-    workers: Workers,
-    tilt_bound: float,
-    on_expert: OnExpert | None,
-    writer: ShardWriter,
-    timings: Timings,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Refactor one layer and queue its tensors; returns its report and its tensors for the last two files, see `Done`."""
-    index = statistics.layer
-    name = source.moe_blocks[index]
-    target_block = target_model.get_submodule(name)
-    total = len(statistics.activations)
-    parts = replaced_parts(name, target_block)
-    with source.loaded(*parts):
-        try:
-            result = refactor_layer(
-                source.model.get_submodule(name),
-                target_block,
-                target_model.config,
-                statistics,
-                recipe,
-                workers,
-                tilt_bound,
-                timings,
-                (lambda done: on_expert(index, done, total)) if on_expert else None,
-            )
-        except InputError as error:
-            raise InputError(f"{source.checkpoint.path}: layer {index}: {error}") from error
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
-            raise InputError(
-                f"{source.checkpoint.path}: layer {index}: its outputs are beyond float32, no router can be fitted; check the checkpoint"
-            ) from error
-        # Clones: leaving the block sends the source's own tensors back to the meta device.
-        tensors = {f"router.{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
-    tensors |= {f"pictures.layer.{index}.{leaf}": value.contiguous() for leaf, value in result.picture.items()}
-    target_block.to("meta")
-    converted = {tensor for part in parts for tensor in source.tensors_under(part)}
-    _copy(source, [tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted], writer)
-    state = {f"{name}.{leaf}": value for leaf, value in result.state.items()}
-    experts = {leaf: value for leaf, value in state.items() if leaf.startswith(f"{name}.experts.")}
-    _add(target_model, {leaf: value for leaf, value in state.items() if leaf not in experts}, writer)
-    # Alone in their shards sub-experts lie at whole blocks, as most are whole blocks long: offloading reads them without a copy.
-    writer.close_shard()
-    _add(target_model, experts, writer)
-    return result.report, tensors
-
-
-def _manifest(
-    checkpoint: Checkpoint, calibration: dict[str, Any], recipe: Recipe, plan: Plan, reports: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    checkpoint = job.checkpoint
+    source = {
+        "name": checkpoint.path.resolve().name,
+        "fingerprint": checkpoint.fingerprint(),
+        "model_type": checkpoint.config.model_type,
+    }
     return {
         "format": FORMAT,
-        "source": {
-            "name": checkpoint.path.resolve().name,
-            "fingerprint": checkpoint.fingerprint(),
-            "model_type": checkpoint.config.model_type,
-        }
-        | plan.before,
-        "result": plan.after,
-        "recipe": recipe.recorded(),
+        "source": source | job.plan.before,
+        "result": job.plan.after,
+        "recipe": job.recipe.recorded(),
         "calibration": calibration,
         "versions": versions(),
         "layers": reports,

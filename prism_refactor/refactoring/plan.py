@@ -12,7 +12,7 @@ from prism_refactor import solvers
 from prism_refactor.calibration.profile import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.formats import MANIFEST
+from prism_refactor.formats import CARD, MANIFEST
 from prism_refactor.models.architectures import expert_shape, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, dtype_name, names_on_disk
@@ -20,7 +20,6 @@ from prism_refactor.models.side_files import check_side_files
 from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.resources import free_disk, free_memory
 
-CARD = "README.md"
 MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
 _LAYER_MARGIN = 1.1
@@ -169,7 +168,7 @@ def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, 
     dtype = checkpoint.dtypes[layered.tensors_under(f"{block}.experts")[0]]
     if dtype is not None and width * dtype.itemsize % 16:
         raise UsageError(
-            f"--sub-experts {sub_experts}: sub-experts of {width} neurons in {dtype} are too narrow for transformers' grouped "
+            f"`sub_experts` {sub_experts}: sub-experts of {width} neurons in {dtype} are too narrow for transformers' grouped "
             f"kernel, which needs a multiple of {16 // dtype.itemsize}; use fewer"
         )
 

@@ -7,22 +7,18 @@ from typing import Any
 import torch
 
 from prism_refactor.errors import InputError
-from prism_refactor.models.architectures import ARCHITECTURES, expert_shape, moe_block, replaced_parts, router_name, routing_state
+from prism_refactor.events import Events
+from prism_refactor.models.architectures import ARCHITECTURES, expert_shape, moe_block, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, names_on_disk
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach_block, full_k, router_tensors
+from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.split import repeat_routing, split_experts
-from prism_refactor.models.stream import LayerStream
+from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.refactoring.layer import original_routing
 from prism_refactor.refactoring.pipeline import MODELING_FILE, copied_name
 from prism_refactor.refactoring.plan import replaced_state
-
-# Largest |difference| of a logit at full k that floating-point reordering explains, in float32.
-LOGIT_TOLERANCE = 1e-3
-# Largest mean KL divergence, nats per token, that the tilt of the stock gate may cause at full k.
-KL_TOLERANCE = 1e-3
-OnLayer = Callable[[str, int, int], None]
+from prism_refactor.refactoring.recipe import LOGIT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,7 @@ class Comparison:
         max_difference: largest |logit difference|.
         mean_kl: mean KL(original || refactored), nats per token.
         same_top1: share of positions with the same most likely token.
-        judged_by, limit: the measure that decides for this mode, and its largest allowed value: floating-point reordering for a mode
-            that is exact, the tilt's budget for a tilted stock gate.
-        passed: within the limit.
+        passed: `max_difference` is within the tolerance.
     """
 
     mode: str
@@ -45,8 +39,6 @@ class Comparison:
     max_difference: float
     mean_kl: float
     same_top1: float
-    judged_by: str
-    limit: float
     passed: bool
 
 
@@ -66,10 +58,8 @@ def compare_files(source: Checkpoint, result: Checkpoint) -> list[str]:
     return problems
 
 
-def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | None = None) -> list[str]:
+def compare_tensors(source: Checkpoint, result: Checkpoint, events: Events | None = None) -> list[str]:
     """Check the inventory of the refactored checkpoint, then every tensor bit for bit against what the split of the source gives.
-
-    Tilted stock gate rows have nothing to be compared with: they must be finite, and the logits judge them.
 
     Returns:
         What is wrong, one line each; empty when nothing is.
@@ -104,10 +94,10 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, on_layer: OnLayer | 
         with source.slices([name]) as before, result.slices([name]) as after:
             if before[name].get_dtype() != after[name].get_dtype() or not _same_bytes(before[name][...], after[name][...]):
                 problems.append(f"tensor {name} is not the source's")
-    return problems or _compare_experts(old, new, on_layer)
+    return problems or _compare_experts(old, new, events or Events())
 
 
-def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | None) -> list[str]:
+def _compare_experts(old: LayeredModel, new: LayeredModel, events: Events) -> list[str]:
     routers = router_tensors(new.checkpoint.path / ROUTER_FILE)
     problems = []
     for index, name in old.moe_blocks.items():
@@ -116,8 +106,7 @@ def _compare_experts(old: LayeredModel, new: LayeredModel, on_layer: OnLayer | N
             before, after = old.model.get_submodule(name), new.model.get_submodule(name)
             found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config)
             problems += [f"layer {index}: {problem}" for problem in found]
-        if on_layer:
-            on_layer("tensors", index, len(old.layers))
+        events.progress("tensors checked", 1, 1, (index, len(old.layers)))
     return problems
 
 
@@ -128,12 +117,10 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
     if kind == "linear":
         shapes["weight"] = (experts, sub_experts, hidden)
-    if kind in ("proxy", "calibrated-proxy"):
+    if kind == "proxy":
         gate_neurons = router.get("gate_neurons", torch.empty(0)).shape[-1]
         shapes["gate_neurons"] = (experts, sub_experts, gate_neurons)
-    if kind == "calibrated-proxy":
-        shapes["coefficient"] = shapes["gate_neurons"]
-    if kind in ("linear", "calibrated-proxy"):
+    if kind == "linear":
         shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
         shapes["compensation"] = (2, experts, sub_experts, hidden)
         shapes["scale"] = (full_k(config),)
@@ -149,9 +136,6 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     if not all(torch.equal(value, router[name]) for name, value in original.items()):
         problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
     repeated = repeat_routing(before, ARCHITECTURES[config.model_type], sub_experts)
-    if kind == "linear":
-        # Its rows are tilted.
-        del repeated[f"{router_name(before)}.weight"]
     if not all(torch.equal(stock[name], value) for name, value in repeated.items()):
         problems.append("the stock gate is not the source's repeated")
     groups = router["neuron_sub_expert"]
@@ -169,46 +153,39 @@ def compare_logits(
     source: Checkpoint,
     result: Checkpoint,
     rows: torch.Tensor,
-    device: str,
-    batch_size: int,
+    compute: ComputeOptions,
     tolerance: float = LOGIT_TOLERANCE,
-    on_layer: OnLayer | None = None,
+    events: Events | None = None,
 ) -> list[Comparison]:
-    """Compare float32 logits at full k, in every way the refactored checkpoint can be run.
+    """Compare logits at full k, in every way the refactored checkpoint can be run.
 
     Args:
         source, result: the two checkpoints.
         rows: int64 [S, T] token ids.
-        device: 'cpu' or 'cuda'.
-        batch_size: rows per forward.
-        tolerance: on |logit difference| for modes that are exact: two-level, and stock with repeated rows.
-        on_layer: told (mode, layer, layers).
+        compute: how to run; the tolerance is for float32.
+        tolerance: on |logit difference|.
+        events: told of every layer.
     """
-    kind = result.config.prism["router"]
-    modes = ["stock"] if kind == "replicate" else ["stock", "two-level"]
-    original = _final_hidden(source, rows, device, batch_size, "original", on_layer)
-    hidden = {mode: _final_hidden(result, rows, device, batch_size, mode, on_layer).hidden for mode in modes}
-    comparisons = []
+    modes = ["stock"] if result.config.prism["router"] == "replicate" else ["stock", "two-level"]
+    events = events or Events()
+    original = _final_hidden(LayerStream(source, rows, compute), "original", events)
+    hidden = {mode: _final_hidden(LayerStream(result, rows, compute), mode, events).hidden for mode in modes}
     with original.head() as head:
-        for mode in modes:
-            exact = mode == "two-level" or kind != "linear"
-            comparisons.append(_compare(mode, exact, head, original.hidden, hidden[mode], device, tolerance))
-    return comparisons
+        return [_compare(mode, lambda row: head(row.to(compute.device)), original.hidden, hidden[mode], tolerance) for mode in modes]
 
 
-def _final_hidden(
-    checkpoint: Checkpoint, rows: torch.Tensor, device: str, batch_size: int, mode: str, on_layer: OnLayer | None
-) -> LayerStream:
-    stream = LayerStream(checkpoint, rows, torch.float32, device, batch_size)
+def _final_hidden(stream: LayerStream, mode: str, events: Events) -> LayerStream:
+    """Send the text through all layers."""
+    checkpoint = stream.layered.checkpoint
     routers = router_tensors(checkpoint.path / ROUTER_FILE) if mode == "two-level" else {}
     for index in range(len(stream)):
         with stream.layer(index) as layer:
             found = moe_block(layer)
             if found and routers:
-                attach_block(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+                two_level = two_level_router(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+                install(found[1], two_level, ActiveK([full_k(checkpoint.config)]), 0)
             stream.advance(index)
-        if on_layer:
-            on_layer(mode, index, len(stream))
+        events.progress(f"{mode} checked", 1, 1, (index, len(stream)))
     return stream
 
 
@@ -218,23 +195,15 @@ def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def _compare(
-    mode: str,
-    exact: bool,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    before: torch.Tensor,
-    after: torch.Tensor,
-    device: str,
-    tolerance: float,
+    mode: str, head: Callable[[torch.Tensor], torch.Tensor], before: torch.Tensor, after: torch.Tensor, tolerance: float
 ) -> Comparison:
     differences, divergence, same = [], 0.0, 0.0
     tokens = before.shape[0] * before.shape[1]
     for reference_row, row in zip(before, after, strict=True):
-        reference, logits = head(reference_row.to(device)), head(row.to(device))
+        reference, logits = head(reference_row), head(row)
         differences.append((reference - logits).abs().max())
         divergence += torch.nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum").item()
         same += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
-    # Not a number passes no test below: torch's maximum keeps it and comparisons with it are false.
-    largest, mean = torch.stack(differences).max().item(), divergence / tokens
-    limit = tolerance if exact else KL_TOLERANCE
-    passed = (largest if exact else mean) <= limit
-    return Comparison(mode, tokens, largest, mean, same / tokens, "max |logit difference|" if exact else "mean KL", limit, passed)
+    # Not a number does not pass: torch's maximum keeps it and comparisons with it are false.
+    largest = torch.stack(differences).max().item()
+    return Comparison(mode, tokens, largest, divergence / tokens, same / tokens, largest <= tolerance)

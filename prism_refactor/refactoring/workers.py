@@ -16,7 +16,6 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from prism_refactor.errors import ResourceError, UsageError, one_line
 
-ENGINES = ("local", "ray")
 # Arrays of this many bytes travel together: joblib puts them into memory maps, which last until all the tasks that came with them are done.
 CHUNK_BYTES = 2**28
 # But no fewer tasks than these, for the workers wait for each other at the end of a chunk.
@@ -49,7 +48,7 @@ class Workers:
     def __init__(self, count: int | None = 1, engine: str = "local", address: str | None = None):
         self.count, self.engine, self.address = count, engine, address
         if engine == "ray" and find_spec("ray") is None:
-            raise UsageError("--engine ray needs Ray; install prism-refactor[ray]")
+            raise UsageError("`engine` ray needs Ray; install prism-refactor[ray]")
         self._parallel: Any = None
         self._config: Any = None
 
@@ -86,8 +85,8 @@ class Workers:
                     deaths += 1
                     if deaths == TRIALS:
                         raise ResourceError(
-                            f"a worker process died {TRIALS} times over the same tasks, most likely for lack of memory; lower --workers "
-                            f"or --tokens-per-expert ({one_line(death)})"
+                            f"a worker process died {TRIALS} times over the same tasks, most likely for lack of memory; lower `workers` "
+                            f"or `tokens_per_expert` ({one_line(death)})"
                         ) from death
                     self._close()
                     self._open()
@@ -132,7 +131,7 @@ class Workers:
         try:
             self._parallel = parallel.__enter__()
         except ValueError as error:
-            raise UsageError(f"--workers {self.count}: {one_line(error)}") from error
+            raise UsageError(f"`workers` {self.count}: {one_line(error)}") from error
 
     def _close(self) -> None:
         if self._parallel is not None:
@@ -154,7 +153,7 @@ class Workers:
                 socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
             ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ResourceError(f"--engine ray: {address or 'here'} does not let us in: {one_line(error)}") from error
+            raise ResourceError(f"`engine` ray: {address or 'here'} does not let us in: {one_line(error)}") from error
         register_ray()
 
     def _deaths(self) -> type[Exception]:

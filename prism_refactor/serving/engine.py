@@ -18,7 +18,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +39,7 @@ from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach, full_k, set_active, set_token_active
 from prism_refactor.models.refactored import router_file
 from prism_refactor.offload.manager import OFFLOADED, OffloadManager
+from prism_refactor.resources import free_memory
 from prism_refactor.serving.performance import PerformanceModel
 from prism_refactor.serving.sampling import sample
 from prism_refactor.serving.scheduling import SCHEDULERS, Job, Limits, Scheduler, step_k
@@ -184,7 +184,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     """
     check_device(device)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
     recipe = getattr(model.config, "prism", None)
@@ -201,7 +201,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     return model
 
 
-def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+def run_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function in a thread that ends with it: what loads or measures a model before an engine starts should run like this.
 
     Every thread that computes keeps a team of OpenMP workers. Where these and the engine's are more than the cores, libgomp lets
@@ -217,11 +217,9 @@ class Engine:
     Args:
         model: a causal language model, see `load`; one that was not refactored has a single k.
         scheduler: one of `SCHEDULERS`.
-        limits: bounds of a step, and of requests with a KV cache.
+        limits: bounds of a step and of requests. Where they do not size the KV cache, it gets a quarter of free memory on a CPU, and
+            transformers' choice elsewhere.
         performance: of this model on this machine; some schedulers need it, and steps are compared with it.
-        kv_tokens: tokens that the KV cache holds; None: a quarter of free memory on a CPU, transformers' choice elsewhere, but never
-            more than all requests can use.
-        max_waiting: requests that may wait for a KV cache; more are `Rejected`.
         on_step: called with every `Step`, in the engine's thread.
 
     Raises:
@@ -235,11 +233,9 @@ class Engine:
         scheduler: str = "per-token",
         limits: Limits | None = None,
         performance: PerformanceModel | None = None,
-        kv_tokens: int | None = None,
-        max_waiting: int = 1024,
         on_step: Callable[[Step], None] | None = None,
     ):
-        self.model, self.performance, self.max_waiting, self.on_step = model, performance, max_waiting, on_step
+        self.model, self.performance, self.on_step = model, performance, on_step
         self.limits = limits or Limits()
         recipe = getattr(model.config, "prism", None)
         self.full_k = full_k(model.config) if recipe else 1
@@ -250,9 +246,9 @@ class Engine:
             self.offload.tolerant = True
         kind = SCHEDULERS[scheduler]
         if kind.exact and recipe and recipe["router"] == "replicate":
-            raise UsageError(f"--scheduler {scheduler} needs a sub-expert router, and this checkpoint has none; use --scheduler fifo")
+            raise UsageError(f"`scheduler` {scheduler} needs a sub-expert router, and this checkpoint has none; use `scheduler` fifo")
         if kind.predicts and performance is None:
-            raise UsageError(f"--scheduler {scheduler} needs a performance model; run prism-bench on the checkpoint first")
+            raise UsageError(f"`scheduler` {scheduler} needs a performance model; run prism-bench on the checkpoint first")
         self.policy: Scheduler = kind(self.limits, performance.cost if performance else None)
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
@@ -264,7 +260,7 @@ class Engine:
         # Requests that `stop` had to end.
         self.unfinished = 0
         self._attention, self._experts = model.config._attn_implementation, model.config._experts_implementation
-        self._manager = self._make_manager(kv_tokens)
+        self._manager = self._make_manager()
         # The manager forgets it when it stops; here it still tells whether blocks leaked.
         self._processor: Any = self._manager.batch_processor
         self._hooks = [
@@ -277,7 +273,7 @@ class Engine:
             self.close()
             raise InputError(f"transformers' continuous batching does not run {type(model).__name__}: {one_line(error)}") from error
 
-    def _make_manager(self, kv_tokens: int | None) -> ContinuousBatchingManager:
+    def _make_manager(self) -> ContinuousBatchingManager:
         model: Any = self.model
         on_cpu = model.device.type == "cpu"
         config = ContinuousBatchingConfig(
@@ -292,6 +288,7 @@ class Engine:
         if on_cpu:
             config.page_size = CPU_PAGE
             config.auto_switch_to_flash = False
+        kv_tokens = self.limits.kv_tokens
         if kv_tokens is None and on_cpu:
             kv_tokens = self._kv_tokens_that_fit()
         if kv_tokens is not None:
@@ -330,7 +327,7 @@ class Engine:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
         most = self.limits.requests * self.context
-        return min(int(CPU_KV_SHARE * psutil.virtual_memory().available / token_bytes), most)
+        return min(int(CPU_KV_SHARE * free_memory() / token_bytes), most)
 
     @property
     def context(self) -> int:
@@ -427,7 +424,7 @@ class Engine:
         waiting = len(self.waiting)
         if self._stopping or not self.alive:
             raise Rejected("the engine is stopping", 1.0)
-        if waiting >= self.max_waiting:
+        if waiting >= self.limits.waiting:
             raise Rejected(f"{waiting} requests wait already", self._queue_seconds())
         if request.deadline is not None and (needed := self._least_seconds(request, floor)) > request.deadline:
             raise Rejected(f"a deadline of {request.deadline:g} s cannot be met: the prompt alone is done in {needed:.1f} s", needed)

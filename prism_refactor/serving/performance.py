@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from prism_refactor.errors import InputError
+from prism_refactor.events import Events
+from prism_refactor.files import write_json
 
 PERFORMANCE_FILE = "performance.json"
 _FORMAT = 1
@@ -44,7 +46,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Table:
+class LatencyGrid:
     """Seconds on a grid: medians and quartiles, each nested lists [tokens][k][context].
 
     Attributes:
@@ -67,13 +69,13 @@ class Table:
         """All (tokens, k, context)."""
         return product(self.tokens, self.k, self.context)
 
-    def filled(self, runs: dict[tuple[int, int, int], list[float]]) -> "Table":
+    def filled(self, runs: dict[tuple[int, int, int], list[float]]) -> "LatencyGrid":
         """This grid with the medians and quartiles of some seconds for each of its points."""
         shape = len(self.tokens), len(self.k), len(self.context)
         low, middle, high = (
             np.array([np.quantile(runs[point], share) for point in self.points()]).reshape(shape).tolist() for share in (0.25, 0.5, 0.75)
         )
-        return Table(self.tokens, self.k, self.context, middle, low, high)
+        return LatencyGrid(self.tokens, self.k, self.context, middle, low, high)
 
     @cached_property
     def _interpolators(self) -> list[Any]:
@@ -129,13 +131,14 @@ class PerformanceModel:
     device: str
     dtype: str
     threads: int
-    decode: Table
-    prefill: Table
+    decode: LatencyGrid
+    prefill: LatencyGrid
     held_out: list[HeldOut] = field(default_factory=list)
     machine: str = ""
 
     def __post_init__(self) -> None:
-        self._known: dict[tuple[int, int, float, int], float] = {}
+        # Schedulers and simulations ask for the same few thousand steps again and again.
+        self._known = lru_cache(2**16)(self._predict_step)
 
     def predict(self, tokens: int, k: float, context: float = 0.0, prefill: bool = False) -> Prediction:
         """Seconds of a step of decoding requests, or of a prompt.
@@ -155,11 +158,7 @@ class PerformanceModel:
 
         A mixed one is taken as a prompt of all its tokens, and what the context of the decoding requests adds.
         """
-        # Schedulers and simulations ask for the same few thousand steps again and again.
-        key = prefill, decode, round(k, 1), int(context) // 32
-        if key not in self._known:
-            self._known[key] = self._predict_step(prefill, decode, key[2], key[3] * 32.0)
-        return self._known[key]
+        return self._known(prefill, decode, round(k, 1), int(context) // 32 * 32.0)
 
     def _predict_step(self, prefill: int, decode: int, k: float, context: float) -> float:
         if not prefill:
@@ -184,10 +183,7 @@ class PerformanceModel:
     def save(self, folder: Path) -> Path:
         """Write it beside the model; returns the file."""
         path = folder / PERFORMANCE_FILE
-        temporary = path.with_suffix(".tmp")
-        content = {"format": _FORMAT, **asdict(self), "median_error": self.error(), "p90_error": self.error(_COVERED)}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"format": _FORMAT, **asdict(self), "median_error": self.error(), "p90_error": self.error(_COVERED)})
         return path
 
     @classmethod
@@ -204,7 +200,7 @@ class PerformanceModel:
                 raise ValueError(f"format {content['format']}")
             for name in ("format", "median_error", "p90_error"):
                 del content[name]
-            content |= {name: Table(**content[name]) for name in ("decode", "prefill")}
+            content |= {name: LatencyGrid(**content[name]) for name in ("decode", "prefill")}
             return cls(**content | {"held_out": [HeldOut(**point) for point in content["held_out"]]})
         except FileNotFoundError:
             return None
@@ -221,16 +217,28 @@ def powers(most: int, first: int = 1, factor: int = 2) -> list[int]:
     return [*values, most]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a performance model is measured.
+
+    Attributes:
+        held_out: points between those of the grids to compare predictions with, of each kind.
+        repeats: rounds after the first.
+        seed: of the held-out points and the orders.
+    """
+
+    held_out: int = 12
+    repeats: int = 5
+    seed: int = 0
+
+
 def fit(
     measure: Measure,
     full_k: int,
-    decode: Table,
-    prefill: Table,
-    held_out: int = 12,
-    repeats: int = 5,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    **about: Any,
+    grids: dict[str, LatencyGrid],
+    sampling: Sampling,
+    about: dict[str, Any],
+    events: Events | None = None,
 ) -> PerformanceModel:
     """Measure a performance model.
 
@@ -240,28 +248,24 @@ def fit(
     Args:
         measure: seconds of one step.
         full_k: sub-experts per token at which the model is the original.
-        decode: the grid of decoding steps; its values are not read.
-        prefill: the grid of prompt steps.
-        held_out: points between those of the grids to compare predictions with, of each kind.
-        repeats: rounds after the first.
-        seed: of the held-out points and the orders.
-        on_progress: called with (steps measured, steps in all).
-        about: device, dtype, threads.
+        grids: of decoding steps, "decode", and of prompt steps, "prefill"; their seconds are not read.
+        sampling: how to measure.
+        about: device, dtype and threads of the measurement.
+        events: told of the steps that are measured.
     """
-    dice = random.Random(seed)
-    tables = {"decode": decode, "prefill": prefill}
-    tests = [(kind, *_between(dice, table)) for kind, table in tables.items() for _ in range(held_out)]
-    points = [(kind, *point) for kind, table in tables.items() for point in table.points()] + tests
+    rng, events, repeats = random.Random(sampling.seed), events or Events(), sampling.repeats
+    tests = [(kind, *_between(rng, grid)) for kind, grid in grids.items() for _ in range(sampling.held_out)]
+    points = [(kind, *point) for kind, grid in grids.items() for point in grid.points()] + tests
     points = list(dict.fromkeys(points))
     runs: dict[tuple[str, int, int, int], list[float]] = {point: [] for point in points}
     for repeat in range(repeats + 1):
-        dice.shuffle(points)
+        rng.shuffle(points)
         for number, (kind, tokens, k, context) in enumerate(points):
             seconds = measure(tokens, 1, context, k) if kind == "decode" else measure(1, tokens, context, k)
             if repeat:
                 runs[kind, tokens, k, context].append(seconds)
-            on_progress(repeat * len(points) + number + 1, (repeats + 1) * len(points))
-    filled: dict[str, Any] = {kind: table.filled({point: runs[kind, *point] for point in table.points()}) for kind, table in tables.items()}
+            events.progress("steps measured", repeat * len(points) + number + 1, (repeats + 1) * len(points))
+    filled: dict[str, Any] = {kind: grid.filled({point: runs[kind, *point] for point in grid.points()}) for kind, grid in grids.items()}
     model = PerformanceModel(full_k, **about, **filled, machine=f"{platform.machine()}, {os.cpu_count()} cores")
     for kind, tokens, k, context in tests:
         predicted = model.predict(tokens, k, context, kind == "prefill").seconds
@@ -269,11 +273,11 @@ def fit(
     return model
 
 
-def _between(dice: random.Random, table: Table) -> tuple[int, int, int]:
+def _between(rng: random.Random, grid: LatencyGrid) -> tuple[int, int, int]:
     """A point inside the hull of a grid."""
 
     def value(axis: Sequence[int]) -> int:
-        low = dice.randrange(max(len(axis) - 1, 1))
-        return dice.randint(axis[low], axis[min(low + 1, len(axis) - 1)])
+        low = rng.randrange(max(len(axis) - 1, 1))
+        return rng.randint(axis[low], axis[min(low + 1, len(axis) - 1)])
 
-    return value(table.tokens), value(table.k), value(table.context)
+    return value(grid.tokens), value(grid.k), value(grid.context)

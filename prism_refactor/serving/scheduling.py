@@ -53,17 +53,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a step.
+    """Bounds of a step, and of the requests in the engine.
 
     Attributes:
         tokens: tokens of one step.
         requests: requests that hold a KV cache at a time.
         wait: seconds after which a request that was held back for a better batch is held back no longer (the paper's T_max).
+        kv_tokens: tokens that the KV cache holds; None: as many as fit, but never more than all requests can use.
+        waiting: requests that may wait for a KV cache; more are refused.
     """
 
     tokens: int = 512
     requests: int = 64
     wait: float = 0.05
+    kv_tokens: int | None = None
+    waiting: int = 1024
 
 
 class Scheduler:

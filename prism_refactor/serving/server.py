@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -58,7 +59,7 @@ _ERROR_KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "serv
 
 
 @dataclass
-class Site:
+class ServerState:
     """What a server serves.
 
     Attributes:
@@ -127,10 +128,12 @@ class EngineFailed(Exception):
     """The engine ended a request that it should have served."""
 
 
-def _prepare(site: Site, body: Generation, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None) -> list[_Prepared]:
-    floor = site.floor(body)
-    vocabulary = site.engine.model.config.get_text_config().vocab_size
-    most = min(site.engine.context, site.engine.kv_tokens)
+def _prepare(
+    state: ServerState, body: Generation, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None
+) -> list[_Prepared]:
+    floor = state.floor(body)
+    vocabulary = state.engine.model.config.get_text_config().vocab_size
+    most = min(state.engine.context, state.engine.kv_tokens)
     prepared = []
     for number, prompt in enumerate(prompts):
         if not prompt or max(prompt) >= vocabulary:
@@ -151,13 +154,13 @@ def _prepare(site: Site, body: Generation, prompts: Sequence[list[int]], tokens:
             stop_at_eos=not body.ignore_eos,
             id=uuid.uuid4().hex,
         )
-        prepared.append(_Prepared(request, Answer(site.tokenizer, body.stops)))
+        prepared.append(_Prepared(request, Answer(state.tokenizer, body.stops)))
     return prepared
 
 
-def _submit(site: Site, prepared: Sequence[_Prepared]) -> None:
+def _submit(state: ServerState, prepared: Sequence[_Prepared]) -> None:
     """Queue all prompts of a request, or none."""
-    if site.stopping:
+    if state.stopping:
         raise HTTPException(503, "the server is stopping")
     loop = asyncio.get_running_loop()
 
@@ -169,20 +172,20 @@ def _submit(site: Site, prepared: Sequence[_Prepared]) -> None:
 
     for number, item in enumerate(prepared):
         try:
-            site.engine.submit(item.request, deliver_to(item.news))
+            state.engine.submit(item.request, deliver_to(item.news))
         except Exception as error:
             for earlier in prepared[:number]:
-                site.engine.cancel(earlier.request.id)
-            site.metrics.finished.labels("refused").inc()
-            if isinstance(error, Rejected) and site.stopping:
+                state.engine.cancel(earlier.request.id)
+            state.metrics.finished.labels("refused").inc()
+            if isinstance(error, Rejected) and state.stopping:
                 raise HTTPException(503, str(error)) from None
             raise
 
 
-async def _parts(site: Site, prepared: Sequence[_Prepared]) -> AsyncIterator[_Part]:
+async def _parts(state: ServerState, prepared: Sequence[_Prepared]) -> AsyncIterator[_Part]:
     """The answers of all prompts as they grow. Whatever is not done when the reader leaves is cancelled."""
     arrived: asyncio.Queue[_Part | Exception] = asyncio.Queue()
-    tasks = [asyncio.create_task(_follow(site, index, item, arrived.put_nowait)) for index, item in enumerate(prepared)]
+    tasks = [asyncio.create_task(_follow(state, index, item, arrived.put_nowait)) for index, item in enumerate(prepared)]
     try:
         left = len(prepared)
         while left:
@@ -196,7 +199,7 @@ async def _parts(site: Site, prepared: Sequence[_Prepared]) -> AsyncIterator[_Pa
             task.cancel()
 
 
-async def _follow(site: Site, index: int, item: _Prepared, tell: Callable[[_Part | Exception], None]) -> None:
+async def _follow(state: ServerState, index: int, item: _Prepared, tell: Callable[[_Part | Exception], None]) -> None:
     """Tell the parts of one prompt's answer, or what went wrong; cancelled, cancel it in the engine too."""
     first, end = None, "cancelled"
     try:
@@ -216,12 +219,12 @@ async def _follow(site: Site, index: int, item: _Prepared, tell: Callable[[_Part
             tell(_Part(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
             if finish:
                 end = finish
-                site.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
+                state.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
                 return
     finally:
         # A stop sequence ends it before the engine does.
-        site.engine.cancel(item.request.id)
-        site.metrics.finished.labels(end).inc()
+        state.engine.cancel(item.request.id)
+        state.metrics.finished.labels(end).inc()
 
 
 def _usage(prepared: Sequence[_Prepared]) -> Usage:
@@ -233,8 +236,8 @@ def _usage(prepared: Sequence[_Prepared]) -> Usage:
 class _Shape:
     """How parts become OpenAI's objects; one for each endpoint."""
 
-    def __init__(self, site: Site, body: Generation, prepared: Sequence[_Prepared], chat: bool):
-        self.site, self.body, self.prepared, self.chat = site, body, prepared, chat
+    def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_Prepared], chat: bool):
+        self.state, self.body, self.prepared, self.chat = state, body, prepared, chat
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -248,8 +251,8 @@ class _Shape:
         if not part.logprobs:
             return None
         if self.chat:
-            return chat_logprobs(self.site.tokenizer, part.tokens, part.logprobs)
-        result = completion_logprobs(self.site.tokenizer, part.tokens, part.logprobs, self._offsets[part.index])
+            return chat_logprobs(self.state.tokenizer, part.tokens, part.logprobs)
+        result = completion_logprobs(self.state.tokenizer, part.tokens, part.logprobs, self._offsets[part.index])
         self._offsets[part.index] += sum(map(len, result["tokens"]))
         return result
 
@@ -257,7 +260,7 @@ class _Shape:
         """How the request was run, so far."""
         weights = [len(item.request.prompt) + len(item.answer.tokens) for item in self.prepared]
         mean = sum(k * weight for k, weight in zip(self.served, weights, strict=True)) / sum(weights)
-        return Served(k=self.prepared[0].request.k or 0, served_k=mean, full_k=self.site.engine.full_k)
+        return Served(k=self.prepared[0].request.k or 0, served_k=mean, full_k=self.state.engine.full_k)
 
     def event(self, part: _Part, first: bool) -> Completion | ChatCompletion:
         """A part, as an event of a stream."""
@@ -319,10 +322,10 @@ async def _events(shape: _Shape, parts: AsyncIterator[_Part], include_usage: boo
         await parts.aclose()  # type: ignore[attr-defined]
 
 
-async def _answer(http: Request, site: Site, body: Generation, prepared: list[_Prepared], chat: bool) -> Response:
-    shape = _Shape(site, body, prepared, chat)
-    _submit(site, prepared)
-    parts = _parts(site, prepared)
+async def _answer(http: Request, state: ServerState, body: Generation, prepared: list[_Prepared], chat: bool) -> Response:
+    shape = _Shape(state, body, prepared, chat)
+    _submit(state, prepared)
+    parts = _parts(state, prepared)
     if body.stream:
         include = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(_events(shape, parts, include), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -360,22 +363,22 @@ def _respond(status: int, message: str, param: str | None = None, headers: dict[
 class _Guard:
     """Refuses requests without the API key, and bodies that are too large, before anything reads them."""
 
-    def __init__(self, app: ASGIApp, site: Site):
-        self.app, self.site = app, site
+    def __init__(self, app: ASGIApp, state: ServerState):
+        self.app, self.state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.site.api_key is not None and scope["path"].startswith("/v1/"):
+        if self.state.api_key is not None and scope["path"].startswith("/v1/"):
             given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.site.api_key.encode()):
+            if not hmac.compare_digest(given, b"Bearer " + self.state.api_key.encode()):
                 refused = _respond(401, "give the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
                 return await refused(scope, receive, send)
         length = headers.get(b"content-length", b"0")
-        message = f"a body may have {self.site.most_bytes} bytes"
-        if not length.isdigit() or int(length) > self.site.most_bytes:
-            await _skip(receive, 16 * self.site.most_bytes)
+        message = f"a body may have {self.state.most_bytes} bytes"
+        if not length.isdigit() or int(length) > self.state.most_bytes:
+            await _skip(receive, 16 * self.state.most_bytes)
             return await _respond(413, message, headers={"Connection": "close"})(scope, receive, send)
         read = 0
 
@@ -383,7 +386,7 @@ class _Guard:
             nonlocal read
             part = await receive()
             read += len(part.get("body", b""))
-            if read > self.site.most_bytes:
+            if read > self.state.most_bytes:
                 # A body without a length that goes on and on.
                 raise HTTPException(413, message, headers={"Connection": "close"})
             return part
@@ -400,11 +403,11 @@ async def _skip(receive: Receive, most: int) -> None:
             break
 
 
-def create_app(site: Site, on_stopped: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None) -> FastAPI:
     """The server's application.
 
     Args:
-        site: what it serves.
+        state: what it serves.
         on_stopped: called when the last connection is closed.
     """
 
@@ -414,30 +417,30 @@ def create_app(site: Site, on_stopped: Callable[[], None] = lambda: None) -> Fas
         on_stopped()
 
     app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, site=site)
-    _handle_errors(app, site)
-    _add_health(app, site)
+    app.add_middleware(_Guard, state=state)
+    _handle_errors(app, state)
+    _add_health(app, state)
 
     @app.get("/v1/models", responses={401: _FAILURES[401]})
     async def models() -> Models:
         """The model, and the names that ask for a floor: those k whose quality was measured, or every quarter of full k."""
-        full_k = site.engine.full_k
-        ks = list(site.curve.measured) if site.curve else sorted({max(full_k * part // 4, 1) for part in (1, 2, 3, 4)})
-        named = [(site.name, full_k), *((f"{site.name}@{k}", k) for k in ks)]
-        quality = site.curve.quality_of if site.curve else lambda k: None
-        return Models(data=[Model(id=name, created=site.started, k=k, full_k=full_k, quality=quality(k)) for name, k in named])
+        full_k = state.engine.full_k
+        ks = list(state.curve.measured) if state.curve else sorted({max(full_k * part // 4, 1) for part in (1, 2, 3, 4)})
+        named = [(state.name, full_k), *((f"{state.name}@{k}", k) for k in ks)]
+        quality = state.curve.quality_of if state.curve else lambda k: None
+        return Models(data=[Model(id=name, created=state.started, k=k, full_k=full_k, quality=quality(k)) for name, k in named])
 
     @app.post("/v1/completions", response_model=Completion, responses={200: _STREAM, **_FAILURES})
     async def completions(http: Request, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt."""
         given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else list(body.prompt)
-        prompts = [await asyncio.to_thread(site.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt for prompt in given]
-        return await _answer(http, site, body, _prepare(site, body, prompts, body.max_tokens, body.logprobs), chat=False)
+        prompts = [await asyncio.to_thread(state.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt for prompt in given]
+        return await _answer(http, state, body, _prepare(state, body, prompts, body.max_tokens, body.logprobs), chat=False)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: _STREAM, **_FAILURES})
     async def chat(http: Request, body: ChatRequest) -> Response:
         """The next message of a chat."""
-        if not site.tokenizer.chat_template:
+        if not state.tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template; use /v1/completions, or start prism-serve with --chat-template")
         messages = [
             {"role": item.role, "content": item.content if isinstance(item.content, str) else "".join(part.text for part in item.content)}
@@ -445,18 +448,18 @@ def create_app(site: Site, on_stopped: Callable[[], None] = lambda: None) -> Fas
         ]
         try:
             prompt: Any = await asyncio.to_thread(
-                site.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                state.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:
             raise UsageError(f"the chat template refuses these messages: {one_line(error)}") from None
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         tokens = body.max_completion_tokens or body.max_tokens
-        return await _answer(http, site, body, _prepare(site, body, [list(prompt)], tokens, logprobs), chat=True)
+        return await _answer(http, state, body, _prepare(state, body, [list(prompt)], tokens, logprobs), chat=True)
 
     return app
 
 
-def _handle_errors(app: FastAPI, site: Site) -> None:
+def _handle_errors(app: FastAPI, state: ServerState) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
@@ -476,29 +479,48 @@ def _handle_errors(app: FastAPI, site: Site) -> None:
 
     @app.exception_handler(EngineFailed)
     async def failed(_: Request, error: EngineFailed) -> JSONResponse:
-        return _respond(503 if site.stopping else 500, str(error))
+        return _respond(503 if state.stopping else 500, str(error))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
         return _respond(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
-def _add_health(app: FastAPI, site: Site) -> None:
+def _add_health(app: FastAPI, state: ServerState) -> None:
     @app.get("/health/live", responses={503: {"model": Health, "description": "The engine's thread has died."}})
     async def live() -> Response:
         """Whether the process should go on."""
-        alive = site.engine.alive or site.stopping
+        alive = state.engine.alive or state.stopping
         return JSONResponse({"status": "live" if alive else "the engine has failed"}, 200 if alive else 503)
 
     @app.get("/health/ready", responses={503: {"model": Health, "description": "It takes no requests now."}})
     async def ready() -> Response:
         """Whether it takes requests."""
-        if site.stopping or not site.engine.alive:
+        if state.stopping or not state.engine.alive:
             return JSONResponse({"status": "stopping"}, 503)
-        full = len(site.engine.waiting) >= site.engine.max_waiting
+        full = len(state.engine.waiting) >= state.engine.limits.waiting
         return JSONResponse({"status": "the queue is full" if full else "ready"}, 503 if full else 200)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counters, in Prometheus' format."""
-        return Response(site.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class UvicornServer(uvicorn.Server):
+    """The HTTP server of one application. It says that it is stopping as soon as it is asked to.
+
+    Args:
+        state: what it serves; its engine is stopped when the last connection is closed.
+        drain_seconds: what running requests get once it is asked to stop.
+    """
+
+    def __init__(self, state: ServerState, drain_seconds: int):
+        app = create_app(state, state.engine.stop)
+        super().__init__(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=drain_seconds))
+        self.state = state
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop on a signal."""
+        self.state.stopping = True
+        super().handle_exit(sig, frame)

@@ -1,4 +1,4 @@
-"""The inner loops of `solvers.kernels` in plain NumPy, by the same names: what runs where numba does not compile.
+"""The inner loops of `solvers.kernels` in plain NumPy, by the same names: what the compiled ones are tested against.
 
 Shapes as there: B tokens, C neurons, N groups.
 """
