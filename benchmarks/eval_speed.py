@@ -23,6 +23,7 @@ from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows, read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, router_tensors, set_active
+from prism_refactor.models.stream import ComputeOptions
 
 CHOICES, BATCH = (2, 4, 6, 8, 10, 12, 14, 16), 8
 
@@ -42,7 +43,7 @@ def main(folder: Path, tokens: int) -> None:
     apart = [separate(folder, windows, k) for k in CHOICES]
     middle = time.perf_counter()
     points = [Point("two-level", (k,) * layers) for k in CHOICES]
-    together = stream_losses(checkpoint, windows, points, torch.float32, "cpu", BATCH).sums.sum(1)
+    together = stream_losses(checkpoint, windows, points, ComputeOptions(torch.float32, batch_size=BATCH)).sums.sum(1)
     end = time.perf_counter()
     lines = [
         [k, f"{one / windows.tokens:.5f}", f"{other / windows.tokens:.5f}"]

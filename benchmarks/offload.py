@@ -38,7 +38,8 @@ from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import moe_gates, set_active
 from prism_refactor.models.writer import ShardWriter
 from prism_refactor.offload.cache import Counters
-from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.manager import load_offloaded
+from prism_refactor.offload.options import CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES
 from prism_refactor.offload.replay import Trace, belady, hit_rate
 from prism_refactor.serving.engine import load
@@ -181,7 +182,7 @@ def accelerated(folder: Path, share: int, k: int, work: Path) -> tuple[Any, Any]
 
 
 def cached(folder: Path, share: int, k: int, **options: str) -> Any:
-    model = load_offloaded(folder, FastMemory(f"{share}%"), **options)
+    model = load_offloaded(folder, CacheBudget(f"{share}%"), **options)
     set_k(model, k)
     return model
 
@@ -249,7 +250,7 @@ def compare(
     if "e" in models:
         # Half way from all in memory to d.
         target = (statistics.fmean(resident["refactored"].ms) + warm["d"].ms[-1]) / 2
-        models["e"].offload.set_elastic(Elastic(target / 1e3, k // 2))
+        models["e"].offload.set_latency(LatencyTarget(target / 1e3, k // 2))
     sampler = Sampler()
     base = psutil.Process().memory_info().rss
     sampler.start()

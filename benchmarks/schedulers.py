@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from transformers.utils import logging
 
 from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, summary
+from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import set_active
-from prism_refactor.serving.engine import Chunk, Engine, Request, Step, apart, load
-from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
+from prism_refactor.serving.engine import Chunk, Engine, Request, Step, run_in_thread
+from prism_refactor.serving.performance import LatencyGrid, PerformanceModel, Sampling, fit, powers
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 1024, 3584, 8, 2, 4
@@ -86,11 +88,11 @@ def measured(folder: Path) -> PerformanceModel:
     """The performance model of the refactored model, measured once."""
     if (known := PerformanceModel.load(folder)) is not None:
         return known
-    engine = Engine(load_model(folder), "fifo", LIMITS, kv_tokens=LIMITS.requests * 512)
-    decode = Table(powers(LIMITS.requests), [1, 2, 4, 6, 8], [16, 256])
-    prefill = Table(powers(LIMITS.tokens, 16), [1, 2, 4, 6, 8], [0, 256])
+    engine = Engine(load_model(folder), "fifo", replace(LIMITS, kv_tokens=LIMITS.requests * 512))
+    decode = LatencyGrid(powers(LIMITS.requests), [1, 2, 4, 6, 8], [16, 256])
+    prefill = LatencyGrid(powers(LIMITS.tokens, 16), [1, 2, 4, 6, 8], [0, 256])
     about = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads()}
-    performance = fit(engine.measure, engine.full_k, decode, prefill, 12, 3, **about)
+    performance = fit(engine.measure, engine.full_k, {"decode": decode, "prefill": prefill}, Sampling(12, 3), about)
     engine.close()
     performance.save(folder)
     return performance
@@ -151,7 +153,7 @@ def replay(engine: Engine, trace: list[Arrival], full_k: int) -> tuple[list[Serv
 
 def run(folder: Path, scheduler: str, performance: PerformanceModel | None, trace: list[Arrival], full_k: int) -> dict[str, Any]:
     steps: list[Step] = []
-    engine = apart(lambda: Engine(load_model(folder), scheduler, LIMITS, performance, KV_TOKENS, on_step=steps.append))
+    engine = run_in_thread(lambda: Engine(load_model(folder), scheduler, replace(LIMITS, kv_tokens=KV_TOKENS), performance, steps.append))
     engine.start()
     served, seconds = replay(engine, trace, full_k)
     engine.close()
@@ -220,19 +222,19 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     print_provenance()
-    original, refactored = apart(models, arguments.work)
-    performance = apart(measured, refactored)
+    original, refactored = run_in_thread(models, arguments.work)
+    performance = run_in_thread(measured, refactored)
     full_k = performance.full_k
     print(f"performance model: off by {performance.error():.1%} (median) and {performance.error(0.9):.1%} (p90) on held-out points\n")
-    apart(print_moe, refactored)
+    run_in_thread(print_moe, refactored)
     # What the original does when it never waits gives the scale of the loads.
     ks, weights = floors(full_k, None)
-    at_once = poisson(96, float("inf"), PROMPT, ANSWER, ks, weights, SEED + 1)
+    at_once = poisson(96, float("inf"), (PROMPT, ANSWER), (ks, weights), SEED + 1)
     capacity = run(original, "fifo", None, at_once, full_k)["requests_per_second"]
     print(f"the original serves {capacity:.2f} requests/s when all are there at once\n")
     for load_name in arguments.loads.split(","):
         share, requests = LOADS[load_name]
-        trace = poisson(requests, share * capacity, PROMPT, ANSWER, ks, weights, SEED)
+        trace = poisson(requests, share * capacity, (PROMPT, ANSWER), (ks, weights), SEED)
         results: dict[str, list[dict[str, Any]]] = {ORIGINAL: []} | {scheduler: [] for scheduler in arguments.systems.split(",")}
         for _ in range(arguments.rounds):
             results[ORIGINAL].append(run(original, "fifo", None, trace, full_k))

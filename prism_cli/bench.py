@@ -33,7 +33,8 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     """
     import torch
 
-    from prism_refactor.serving.engine import KV_PAGE, Engine, load
+    from prism_refactor.models.loading import load
+    from prism_refactor.serving.engine import KV_PAGE, Engine
     from prism_refactor.serving.performance import LatencyGrid, Sampling, fit, powers
 
     model = load(refactored_dir, options["device"], torch_dtype(options["dtype"]))

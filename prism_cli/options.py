@@ -73,16 +73,21 @@ class Size(click.ParamType):
 
 
 class InputFolder(click.Path):
-    """A folder that must be there."""
+    """A folder that must be there.
 
-    def __init__(self) -> None:
+    Args:
+        remedy: what to do where it is not.
+    """
+
+    def __init__(self, remedy: str) -> None:
         super().__init__(path_type=Path, file_okay=False)
+        self.remedy = remedy
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path. Raises InputError: a missing folder is an input that cannot be used."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; give a local folder with config.json and safetensors shards")
+            raise InputError(f"{path}: no such folder; {self.remedy}")
         return path
 
 
@@ -110,7 +115,8 @@ class Requirements:
         return new(old(function))
 
 
-INPUT_FOLDER = InputFolder()
+INPUT_FOLDER = InputFolder("give a local folder with config.json and safetensors shards")
+STATS_FOLDER = InputFolder("make one with prism-profile")
 OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
 PICTURE = OutputFile(".png", ".svg", ".pdf")
 

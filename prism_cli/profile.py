@@ -9,7 +9,7 @@ import click
 
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import CALIBRATION_OPTIONS, INPUT_FOLDER, OUTPUT_FOLDER, OutputFile, add, table
+from prism_refactor.cli.options import CALIBRATION_OPTIONS, INPUT_FOLDER, OUTPUT_FOLDER, STATS_FOLDER, OutputFile, add, table
 from prism_refactor.cli.resuming import RESUME, Resumption
 from prism_refactor.formats import INDEX
 
@@ -41,7 +41,7 @@ def _explain(context: click.Context, parameter: click.Parameter, folder: Path | 
 
 @command()
 @click.argument("stats_dir", type=OUTPUT_FOLDER)
-@click.argument("shard_dirs", type=INPUT_FOLDER, nargs=-1, required=True, metavar="SHARD_DIR...")
+@click.argument("shard_dirs", type=STATS_FOLDER, nargs=-1, required=True, metavar="SHARD_DIR...")
 @click.option("--overwrite", is_flag=True, help="Replace an existing STATS_DIR that prism-profile wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def merge(_: Reporter, stats_dir: Path, shard_dirs: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:

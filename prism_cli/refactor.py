@@ -17,6 +17,7 @@ from prism_refactor.cli.options import (
     CALIBRATION_OPTIONS,
     INPUT_FOLDER,
     OUTPUT_FOLDER,
+    STATS_FOLDER,
     Finite,
     Requirements,
     Size,
@@ -82,7 +83,7 @@ def _list_architectures(context: click.Context, _: click.Parameter, asked: bool)
 @click.argument("model_dir", type=INPUT_FOLDER)
 @click.argument("out_dir", type=OUTPUT_FOLDER)
 @add(RECIPE_OPTIONS)
-@click.option("--stats", type=INPUT_FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
+@click.option("--stats", type=STATS_FOLDER, help="Use statistics that prism-profile wrote instead of profiling.")
 @add(CALIBRATION_OPTIONS)
 @click.option("--workers", type=click.IntRange(1), help="Processes that partition experts and fit routers.  [default: one per core]")
 @click.option(

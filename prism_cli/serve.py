@@ -86,8 +86,8 @@ def _engine(folder: Path, metrics: "Metrics", options: dict[str, Any]) -> "Engin
 
 
 def _model(folder: Path, options: dict[str, Any]) -> Any:
+    from prism_refactor.models.loading import load
     from prism_refactor.offload.manager import load_offloaded
-    from prism_refactor.serving.engine import load
 
     if options["fast_memory"] is None:
         return load(folder, options["device"], torch_dtype(options["dtype"]))

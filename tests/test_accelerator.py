@@ -101,12 +101,13 @@ def on_both(script, folder):
 ENGINE = """
 import sys, torch, accelerator
 from pathlib import Path
-from serving import Limits
-from serving.engine import Engine, Request, load
+from prism_refactor.models.loading import load
+from prism_refactor.serving.engine import Engine, Request
+from prism_refactor.serving.scheduling import Limits
 
 accelerator.install()
 with accelerator.Installed():
-    engine = Engine(load(Path(sys.argv[1]), sys.argv[2], torch.float32), "per-token", Limits(64, 8), kv_tokens=2048)
+    engine = Engine(load(Path(sys.argv[1]), sys.argv[2], torch.float32), "per-token", Limits(64, 8, kv_tokens=2048))
     loop = engine._manager._run_generation_loop
 
     def on_device():
@@ -136,18 +137,19 @@ OFFLOAD = """
 import sys, torch, accelerator
 from pathlib import Path
 from prism_refactor import set_active
-from serving.offload import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.manager import load_offloaded
+from prism_refactor.offload.options import CacheBudget, LatencyTarget
 
 torch.set_grad_enabled(False)
 accelerator.install()
 with accelerator.Installed():
-    model = load_offloaded(Path(sys.argv[1]), FastMemory("40%"), prefetch="both", device=sys.argv[2])
+    model = load_offloaded(Path(sys.argv[1]), CacheBudget("40%"), prefetch="both", device=sys.argv[2])
     ids = torch.arange(5, 25, device=sys.argv[2])[None]
     for k in (16, 7):
         set_active(model, k)
         print(model(input_ids=ids).logits[0].cpu().tolist())
     assert model.offload.counters.misses and model.offload.counters.prefetched
-    model.offload.set_elastic(Elastic(1e-9, 3))
+    model.offload.set_latency(LatencyTarget(1e-9, 3))
     model(input_ids=ids[:, :1])
     assert model.offload.counters.skipped
     model.offload.close()

@@ -14,7 +14,7 @@ from prism_refactor.calibration.text import Source, load_tokenizer, token_rows
 from prism_refactor.errors import UsageError
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.stream import LayerStream
+from prism_refactor.models.stream import ComputeOptions, LayerStream
 
 QUICK = Calibration(num_samples=6, max_seq_length=48, tokens_per_expert=20, batch_size=4)
 
@@ -22,7 +22,7 @@ QUICK = Calibration(num_samples=6, max_seq_length=48, tokens_per_expert=20, batc
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_streaming_gives_the_models_own_logits(models, token_ids, family, batch_size):
-    stream = LayerStream(Checkpoint(models[family]), token_ids, torch.float32, batch_size=batch_size)
+    stream = LayerStream(Checkpoint(models[family]), token_ids, ComputeOptions(torch.float32, batch_size=batch_size))
     for index in range(len(stream)):
         with stream.layer(index):
             stream.advance(index)
@@ -33,7 +33,7 @@ def test_streaming_gives_the_models_own_logits(models, token_ids, family, batch_
 
 def test_sliding_window_layers_get_their_own_masks(tmp_path, token_ids):
     folder = build("mixtral", tmp_path / "m", sliding_window=8)
-    stream = LayerStream(Checkpoint(folder), token_ids, torch.float32)
+    stream = LayerStream(Checkpoint(folder), token_ids, ComputeOptions(torch.float32))
     for index in range(len(stream)):
         with stream.layer(index):
             stream.advance(index)
@@ -113,7 +113,7 @@ def test_samples_do_not_depend_on_the_batch_size_but_on_the_seed(models):
 def test_experts_without_tokens_are_run_on_the_layers_inputs(tmp_path):
     folder = build("olmoe", tmp_path / "m")
     checkpoint = Checkpoint(folder)
-    stream = LayerStream(checkpoint, QUICK.rows(checkpoint), torch.float32)
+    stream = LayerStream(checkpoint, QUICK.rows(checkpoint), ComputeOptions(torch.float32))
     stream.model.set_experts_implementation(OBSERVED)
     with stream.layer(0) as layer:
         block = moe_block(layer)[1]

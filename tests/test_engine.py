@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.models.modeling_prism import set_active
+from prism_refactor.models.modeling_prism import full_k, set_active
 from prism_refactor.serving import engine as engines
 from prism_refactor.serving.engine import Engine, Logprob, Rejected, Request, load
-from prism_refactor.serving.performance import Table, fit
+from prism_refactor.serving.performance import LatencyGrid, Sampling, fit
 from prism_refactor.serving.sampling import sample
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
@@ -49,13 +50,9 @@ def flat():
     return fit(
         lambda requests, tokens, context, k: 1e-3 + 1e-4 * requests * tokens * k,
         16,
-        Table(*grid),
-        Table(*grid),
-        0,
-        1,
-        device="cpu",
-        dtype="float32",
-        threads=2,
+        {"decode": LatencyGrid(*grid), "prefill": LatencyGrid(*grid)},
+        Sampling(0, 1),
+        {"device": "cpu", "dtype": "float32", "threads": 2},
     )
 
 
@@ -66,7 +63,7 @@ def prompt(length, seed):
 def alone(model, request, k=None):
     """Greedy tokens of a request run by itself through transformers."""
     if getattr(model.config, "prism", None):
-        set_active(model, k or request.k or engines.full_k(model.config))
+        set_active(model, k or request.k or full_k(model.config))
     count = request.max_new_tokens
     ids = torch.tensor([request.prompt])
     with torch.no_grad():
@@ -150,7 +147,7 @@ def test_prompts_longer_than_a_step_are_run_in_pieces(engine_of, model):
 
 def test_requests_that_are_evicted_start_again_and_end_the_same(engine_of, model):
     """Twelve requests that grow to 60 tokens do not fit 8 pages of 32."""
-    engine = engine_of(kv_tokens=8 * engines.CPU_PAGE)
+    engine = engine_of(limits=replace(SMALL, kv_tokens=8 * engines.CPU_PAGE))
     evicted = []
     manager = engine._processor.offloading_manager
     original = manager.offload_requests
@@ -303,7 +300,7 @@ def test_what_is_cancelled_is_freed_and_silent(engine_of):
 
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(engine_of):
-    engine = engine_of(limits=Limits(tokens=64, requests=1), max_waiting=2)
+    engine = engine_of(limits=Limits(tokens=64, requests=1, waiting=2))
     begun, done = threading.Event(), threading.Semaphore(0)
 
     def listen(chunk):
@@ -424,4 +421,4 @@ def test_measuring_a_step(engine_of):
     assert engine.kv_in_use == 0
     engine.close()
     with pytest.raises(UsageError, match="do not fit"):
-        engine_of(start=False, kv_tokens=128).measure(8, 1, 64, 8)
+        engine_of(start=False, limits=replace(SMALL, kv_tokens=128)).measure(8, 1, 64, 8)

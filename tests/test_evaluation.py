@@ -16,11 +16,13 @@ from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.allocation import allocate
 from prism_refactor.evaluation.cost import CostModel
-from prism_refactor.evaluation.curve import Gate
+from prism_refactor.evaluation.curve import FIGURES
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import attach, moe_gates, operating_points, set_active
+from prism_refactor.models.stream import ComputeOptions
+from prism_refactor.requirements import Requirement
 
 TEXT = ["--num-tokens", "3000", "--max-seq-length", "128"]
 
@@ -48,7 +50,7 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
             gate.top_k = k
         expected.append(plain_sums(original, windows))
     points = [Point("original", (k,) * 4) for k in (1, 4)]
-    found = stream_losses(Checkpoint(EXAMPLE), windows, points, torch.float32, "cpu", 5).sums
+    found = stream_losses(Checkpoint(EXAMPLE), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-4)
     stock, two_level = load(elastic), attach(load(elastic), elastic)
     expected, points = [], []
@@ -57,16 +59,16 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
         set_active(model, list(k))
         expected.append(plain_sums(model, windows))
         points.append(Point(router, k))
-    found = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
+    found = stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
     # Repeated stock rows nearly tie, so rounding may route a token otherwise.
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-3)
 
 
 def test_hidden_states_that_do_not_fit_are_kept_in_a_file(elastic, windows, monkeypatch):
     points = [Point("two-level", (k,) * 4) for k in (4, 16)]
-    expected = stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums
+    expected = stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
     monkeypatch.setattr("prism_refactor.models.stream.MEMORY_LIMIT", 1000)
-    assert torch.equal(stream_losses(Checkpoint(elastic), windows, points, torch.float32, "cpu", 5).sums, expected)
+    assert torch.equal(stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums, expected)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 8])
@@ -140,7 +142,7 @@ def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elast
 def test_quality_on_text_that_calibration_never_saw(elastic, command):
     """The promise: at a quarter, half and three quarters of the experts most of what the original loses is kept."""
     options = ["--num-tokens", "20000", "--json", "--k", "4,8,12,16"]
-    result = command("prism-eval", EXAMPLE, elastic, *options, "--fail-if", "recovered@25%<0.6", "--fail-if", "recovered@50%<0.7")
+    result = command("prism-eval", EXAMPLE, elastic, *options, "--require", "recovered@25%>=0.6", "--require", "recovered@50%>=0.7")
     assert result.code == 0, result.err
     for point in json.loads(result.out)["refactored"][0]["points"]:
         assert point["ratio_interval"][0] <= 1
@@ -160,11 +162,12 @@ def test_eval_prints_tables_and_only_the_original_alone(elastic, command):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--fail-if", "recovered@50%>0.1"], 4, "out (two-level): recovered@50%>0.1 is true, it is "),
-        (["--fail-if", "recovered@8<0.1"], 0, ""),
-        (["--fail-if", "quality@8<0.1"], 2, "--fail-if 'quality@8<0.1': write for example"),
-        (["--fail-if", "recovered@7<0.1"], 2, "not among the evaluated k (4, 8, 12, 16); add it with --k"),
-        (["--fail-if", "recovered@16<0.1"], 2, "there is no 'recovered' at k = 16"),
+        (["--require", "recovered@50%<=0.1"], 4, "out (two-level): recovered@50%<=0.1 does not hold, it is "),
+        (["--require", "recovered@8>=0.1"], 0, ""),
+        (["--fail-if", "recovered@8<0.1"], 2, "--fail-if is now --require, with a condition that must hold; turn the comparison round"),
+        (["--require", "quality@8<0.1"], 2, "--require 'quality@8<0.1': write FIGURE<NUMBER"),
+        (["--require", "recovered@7>=0.1"], 2, "not among the evaluated k (4, 8, 12, 16); add it with --k"),
+        (["--require", "recovered@16>=0.1"], 2, "there is no 'recovered' at k = 16"),
         (["--k", "0-3"], 2, "--k 0-3: choose from 1 to 16"),
         (["--k", "many"], 2, "--k many: write numbers and ranges"),
         (["--stride", "200"], 2, "--stride 200: must be at most the window of 128 tokens"),
@@ -181,11 +184,11 @@ def test_eval_gates_and_refusals(elastic, command, options, code, message):
 
 
 def test_a_gate_never_passes_on_what_is_not_a_number():
-    assert Gate.parse("recovered@50%<0.3").fails(math.nan)
-    assert Gate.parse("perplexity@8 >= 1e3").fails(1000.0)
-    assert not Gate.parse("perplexity@8 >= 1e3").fails(999.0)
+    assert not Requirement.parse("recovered@50%>=0.3", FIGURES).holds(math.nan)
+    assert not Requirement.parse("perplexity@8 < 1e3", FIGURES).holds(1000.0)
+    assert Requirement.parse("perplexity@8 < 1e3", FIGURES).holds(999.0)
     with pytest.raises(UsageError):
-        Gate.parse("recovered@50<<1")
+        Requirement.parse("recovered@50<<1", FIGURES)
 
 
 def test_eval_refuses_what_was_not_refactored_from_the_model(tmp_path, elastic, models, command):

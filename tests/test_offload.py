@@ -33,7 +33,8 @@ from prism_refactor.models.modeling_prism import full_k, set_active
 from prism_refactor.models.writer import BLOCK
 from prism_refactor.offload import cache as caches
 from prism_refactor.offload.cache import Cache, Pool
-from prism_refactor.offload.manager import Elastic, FastMemory, load_offloaded
+from prism_refactor.offload.manager import load_offloaded
+from prism_refactor.offload.options import CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, PREFETCHES, Belady
 from prism_refactor.offload.replay import Trace, belady, hit_rate
 from prism_refactor.offload.store import _LIBC, PINNED, DiskStore, PinnedStore
@@ -62,7 +63,7 @@ def offloaded():
     made = []
 
     def make(folder, memory="25%", **options):
-        made.append(load_offloaded(folder, FastMemory(memory), **options))
+        made.append(load_offloaded(folder, CacheBudget(memory), **options))
         return made[-1]
 
     yield make
@@ -114,7 +115,7 @@ def test_gate_neurons_of_offloaded_experts(command, tmp_path, models, token_ids,
 def test_no_policy_and_no_prefetch_changes_the_text(policy, prefetch, elastic, offloaded):
     wanted, model = (
         resident(elastic),
-        offloaded(elastic, policy=policy, prefetch=prefetch, read="mapped" if policy == "lfu" else "direct"),
+        offloaded(elastic, policy=policy, prefetch=prefetch, read="buffered" if policy == "lfu" else "direct"),
     )
     total = model.offload.cache.store.layers * model.offload.cache.store.experts
     for k in (16, 10):
@@ -151,12 +152,12 @@ def test_the_checkpoint_is_open_as_long_as_the_model(elastic, copied, monkeypatc
     threads = threading.active_count()
 
     with pytest.raises(UsageError, match="the least that works"):
-        load_offloaded(elastic, FastMemory("1KiB"))
+        load_offloaded(elastic, CacheBudget("1KiB"))
     assert not is_open()
     with monkeypatch.context() as patch:
         patch.setattr(GenerationConfig, "from_pretrained", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            load_offloaded(elastic, FastMemory("25%"))
+            load_offloaded(elastic, CacheBudget("25%"))
     assert not is_open()
     # The last of several files.
     shard = max(copied.glob("model-*.safetensors"))
@@ -170,10 +171,10 @@ def test_the_checkpoint_is_open_as_long_as_the_model(elastic, copied, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(mmap, "mmap", fails)
         with pytest.raises(InputError, match="cannot mmap an empty file"):
-            load_offloaded(copied, FastMemory("25%"), read="mapped")
+            load_offloaded(copied, CacheBudget("25%"), read="buffered")
     assert not is_open()
     assert threading.active_count() == threads
-    model = load_offloaded(elastic, FastMemory("25%"))
+    model = load_offloaded(elastic, CacheBudget("25%"))
     assert is_open()
     for _ in range(2):
         model.offload.close()
@@ -475,12 +476,12 @@ def test_a_latency_target_skips_the_least_of_the_misses_down_to_the_floor(elasti
     ids = torch.arange(20, 40)[None]
     with torch.inference_mode():
         wanted = resident(elastic)(input_ids=ids).logits
-        model.offload.set_elastic(Elastic(1000.0, 4))
+        model.offload.set_latency(LatencyTarget(1000.0, 4))
         assert torch.equal(model(input_ids=ids).logits, wanted)
         answer(model, range(20, 40))
         assert model.offload.counters.skipped == 0
         # Nothing can be loaded in no time: what is absent is skipped, but not below four.
-        model.offload.set_elastic(Elastic(1e-9, 4))
+        model.offload.set_latency(LatencyTarget(1e-9, 4))
         with open(tmp_path / "trace.jsonl", "w") as file:
             model.offload.record(file)
             answer(model, range(20, 40))
@@ -492,7 +493,7 @@ def test_a_latency_target_skips_the_least_of_the_misses_down_to_the_floor(elasti
     assert min(sizes) >= 4
     assert max(sizes) <= 16
     assert sum(16 - size for size in sizes) == counters.skipped
-    model.offload.set_elastic(None)
+    model.offload.set_latency(None)
     assert same_bits(model, resident(elastic), ids)
 
 
@@ -500,7 +501,7 @@ def test_what_is_skipped_is_absent_and_ranks_last(elastic, offloaded):
     model = offloaded(elastic, "25%", policy="lru", prefetch="none")
     with torch.inference_mode():
         model(input_ids=torch.arange(20, 24)[None])
-        model.offload.set_elastic(Elastic(1e-9, 10))
+        model.offload.set_latency(LatencyTarget(1e-9, 10))
         offload = model.offload
         ranked = torch.arange(16)[None]
         offload._before(model, None)
@@ -515,10 +516,10 @@ def test_what_is_skipped_is_absent_and_ranks_last(elastic, offloaded):
 
 def test_elastic_needs_a_router_and_a_possible_floor(command, models, tmp_path, elastic, offloaded):
     with pytest.raises(UsageError, match="--k-min 17: choose 1 to 16"):
-        offloaded(elastic).offload.set_elastic(Elastic(1.0, 17))
+        offloaded(elastic).offload.set_latency(LatencyTarget(1.0, 17))
     assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST, "--router", "replicate").code == 0
     with pytest.raises(UsageError, match="needs a sub-expert router"):
-        offloaded(tmp_path / "out", "90%").offload.set_elastic(Elastic(1.0, 2))
+        offloaded(tmp_path / "out", "90%").offload.set_latency(LatencyTarget(1.0, 2))
 
 
 @pytest.fixture
@@ -526,7 +527,7 @@ def copied(elastic, tmp_path):
     return shutil.copytree(elastic, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("read", ["direct", "mapped"])
+@pytest.mark.parametrize("read", ["direct", "buffered"])
 def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded, read):
     model = offloaded(copied, read=read)
     before = answer(model, range(20, 30))
@@ -541,7 +542,7 @@ def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded, 
 
 def test_a_page_of_a_map_that_is_gone_fails_the_request_and_nothing_else(copied, offloaded, monkeypatch):
     """The file gets shorter between the question how long it is and the copy."""
-    model = offloaded(copied, read="mapped")
+    model = offloaded(copied, read="buffered")
     before = answer(model, range(20, 30))
     shard = max(copied.glob("model-*.safetensors"))
     content, long = shard.read_bytes(), shard.stat()
@@ -561,7 +562,7 @@ def test_a_system_that_does_not_copy_from_maps_is_named(elastic, offloaded, monk
 
     monkeypatch.setattr(_LIBC, "process_vm_readv", refuses)
     with pytest.raises(UsageError, match=r"--read mapped: this system does not allow it .*; use --read direct"):
-        offloaded(elastic, read="mapped")
+        offloaded(elastic, read="buffered")
 
 
 def test_a_read_error_fails_the_request_and_nothing_else(elastic, offloaded, monkeypatch):
@@ -825,17 +826,17 @@ def test_a_file_system_without_direct_reads_is_named(elastic, offloaded, monkeyp
     monkeypatch.setattr(os, "open", refuses)
     with pytest.raises(UsageError, match="use --read mapped"):
         offloaded(elastic)
-    assert answer(offloaded(elastic, read="mapped"), range(20, 30))
+    assert answer(offloaded(elastic, read="buffered"), range(20, 30))
 
 
 def test_memory_units():
-    assert FastMemory("2GiB").bytes(0) == 2**31
-    assert FastMemory("1.5 mib").bytes(0) == 3 * 2**19
-    assert FastMemory("100MB").bytes(0) == 10**8
-    assert FastMemory("25%").bytes(1000) == 250
-    assert FastMemory("12345").bytes(0) == 12345
+    assert CacheBudget("2GiB").bytes(0) == 2**31
+    assert CacheBudget("1.5 mib").bytes(0) == 3 * 2**19
+    assert CacheBudget("100MB").bytes(0) == 10**8
+    assert CacheBudget("25%").bytes(1000) == 250
+    assert CacheBudget("12345").bytes(0) == 12345
     # Exact where a float is not.
-    assert FastMemory("0.1%").bytes(10**21) == 10**18
+    assert CacheBudget("0.1%").bytes(10**21) == 10**18
 
 
 def test_belady_of_two_layers():

@@ -36,20 +36,20 @@ def run(*command, cwd, code=0, **environment):
     return result
 
 
-def test_the_shell_batch_does_what_is_left_and_fails_on_a_gate(tmp_path, models_folder):
+def test_the_shell_batch_does_what_is_left_and_fails_on_a_requirement(tmp_path, models_folder):
     script = [RECIPES / "refactor-all.sh", models_folder, tmp_path / "out", *TEXT, *SMALL]
-    run(*script, cwd=tmp_path, code=4, PRISM_GATE="dropped<0.01")
+    run(*script, cwd=tmp_path, code=4, PRISM_REQUIRE="dropped<0.01")
     summary = json.loads((tmp_path / "out" / "olmoe.json").read_text())
-    assert summary["gates"][0]["gate"] == "dropped<0.01"
-    assert not summary["gates"][0]["met"]
+    assert summary["required"][0]["requirement"] == "dropped<0.01"
+    assert not summary["required"][0]["holds"]
     assert summary["seconds"].keys() >= {"statistics", "partitioning", "fitting", "writing"}
     events = [json.loads(line) for line in (tmp_path / "out" / "olmoe.log").read_text().splitlines()]
     assert events[-1]["exit_code"] == 4
-    assert "dropped<0.01 is not met" in events[-1]["error"]
+    assert "dropped<0.01 does not hold" in events[-1]["error"]
     (tmp_path / "out" / "qwen3_moe" / "prism.json").unlink()
     (tmp_path / "out" / "qwen3_moe").rename(tmp_path / "elsewhere")
     first = (tmp_path / "out" / "olmoe" / "prism.json").stat().st_mtime_ns
-    run(*script, cwd=tmp_path, code=4, PRISM_GATE="full-k-error<1")
+    run(*script, cwd=tmp_path, code=4, PRISM_REQUIRE="dropped<1")
     assert (tmp_path / "out" / "qwen3_moe" / "prism.json").exists()
     # Done and found wanting: not done again, and not forgotten.
     assert (tmp_path / "out" / "olmoe" / "prism.json").stat().st_mtime_ns == first
@@ -75,11 +75,11 @@ def test_make_keeps_what_is_done(tmp_path, models_folder):
         f"MODELS={models_folder}",
         f"TEXT={' '.join(TEXT)}",
         f"OPTIONS={' '.join(SMALL)}",
-        "GATE=perplexity@50%<0",
+        "REQUIRE=perplexity@50%>0",
     ]
     for _ in range(2):
-        # A gate that fails fails again.
-        run(*make[:-1], "GATE=perplexity@50%>0", cwd=tmp_path, code=2)
+        # A requirement that does not hold fails again.
+        run(*make[:-1], "REQUIRE=perplexity@50%<0", cwd=tmp_path, code=2)
     run(*make, cwd=tmp_path)
     for name in ("olmoe", "qwen3_moe"):
         assert json.loads((tmp_path / "out" / name / "evaluation.json").read_text())["refactored"]
@@ -114,7 +114,7 @@ def test_ci_jobs(tmp_path, models_folder, name):
     for text in commands:
         # A small run, of a model that nobody trained.
         small = re.sub(r"--resume", f"--resume {' '.join(TEXT + SMALL)}", text).replace("error@50%<0.3", "error@50%<3")
-        small = small.replace("--fail-if 'recovered@50%<0'", "--fail-if 'perplexity@50%<0' --max-seq-length 64")
+        small = small.replace("--require 'recovered@50%>=0'", "--require 'perplexity@50%>=0' --max-seq-length 64")
         result = run(
             "bash",
             "-euo",
@@ -128,5 +128,5 @@ def test_ci_jobs(tmp_path, models_folder, name):
             NO_COLOR="1",
         )
         assert "\x1b" not in result.stdout + result.stderr
-    assert all(gate["met"] for gate in json.loads((tmp_path / "summary.json").read_text())["gates"])
+    assert all(item["holds"] for item in json.loads((tmp_path / "summary.json").read_text())["required"])
     assert json.loads((tmp_path / "evaluation.json").read_text())["refactored"]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.loadtest.simulator import simulate
 from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, percentiles, poisson, read_trace, summary
-from prism_refactor.serving.performance import PerformanceModel, Table, fit, powers
+from prism_refactor.serving.performance import LatencyGrid, PerformanceModel, Sampling, fit, powers
 from prism_refactor.serving.quality import QualityCurve
 from prism_refactor.serving.scheduling import PATIENCE, PRIORITY_SECONDS, SCHEDULERS, Job, Limits, step_k, take
 
@@ -25,8 +26,9 @@ def seconds(requests, tokens, context, k):
 
 
 def performance(measure=seconds, **options):
-    decode, prefill = Table(powers(64), [4, 8, 12, 16], [0, 512]), Table(powers(64, 16), [4, 8, 12, 16], [0, 512])
-    return fit(measure, FULL, decode, prefill, **{"repeats": 1} | options, device="cpu", dtype="float32", threads=2)
+    decode, prefill = LatencyGrid(powers(64), [4, 8, 12, 16], [0, 512]), LatencyGrid(powers(64, 16), [4, 8, 12, 16], [0, 512])
+    about = {"device": "cpu", "dtype": "float32", "threads": 2}
+    return fit(measure, FULL, {"decode": decode, "prefill": prefill}, Sampling(**{"repeats": 1} | options), about)
 
 
 def cost(tokens, k):
@@ -163,21 +165,21 @@ def test_a_scheduler_that_predicts_needs_a_performance_model():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_simulated_requests_are_all_served_at_their_floor_or_above(name):
     ks, weights = floors(FULL, None)
-    trace = poisson(300, 20.0, 40, 10, ks, weights, seed=3)
-    served, total = simulate(trace, name, performance(), LIMITS, kv_tokens=600)
+    trace = poisson(300, 20.0, (40, 10), (ks, weights), seed=3)
+    served, total = simulate(trace, name, performance(), replace(LIMITS, kv_tokens=600))
     assert len(served) == 300
     assert all(item.tokens == arrival.max_tokens and item.done is not None for item, arrival in zip(served, trace, strict=True))
     assert all(item.served_k >= item.asked_k - 1e-9 for item in served)
     assert all(0 < item.first <= item.done for item in served)
     if SCHEDULERS[name].exact:
         assert all(math.isclose(item.served_k, item.asked_k) for item in served)
-    again, same = simulate(trace, name, performance(), LIMITS, kv_tokens=600)
+    again, same = simulate(trace, name, performance(), replace(LIMITS, kv_tokens=600))
     assert (served, total) == (again, same)
 
 
 def test_serving_everyone_at_their_floor_is_faster_than_at_the_largest():
     ks, weights = floors(FULL, None)
-    trace = poisson(300, 1000.0, 40, 10, ks, weights, seed=3)
+    trace = poisson(300, 1000.0, (40, 10), (ks, weights), seed=3)
     model = performance()
     seconds_of = {name: simulate(trace, name, model, LIMITS)[1] for name in SCHEDULERS}
     assert seconds_of["per-token"] < 0.75 * seconds_of["fifo"]
@@ -186,7 +188,7 @@ def test_serving_everyone_at_their_floor_is_faster_than_at_the_largest():
 
 def test_a_request_longer_than_the_cache_is_refused_by_the_simulator():
     with pytest.raises(UsageError, match="does not fit"):
-        simulate([Arrival(0.0, 100, 10)], "fifo", performance(), LIMITS, kv_tokens=100)
+        simulate([Arrival(0.0, 100, 10)], "fifo", performance(), replace(LIMITS, kv_tokens=100))
 
 
 def test_predictions_hold_between_the_measured_points_and_beyond():
@@ -239,7 +241,7 @@ def test_a_broken_performance_file_is_named(tmp_path, text):
 
 def test_equal_seeds_make_equal_traces_at_any_rate():
     ks, weights = floors(FULL, "4:3,16:1")
-    slow, fast = (poisson(200, rate, 100, 20, ks, weights, 5) for rate in (1.0, 10.0))
+    slow, fast = (poisson(200, rate, (100, 20), (ks, weights), 5) for rate in (1.0, 10.0))
     assert [(item.prompt_tokens, item.k) for item in slow] == [(item.prompt_tokens, item.k) for item in fast]
     assert math.isclose(slow[-1].at, 10 * fast[-1].at)
     assert 150 < slow[-1].at < 250

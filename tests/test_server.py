@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -26,12 +27,13 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoTokenizer
 
+from prism_refactor.models.loading import load
 from prism_refactor.serving.answers import Answer
-from prism_refactor.serving.engine import Engine, Request, apart, load
+from prism_refactor.serving.engine import Engine, Request, run_in_thread
 from prism_refactor.serving.metrics import Metrics
 from prism_refactor.serving.quality import QualityCurve
 from prism_refactor.serving.scheduling import Limits
-from prism_refactor.serving.server import Site, create_app
+from prism_refactor.serving.server import ServerState, create_app
 
 BIN = Path(sys.executable).parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -43,12 +45,14 @@ LIMITS = Limits(tokens=128, requests=16)
 def served(folder, **options):
     """A server in this process: its site and URL."""
     metrics = Metrics()
-    engine = apart(lambda: Engine(load(folder, dtype=torch.float32), "per-token", LIMITS, max_waiting=600, on_step=metrics.on_step))
+    engine = run_in_thread(
+        lambda: Engine(load(folder, dtype=torch.float32), "per-token", replace(LIMITS, waiting=600), on_step=metrics.on_step)
+    )
     metrics.watch(engine)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     curve = QualityCurve({4: 20.0, 8: 12.5, 12: 10.5, 16: 10.0})
-    site = Site("tiny", engine, tokenizer, metrics, curve, **options)
+    site = ServerState("tiny", engine, tokenizer, metrics, curve, **options)
     engine.start()
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = uvicorn.Server(uvicorn.Config(create_app(site, engine.stop), log_config=None))
@@ -316,7 +320,7 @@ def test_an_api_key_is_asked_for(elastic):
 
 
 def test_a_full_queue_answers_429(url, site, monkeypatch):
-    monkeypatch.setattr(site.engine, "max_waiting", 0)
+    monkeypatch.setattr(site.engine, "limits", replace(site.engine.limits, waiting=0))
     code, answer, headers = fetch(f"{url}/v1/completions", {"model": "tiny", "prompt": TEXT})
     assert (code, answer["error"]["type"]) == (429, "rate_limit_error")
     assert int(headers["retry-after"]) >= 1

@@ -4,7 +4,7 @@
 #     refactor-all.sh MODELS OUT [OPTION of prism-refactor]...
 #
 # Beside each OUT/NAME come NAME.json (summary) and NAME.log (progress, a JSON object a line). Ends with the exit code of the last
-# model that failed; the others are done all the same. PRISM_GATE is a condition that each must meet (exit code 4).
+# model that failed; the others are done all the same. PRISM_REQUIRE is a condition that must hold for each (exit code 4).
 set -uo pipefail
 models=$1 out=$2
 shift 2
@@ -15,10 +15,10 @@ code=0
 for model in "$models"/*/; do
     name=$(basename "$model")
     if [ -e "$out/$name/prism.json" ]; then
-        grep -q '"met": false' "$out/$name.json" && code=4
+        grep -q '"holds": false' "$out/$name.json" && code=4
         continue
     fi
-    prism-refactor "$model" "$out/$name" --resume --json --log-json --quality-gate "${PRISM_GATE:-full-k-error<1e-3}" "$@" \
+    prism-refactor "$model" "$out/$name" --resume --json --log-json --require "${PRISM_REQUIRE:-error@50%<0.3}" "$@" \
         > "$out/$name.json" 2>> "$out/$name.log"
     ended=$?
     # Interrupted or terminated: so is the batch.

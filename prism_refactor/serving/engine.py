@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -35,9 +34,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler as T
 
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.layered import check_device
-from prism_refactor.models.modeling_prism import attach, full_k, set_active, set_token_active
-from prism_refactor.models.refactored import router_file
+from prism_refactor.models.modeling_prism import full_k, set_active, set_token_active
 from prism_refactor.offload.manager import OFFLOADED, OffloadManager
 from prism_refactor.resources import free_memory
 from prism_refactor.serving.performance import PerformanceModel
@@ -46,8 +43,6 @@ from prism_refactor.serving.scheduling import SCHEDULERS, Job, Limits, Scheduler
 
 # Tokens of a KV page: small ones waste little on a CPU, where reads are by token; elsewhere kernels want transformers' own size.
 CPU_PAGE, KV_PAGE = 32, 256
-# Bytes to which torch aligns the memory of tensors on a CPU.
-ALIGNMENT = 64
 # Share of free memory that the KV cache may have on a CPU.
 CPU_KV_SHARE = 0.25
 # k is mixed into what KV blocks are found by: token + k * _SALT, in the 32 bits that transformers hashes.
@@ -173,32 +168,6 @@ class _Live:
     @property
     def deadline(self) -> float | None:
         return None if self.request.deadline is None else self.arrival + self.request.deadline
-
-
-def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a refactored checkpoint, with two-level routing where it has a sub-expert router, whole in memory.
-
-    Raises:
-        InputError: the folder is no refactored checkpoint that transformers can load.
-        UsageError: there is no such device.
-    """
-    check_device(device)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from None
-    recipe = getattr(model.config, "prism", None)
-    if not recipe:
-        raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
-    model = model.to(device).eval()
-    if recipe["router"] != "replicate":
-        with router_file(folder):
-            model = attach(model, str(folder))
-    for tensor in [*model.parameters(), *model.buffers()]:
-        # transformers leaves some tensors where they lie in the file, and products of unaligned ones differ in the last bit.
-        if tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
-    return model
 
 
 def run_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:

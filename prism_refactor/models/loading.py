@@ -1,0 +1,41 @@
+"""Load a refactored checkpoint whole, as a transformers model."""
+
+# Bytes to which torch aligns the memory of tensors on a CPU.
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prism_refactor.errors import InputError
+from prism_refactor.models.layered import check_device
+from prism_refactor.models.modeling_prism import attach
+from prism_refactor.models.refactored import router_file
+
+ALIGNMENT = 64
+
+
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a refactored checkpoint, with two-level routing where it has a sub-expert router, whole in memory.
+
+    Raises:
+        InputError: the folder is no refactored checkpoint that transformers can load.
+        UsageError: there is no such device.
+    """
+    check_device(device)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {error}") from None
+    recipe = getattr(model.config, "prism", None)
+    if not recipe:
+        raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
+    model = model.to(device).eval()
+    if recipe["router"] != "replicate":
+        with router_file(folder):
+            model = attach(model, str(folder))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # transformers leaves some tensors where they lie in the file, and products of unaligned ones differ in the last bit.
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
