@@ -21,8 +21,8 @@ from partitioners import FAMILIES, generated
 
 from prism_refactor import solvers
 from prism_refactor.cli.options import table
+from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.layer import partition_experts
-from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.refactoring.workers import Workers
 
 # Neurons and tokens of an expert: a tiny model, examples/olmoe-tiny, OLMoE-1B-7B.

@@ -48,7 +48,7 @@ from prism_refactor.models.modeling_prism import (
     set_active,
     two_level_router,
 )
-from prism_refactor.refactoring.recipe import SALIENCIES, Recipe
+from prism_refactor.recipe import SALIENCIES, Recipe
 from prism_refactor.routing.compensation import fit_compensation
 from prism_refactor.routing.linear import log_sizes
 from prism_refactor.routing.proxy import fit_proxy, gate_neurons

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prism_refactor.errors import InputError
-from prism_refactor.models.architectures import expert_shape
 from prism_refactor.models.experts import expert_activations, experts_forward
 from prism_refactor.models.layered import dtype_name
+from prism_refactor.models.transformers_models import FusedExperts, register_experts
 
 OBSERVED = "prism_observed"
 # Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
@@ -209,7 +208,7 @@ class LayerCollector:
     def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int, first_token: int = 0):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
-        count, _, neurons = expert_shape(experts)
+        count, _, neurons = FusedExperts(experts).shape
         priority = priorities(seed, layer, total_tokens)
         self._priority = priority.to(weight.device)
         self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)
@@ -298,4 +297,4 @@ def observed_experts_forward(
     return output
 
 
-ALL_EXPERTS_FUNCTIONS.register(OBSERVED, observed_experts_forward)
+register_experts(OBSERVED, observed_experts_forward)

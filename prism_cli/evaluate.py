@@ -1,7 +1,7 @@
 """`prism-eval`: perplexity against active sub-experts, the original beside its refactored models."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,11 @@ from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, TEXT_OPTIONS, Requirements, add, table
 from prism_refactor.errors import RequirementError, UsageError
-from prism_refactor.formats import EVALUATION, MANIFEST
+from prism_refactor.formats import EVALUATION, Curve, Evaluation, OperatingPoint, OperatingPoints, StoredPoint, Text
 from prism_refactor.requirements import Requirement
 
 if TYPE_CHECKING:
-    from prism_refactor.evaluation.compare import Curve
-    from prism_refactor.evaluation.curve import Measured
     from prism_refactor.evaluation.windows import Windows
-    from prism_refactor.models.checkpoint import Checkpoint
     from prism_refactor.models.refactored import RefactoredCheckpoint
 
 
@@ -67,7 +64,7 @@ def main(
     active experts that the refactored model does not lose.
     """
     from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
-    from prism_refactor.evaluation.compare import Evaluation
+    from prism_refactor.evaluation.compare import Comparison
     from prism_refactor.evaluation.curve import FIGURES
     from prism_refactor.evaluation.plot import plot_curves
     from prism_refactor.evaluation.windows import read_windows
@@ -94,38 +91,36 @@ def main(
         calibration.text_column,
         num_tokens,
     )
-    evaluation = Evaluation(original, windows, calibration.compute(original), calibration.seed, reporter)
+    comparison = Comparison(original, windows, calibration.compute(original), calibration.seed, reporter)
     curves: list[Curve] = []
     for model, (routers, values) in zip(models, requests, strict=True):
-        found = evaluation.curves(model, routers, values, allocated)
+        found = comparison.curves(model, routers, values, allocated)
         curves += found
-        result = _result(windows, calibration, evaluation.original, found)
+        result = _result(windows, calibration, comparison.original, found)
         if allocated:
-            _store_points(model, found, result["text"])
+            _store_points(model, found, result.text)
         if save:
-            write_json(model.path / EVALUATION, result)
+            write_json(model.path / EVALUATION, asdict(result))
     reporter.close()
     if plot is not None:
-        plot_curves(evaluation.original, curves, plot)
+        plot_curves(comparison.original, curves, plot)
     if as_json:
-        click.echo(json.dumps(_result(windows, calibration, evaluation.original, curves), indent=2))
+        click.echo(json.dumps(asdict(_result(windows, calibration, comparison.original, curves)), indent=2))
     else:
-        click.echo(_tables(windows, evaluation.original, curves))
+        click.echo(_tables(windows, comparison.original, curves))
     _check(requirements, curves)
 
 
-def _request(model: "Checkpoint", choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
+def _request(model: "RefactoredCheckpoint", choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
     """(routers, values of k) to run a refactored model at."""
-    from prism_refactor.models.modeling_prism import full_k
-
-    recipe = model.config.prism
+    prism = model.prism
     routers = ["stock", "two-level"] if router == "both" else [router]
-    if recipe["router"] == "replicate":
+    if not prism.has_router:
         routers = ["stock"]
     if allocated and "two-level" not in routers:
         raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
-    sub_experts, full = recipe["sub_experts"], full_k(model.config)
-    return routers, _choices(choices, full) if choices else list(range(sub_experts, full + 1, sub_experts))
+    full = prism.max_active
+    return routers, _choices(choices, full) if choices else list(range(prism.sub_experts, full + 1, prism.sub_experts))
 
 
 def _choices(text: str, full: int) -> list[int]:
@@ -141,35 +136,24 @@ def _choices(text: str, full: int) -> list[int]:
     return sorted(found)
 
 
-def _result(windows: "Windows", calibration: Calibration, original: "Curve", curves: list["Curve"]) -> dict[str, Any]:
-    text = {
-        "datasets": list(calibration.datasets) or ["bundled"],
-        "tokens": windows.tokens,
-        "windows": len(windows.rows),
-        "length": windows.rows.shape[1],
-        "stride": windows.stride,
-        "seed": calibration.seed,
-    }
-    return {"text": text, "original": asdict(original), "refactored": [asdict(curve) for curve in curves]}
+def _result(windows: "Windows", calibration: Calibration, original: Curve, curves: list[Curve]) -> Evaluation:
+    rows, length = windows.rows.shape
+    datasets = list(calibration.datasets) or ["bundled"]
+    return Evaluation(Text(datasets, windows.tokens, rows, length, windows.stride, calibration.seed), original, curves)
 
 
-def _store_points(model: "RefactoredCheckpoint", curves: list["Curve"], text: dict[str, Any]) -> None:
+def _store_points(model: "RefactoredCheckpoint", curves: list[Curve], text: Text) -> None:
     """Put the operating points into the manifest, with the perplexity of the same k everywhere: that one where it is the better."""
-    from prism_refactor.files import write_json
-
     curve = next(curve for curve in curves if curve.router == "two-level")
-    uniform = {point.k: point.perplexity for point in curve.points}
-    manifest = model.manifest
+    uniform = {point.k: point.perplexity for point in curve.points if isinstance(point.k, int)}
     points = []
-    for mean, point in zip([point.k for point in curve.points if point.share < 1], curve.allocated, strict=True):
-        better = isinstance(point.k, list) and point.perplexity < uniform[mean]
-        k = point.k if better else [mean] * len(manifest["layers"])
-        points.append({"mean_k": mean, "k": k, "perplexity": min(point.perplexity, uniform[mean]), "uniform": uniform[mean]})
-    manifest["operating_points"] = {"text": text, "points": points}
-    write_json(model.path / MANIFEST, manifest)
+    for mean, point in zip([k for k in uniform if k < curve.full], curve.allocated, strict=True):
+        k = point.k if isinstance(point.k, list) and point.perplexity < uniform[mean] else [mean] * len(model.manifest.layers)
+        points.append(StoredPoint(mean, k, min(point.perplexity, uniform[mean]), uniform[mean]))
+    replace(model.manifest, operating_points=OperatingPoints(text, points)).write(model.path)
 
 
-def _tables(windows: "Windows", original: "Curve", curves: list["Curve"]) -> str:
+def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
     header = ["k", "share", "active", "MFLOPs", "perplexity", "95 % interval", "to original", "recovered", "95 % interval"]
     parts = [f"{windows.tokens} tokens in windows of {windows.rows.shape[1]}, stride {windows.stride}"]
     for curve in [original, *curves]:
@@ -193,11 +177,11 @@ def _tables(windows: "Windows", original: "Curve", curves: list["Curve"]) -> str
     return "\n".join(parts)
 
 
-def _per_layer(point: "Measured") -> str:
+def _per_layer(point: OperatingPoint) -> str:
     return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
 
 
-def _row(point: "Measured", curve: "Curve") -> list[str]:
+def _row(point: OperatingPoint, curve: Curve) -> list[str]:
     row = [
         f"{point.k} of {curve.full}",
         f"{point.share:.0%}",
@@ -214,7 +198,7 @@ def _row(point: "Measured", curve: "Curve") -> list[str]:
     return [*row, f"{point.recovered:.0%}", "{:.0%} - {:.0%}".format(*point.recovered_interval)]
 
 
-def _check(requirements: list[Requirement], curves: list["Curve"]) -> None:
+def _check(requirements: list[Requirement], curves: list[Curve]) -> None:
     from prism_refactor.evaluation.curve import figure
 
     failed = []

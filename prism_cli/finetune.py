@@ -50,16 +50,15 @@ def main(
     An interrupted run keeps its state in OUT_DIR.partial; --resume goes on with it.
     """
     from prism_refactor.files import can_resume, check_target
-    from prism_refactor.models.modeling_prism import full_k
     from prism_refactor.models.refactored import RefactoredCheckpoint
     from prism_refactor.refactoring.finetune import FineTuning
     from prism_refactor.resources import check_disk
 
     check_target(out_dir, refactored_dir, overwrite, MANIFEST)
     checkpoint = RefactoredCheckpoint(refactored_dir)
-    if router == "two-level" and checkpoint.config.prism["router"] != "linear":
+    if router == "two-level" and checkpoint.prism.router != "linear":
         raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; use --router stock")
-    full = full_k(checkpoint.config)
+    full = checkpoint.prism.max_active
     most = full - 1 if router == "two-level" else full
     first, last = first_k or max(1, full // 4), last_k or max(1, full * 3 // 4)
     if not first <= last <= most:

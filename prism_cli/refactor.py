@@ -4,7 +4,6 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,9 +25,9 @@ from prism_refactor.cli.options import (
 )
 from prism_refactor.cli.resuming import RESUME, Resumption
 from prism_refactor.errors import InputError, RequirementError, UsageError
-from prism_refactor.formats import MANIFEST
+from prism_refactor.formats import MANIFEST, Manifest, PrismConfig
+from prism_refactor.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
 from prism_refactor.refactoring.figures import FIGURES, check_position, figure
-from prism_refactor.refactoring.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
 from prism_refactor.requirements import Requirement
 from prism_refactor.resources import gib
 
@@ -144,7 +143,7 @@ def main(
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
     checkpoint = Checkpoint(model_dir)
-    if hasattr(checkpoint.config, "prism"):
+    if PrismConfig.of(checkpoint.config) is not None:
         raise InputError(f"{model_dir}: is refactored already; start from the original checkpoint")
     statistics = None
     if stats is not None:
@@ -197,59 +196,48 @@ def _refuse_with_stats(context: click.Context) -> None:
             raise UsageError(f"{option} has no effect with --stats; drop one of them")
 
 
-def _warn_unrouted(manifest: dict[str, Any], reporter: Reporter) -> None:
-    for layer in manifest["layers"]:
-        if layer["unrouted"]:
-            names = ", ".join(map(str, layer["unrouted"]))
+def _warn_unrouted(manifest: Manifest, reporter: Reporter) -> None:
+    for layer in manifest.layers:
+        if layer.unrouted:
+            names = ", ".join(map(str, layer.unrouted))
             reporter.warning(
-                f"layer {layer['layer']}: no token reached expert {names}; split by their weights' response to the layer's inputs",
-                layer=layer["layer"],
-                experts=layer["unrouted"],
+                f"layer {layer.layer}: no token reached expert {names}; split by their weights' response to the layer's inputs",
+                layer=layer.layer,
+                experts=layer.unrouted,
             )
 
 
-def _dropped(layer: dict[str, Any]) -> tuple[float, float]:
-    """Mean share that the experts of a layer drop, in stored order and partitioned."""
-    before, after = (mean(expert[key] for expert in layer["experts"]) for key in ("loss_before", "loss_after"))
-    return before, after
-
-
-def _summary(manifest: dict[str, Any], out_dir: Path) -> str:
+def _summary(manifest: Manifest, out_dir: Path) -> str:
     rows = []
-    for layer in manifest["layers"]:
-        experts = layer["experts"]
-        before, after = _dropped(layer)
-        rows.append([layer["layer"], len(experts), min(expert["tokens"] for expert in experts), f"{before:.3f}", f"{after:.3f}"])
+    for layer in manifest.layers:
+        before, after = layer.dropped
+        rows.append([layer.layer, len(layer.experts), min(expert.tokens for expert in layer.experts), f"{before:.3f}", f"{after:.3f}"])
     header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned"]
-    changes = ", ".join(f"{key} {value} -> {manifest['result'][key]}" for key, value in _sizes(manifest).items())
-    recipe = manifest["recipe"]
+    changes = ", ".join(f"{key} {value} -> {manifest.result[key]}" for key, value in manifest.source.sizes.items())
+    recipe = manifest.recipe
     caption = (
-        f"dropped: mean share of an expert's activation outside each token's best {recipe['keep']} of {recipe['sub_experts']} sub-experts\n"
+        f"dropped: mean share of an expert's activation outside each token's best {recipe.kept} of {recipe.sub_experts} sub-experts\n"
         "(less is better)"
     )
     return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
 
 
-def _json_summary(manifest: dict[str, Any], out_dir: Path, found: list[tuple[Requirement, float]], seconds: dict[str, float]) -> str:
+def _json_summary(manifest: Manifest, out_dir: Path, found: list[tuple[Requirement, float]], seconds: dict[str, float]) -> str:
     layers = [
         {
-            "layer": layer["layer"],
-            "experts": len(layer["experts"]),
-            "fewest_tokens": min(expert["tokens"] for expert in layer["experts"]),
-            "unrouted": layer["unrouted"],
-            **{name: round(share, 6) for name, share in zip(("dropped_stored", "dropped"), _dropped(layer), strict=True)},
-            "output_error": layer["output_error"],
+            "layer": layer.layer,
+            "experts": len(layer.experts),
+            "fewest_tokens": min(expert.tokens for expert in layer.experts),
+            "unrouted": layer.unrouted,
+            **{name: round(share, 6) for name, share in zip(("dropped_stored", "dropped"), layer.dropped, strict=True)},
+            "output_error": layer.output_error,
         }
-        for layer in manifest["layers"]
+        for layer in manifest.layers
     ]
     required = [{"requirement": item.text, "value": value, "holds": item.holds(value)} for item, value in found]
     seconds = {stage: round(value, 3) for stage, value in seconds.items()}
-    sizes = {key: {"source": before, "result": manifest["result"][key]} for key, before in _sizes(manifest).items()}
+    sizes = {key: {"source": before, "result": manifest.result[key]} for key, before in manifest.source.sizes.items()}
     return json.dumps({"out_dir": str(out_dir), "sizes": sizes, "layers": layers, "required": required, "seconds": seconds}, indent=2)
-
-
-def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
-    return {key: manifest["source"][key] for key in manifest["result"]}
 
 
 def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers: int | None, has_statistics: bool) -> str:

@@ -12,6 +12,7 @@ import click
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
 from prism_refactor.errors import PrismError, UsageError
+from prism_refactor.formats import PrismConfig
 from prism_refactor.offload.options import CacheBudget, LatencyTarget
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     from prism_refactor.calibration.text import load_tokenizer
     from prism_refactor.files import output_file
     from prism_refactor.models.checkpoint import Checkpoint
-    from prism_refactor.models.modeling_prism import full_k, set_active
+    from prism_refactor.models.modeling_prism import set_active
     from prism_refactor.offload.manager import load_offloaded
 
     if options["k_min"] is not None and options["latency_target"] is None:
@@ -54,9 +55,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     if trace is not None and refactored_dir.resolve() in trace.resolve().parents:
         raise UsageError(f"--trace {trace}: is in the checkpoint's folder; choose another")
     checkpoint = Checkpoint(refactored_dir)
-    if not getattr(checkpoint.config, "prism", None):
-        raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
-    full = full_k(checkpoint.config)
+    full = PrismConfig.required(checkpoint.config, refactored_dir).max_active
     k = options["k"] or full
     if k > full:
         raise UsageError(f"--k {k}: choose 1 to {full}")

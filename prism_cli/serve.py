@@ -11,6 +11,7 @@ from prism_refactor.calibration.settings import torch_dtype
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
 from prism_refactor.errors import InputError, UsageError
+from prism_refactor.formats import PrismConfig
 from prism_refactor.offload.options import CacheBudget
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
@@ -62,8 +63,8 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     metrics = Metrics()
     engine = run_in_thread(_engine, refactored_dir, metrics, options)
     metrics.watch(engine)
-    router = "stock" if engine.model.config.prism["router"] == "replicate" else "two-level"
-    curve = QualityCurve.load(refactored_dir, router, engine.full_k)
+    prism = PrismConfig.required(engine.model.config, refactored_dir)
+    curve = QualityCurve.load(refactored_dir, prism.best_router, prism.max_active)
     server = UvicornServer(ServerState(name, engine, tokenizer, metrics, curve, options["api_key"]), options["drain_seconds"])
     # uvicorn drains on these, and then raises them again for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):

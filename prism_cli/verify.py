@@ -11,10 +11,10 @@ from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, TEXT_OPTIONS, Finite, add, table
 from prism_refactor.errors import RequirementError
-from prism_refactor.refactoring.recipe import LOGIT_TOLERANCE
+from prism_refactor.recipe import LOGIT_TOLERANCE
 
 if TYPE_CHECKING:
-    from prism_refactor.refactoring.verify import Comparison
+    from prism_refactor.refactoring.verify import LogitComparison
 
 NUM_SAMPLES = 8
 
@@ -44,7 +44,7 @@ def main(reporter: Reporter, model_dir: Path, out_dir: Path, tolerance: float, a
     calibration = Calibration(**options)
     if not calibration.datasets:
         calibration = replace(calibration, datasets=(EVALUATION_TEXT,))
-    if result.manifest["source"]["fingerprint"] != source.fingerprint():
+    if result.manifest.source.fingerprint != source.fingerprint():
         raise RequirementError(f"{out_dir}: was made from another checkpoint than {model_dir}")
     problems = compare_files(source, result) or compare_tensors(source, result, reporter)
     if problems:
@@ -62,7 +62,7 @@ def main(reporter: Reporter, model_dir: Path, out_dir: Path, tolerance: float, a
         raise RequirementError(f"{out_dir}: not the same model at full k: {', '.join(failed)}")
 
 
-def _table(tensors: int, comparisons: list["Comparison"], tolerance: float) -> str:
+def _table(tensors: int, comparisons: list["LogitComparison"], tolerance: float) -> str:
     rows = [
         [
             item.mode,

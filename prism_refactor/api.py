@@ -11,17 +11,17 @@ from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.store import write_statistics
 from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
 from prism_refactor.errors import UsageError
-from prism_refactor.evaluation.compare import Curve, Evaluation
+from prism_refactor.evaluation.compare import Comparison
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.files import check_target
-from prism_refactor.formats import INDEX, MANIFEST
+from prism_refactor.formats import INDEX, MANIFEST, Curve, Manifest
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.loading import load as load_model
 from prism_refactor.models.refactored import RefactoredCheckpoint
+from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.pipeline import Refactoring
 from prism_refactor.refactoring.plan import make_plan
-from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.refactoring.workers import Workers
 
 Folder = str | Path
@@ -93,7 +93,7 @@ def operating_points(folder: Folder) -> dict[int, list[int]]:
     return modeling_prism.operating_points(os.fspath(folder))
 
 
-def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, overwrite: bool = False, **options: Any) -> dict[str, Any]:
+def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, overwrite: bool = False, **options: Any) -> Manifest:
     """Split the experts of a checkpoint into sub-experts, as `prism-refactor` does; returns the manifest, as in prism.json.
 
     Args:
@@ -168,11 +168,10 @@ def evaluate(model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None 
     length = calibration.sequence_length(original)
     datasets = list(calibration.datasets) or [EVALUATION_TEXT]
     windows = read_windows(datasets, load_tokenizer(original.path), length, max(1, length // 2), calibration.seed, calibration.text_column)
-    evaluation = Evaluation(original, windows, calibration.compute(original), calibration.seed)
-    full, sub_experts = modeling_prism.full_k(refactored.config), refactored.config.prism["sub_experts"]
-    router = "stock" if refactored.config.prism["router"] == "replicate" else "two-level"
-    choices = list(range(sub_experts, full + 1, sub_experts)) if k is None else sorted(k)
-    return evaluation.original, evaluation.curves(refactored, [router], choices)[0]
+    comparison = Comparison(original, windows, calibration.compute(original), calibration.seed)
+    prism = refactored.prism
+    choices = list(range(prism.sub_experts, prism.max_active + 1, prism.sub_experts)) if k is None else sorted(k)
+    return comparison.original, comparison.curves(refactored, [prism.best_router], choices)[0]
 
 
 def _check_options(options: dict[str, Any], known: set[str]) -> None:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.files import check_target, output_folder
-from prism_refactor.models.architectures import expert_shape, moe_block
+from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.side_files import side_files
-from prism_refactor.models.split import split_experts
+from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.models.writer import BLOCK, ShardWriter
 
 
@@ -54,12 +54,12 @@ def test_sub_experts_add_up_to_the_expert(models, family):
     index = next(index for index, layer in enumerate(layered.layers) if moe_block(layer))
     with layered.loaded(layered.layer_name(index)):
         experts = moe_block(layered.layers[index])[1].experts
-        total, hidden, neurons = expert_shape(experts)
+        total, hidden, neurons = FusedExperts(experts).shape
         generator = torch.Generator().manual_seed(0)
         order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(total)])
         factor = layered.checkpoint.architecture.factor(layered.checkpoint.config, 4)
         parts = copy.deepcopy(experts)
-        for name, value in split_experts(experts, order, 4, factor).items():
+        for name, value in FusedExperts(experts).split(order, 4, factor).items():
             setattr(parts, name, torch.nn.Parameter(value))
         inputs = torch.randn(7, hidden, generator=generator)
         parts.num_experts = 4 * total
@@ -77,7 +77,7 @@ def test_fp16_overflow_is_refused(tmp_path):
         experts = moe_block(layered.layers[0])[1].experts
         experts.down_proj.data.fill_(4e4)
         with pytest.raises(InputError, match="overflows"):
-            split_experts(experts, torch.arange(32).repeat(4, 1), 2, 2)
+            FusedExperts(experts).split(torch.arange(32).repeat(4, 1), 2, 2)
 
 
 def truncate(folder):

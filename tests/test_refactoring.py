@@ -15,9 +15,9 @@ from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, tok
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks, moe_gates, router_tensors, set_active
+from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring import verify
 from prism_refactor.refactoring.plan import make_plan
-from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.routing.output import relative_error
 from prism_refactor.routing.proxy import gate_neurons
 from prism_refactor.solvers.regression import STRENGTHS, ridge

@@ -101,8 +101,9 @@ def test_page_of_the_profile(command, tmp_path):
     for part in ("concentration", "load", "coactivation", "calibration"):
         assert f'<section id="{part}"' in page
     assert page.count("data:image/png") == 1 + 4
-    shares = [float(share) for share in re.findall(r"quarter: ([0-9.]+)%", page)]
-    own, fixed = shares[:4], shares[4:]
+    shares = [float(share) for share in re.findall(r"<td>([0-9.]+)%</td>", page)]
+    own, fixed = shares[::2], shares[1::2]
+    assert len(own) == 4
     assert all(25 < low < high < 100 for low, high in zip(fixed, own, strict=True))
     # The folder is the one that is written without a page.
     assert command("prism-profile", EXAMPLE, tmp_path / "plain", *text, "--quiet").code == 0
@@ -133,17 +134,27 @@ def test_broken_picture_and_wrong_folder(out, tmp_path, capsys):
     assert make(out, "--output", tmp_path / "absent" / "page.html") == 2
 
 
+def heights(svg, kind):
+    """Vertical positions of a line's points, from the top."""
+    line = re.search(rf'<g id="{kind}-line">.*?</g>\s*</g>', svg, re.S)[0]
+    return [float(place) for place in re.findall(r'<use [^>]*\by="([-0-9.]+)"', line)]
+
+
 def test_chart_puts_larger_values_higher_and_stays_inside():
     values = np.geomspace(1e-4, 0.3, 7)
-    marks = [Mark(place, value, "", value / 2, value * 2) for place, value in enumerate(values)]
+    marks = [Mark(place, value, value / 2, value * 2) for place, value in enumerate(values)]
     drawn = chart([Series("a", "stock", marks), Series("empty", "other", [])], [(0, "0"), (6, "6")], "x", "y")
-    assert drawn["y_title"] == "y (log scale)"
-    assert [line["name"] for line in drawn["lines"]] == ["a"]
-    heights = [mark["y"] for mark in drawn["lines"][0]["marks"]]
-    assert np.allclose(np.diff(heights), heights[1] - heights[0], atol=0.2)
-    assert heights[1] < heights[0]
-    inside = [mark[key] for mark in drawn["lines"][0]["marks"] for key in ("y", "low", "high")]
-    assert min(inside) >= 25
-    assert max(inside) <= 233
-    one = chart([Series("a", "stock", [Mark(3, 0.0, "")])], [(3, "3")], "x", "y")
-    assert len(one["y_ticks"]) >= 2
+    assert "y (log scale)" in drawn["svg"]
+    assert drawn["lines"] == [("a", "stock")]
+    places = heights(drawn["svg"], "stock")
+    assert len(places) == 7
+    assert np.allclose(np.diff(places), places[1] - places[0], atol=0.2)
+    assert places[1] < places[0]
+    assert min(places) > 0
+    assert max(places) < 72 * 3.0
+    # Colours are the style sheet's.
+    assert "var(--stock)" in drawn["svg"]
+    assert "#00f0" not in drawn["svg"]
+    one = chart([Series("a", "stock", [Mark(3, 0.0)])], [(3, "3")], "x", "y")
+    assert "log scale" not in one["svg"]
+    assert len(heights(one["svg"], "stock")) == 1

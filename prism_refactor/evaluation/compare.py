@@ -1,41 +1,21 @@
 """The original and its refactored models on the same text."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prism_refactor.evaluation.allocation import allocate
 from prism_refactor.evaluation.cost import CostModel
-from prism_refactor.evaluation.curve import Measured, Sampled, measured
+from prism_refactor.evaluation.curve import Bootstrap, OperatingPoint, measured
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows
 from prism_refactor.events import Events
+from prism_refactor.formats import Curve, PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import full_k
 from prism_refactor.models.stream import ComputeOptions
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One model under one router.
-
-    Attributes:
-        model: name of its folder.
-        router: 'original', 'stock' or 'two-level'.
-        full: k at which everything runs.
-        points: by rising k.
-        allocated: non-uniform operating points by rising mean k; only where asked for.
-    """
-
-    model: str
-    router: str
-    full: int
-    points: list[Measured]
-    allocated: list[Measured]
-
-
-class Evaluation:
+class Comparison:
     """The original at its own top-1 ... top-K on a text; refactored models are measured against it.
 
     Args:
@@ -48,7 +28,7 @@ class Evaluation:
 
     def __init__(self, original: Checkpoint, windows: Windows, compute: ComputeOptions, seed: int, events: Events | None = None):
         self.windows, self.compute, self.events = windows, compute, events
-        self.sampled = Sampled(windows, seed)
+        self.sampled = Bootstrap(windows, seed)
         top_k = original.architecture.sizes(original.config)[original.architecture.top_k]
         choices = list(range(1, top_k + 1))
         cost = CostModel(original, "original", windows.rows.shape[1])
@@ -60,7 +40,7 @@ class Evaluation:
     def _losses(self, checkpoint: Checkpoint, points: list[Point], measure_layers: bool = False) -> Any:
         return stream_losses(checkpoint, self.windows, points, self.compute, measure_layers, self.events)
 
-    def _measured(self, points: list[tuple[int, ...]], sums: torch.Tensor, full: int, cost: CostModel) -> list[Measured]:
+    def _measured(self, points: list[tuple[int, ...]], sums: torch.Tensor, full: int, cost: CostModel) -> list[OperatingPoint]:
         return [
             measured(self.sampled, losses, point, full, cost.at(list(point)), self._originals)
             for point, losses in zip(points, sums, strict=True)
@@ -78,7 +58,7 @@ class Evaluation:
             choices: values of k, rising.
             allocated: see above.
         """
-        full = full_k(checkpoint.config)
+        full = PrismConfig.required(checkpoint.config, checkpoint.path).max_active
         length = self.windows.rows.shape[1]
         costs = {router: CostModel(checkpoint, router, length) for router in routers}
         layers = len(costs[routers[0]].blocks)

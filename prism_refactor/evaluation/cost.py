@@ -1,26 +1,13 @@
 """What a token costs at a number of active experts: parameters and floating-point operations."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-from prism_refactor.models.architectures import expert_shape, moe_block
+from prism_refactor.formats import Cost, Manifest, PrismConfig
+from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one token.
-
-    Attributes:
-        active_parameters: parameters that take part: all but the experts that are not chosen.
-        flops: floating-point operations of a forward pass: two per multiply-add of every matrix product and of attention over half a
-            window; activations, norms and the softmax are not counted.
-    """
-
-    active_parameters: int
-    flops: int
+from prism_refactor.models.transformers_models import FusedExperts
 
 
 class CostModel:
@@ -33,7 +20,7 @@ class CostModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, router: str, length: int):
-        self.router, self.recipe = router, getattr(checkpoint.config, "prism", None)
+        self.router, self.path, self.prism = router, checkpoint.path, PrismConfig.of(checkpoint.config)
         model: Any = LayeredModel(checkpoint, None).model
         self.blocks = [found[1] for layer in model.base_model.layers if (found := moe_block(layer))]
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
@@ -61,13 +48,13 @@ class CostModel:
 
     def _two_level(self, block: Any, k: int) -> tuple[int, int]:
         """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
-        assert self.recipe is not None
-        sub_experts = self.recipe["sub_experts"]
-        total, hidden, _ = expert_shape(block.experts)
-        full = self.recipe["source"][self.recipe["top_k"]] * sub_experts
+        assert self.prism is not None
+        sub_experts, full = self.prism.sub_experts, self.prism.max_active
+        total, hidden, _ = FusedExperts(block.experts).shape
         gate = total // sub_experts * hidden
         if k == full:
             return gate, 2 * gate
-        rows = total * hidden if self.recipe["router"] == "linear" else 2 * self.recipe["gate_neurons"] * full * hidden
-        compensation = 2 * (full - k) * hidden if self.recipe["router"] == "linear" else 0
+        linear = self.prism.router == "linear"
+        rows = total * hidden if linear else 2 * Manifest.read(self.path).recipe.gate_neurons * full * hidden
+        compensation = 2 * (full - k) * hidden if linear else 0
         return gate + rows + compensation, 2 * (gate + rows + compensation)

@@ -1,21 +1,20 @@
 """The quality curve: perplexity with intervals, the original beside each refactored model, and the figures that a requirement may be on."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from prism_refactor.errors import UsageError
-from prism_refactor.evaluation.cost import Cost
 from prism_refactor.evaluation.windows import Windows
+from prism_refactor.formats import Cost, OperatingPoint
 from prism_refactor.requirements import Requirement
 
 RESAMPLES = 1000
 CONFIDENCE = (2.5, 97.5)
 
 
-class Sampled:
+class Bootstrap:
     """Perplexities of one text with their bootstrap: the same resampled windows for every model, so that differences are paired.
 
     Args:
@@ -45,34 +44,9 @@ class Sampled:
         return found
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One operating point with its figures.
-
-    Attributes:
-        k: active (sub-)experts per MoE layer; one number when they are all the same.
-        share: active share of the experts that the original uses.
-        cost: per token.
-        perplexity, interval: with its 95 % bootstrap interval over windows.
-        domains: perplexity by domain.
-        ratio, ratio_interval: perplexity relative to the original's at the same active experts; None where it has no such setting.
-        recovered, recovered_interval: share of what the original loses at the same active experts that is won back; None where it loses
-            nothing.
-    """
-
-    k: int | list[int]
-    share: float
-    cost: Cost
-    perplexity: float
-    interval: tuple[float, float]
-    domains: dict[str, float]
-    ratio: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-    recovered: float | None = None
-    recovered_interval: tuple[float, float] | None = None
-
-
-def measured(sampled: Sampled, sums: torch.Tensor, k: tuple[int, ...], full: int, cost: Cost, original: dict[float, Any]) -> Measured:
+def measured(
+    sampled: Bootstrap, sums: torch.Tensor, k: tuple[int, ...], full: int, cost: Cost, original: dict[float, Any]
+) -> OperatingPoint:
     """Figures of one operating point.
 
     Args:
@@ -95,7 +69,7 @@ def measured(sampled: Sampled, sums: torch.Tensor, k: tuple[int, ...], full: int
                 shares = (theirs_resampled - resampled) / (theirs_resampled - whole_resampled)
             comparison |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
     number: int | list[int] = k[0] if len(set(k)) == 1 else list(k)
-    return Measured(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), **comparison)
+    return OperatingPoint(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), **comparison)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -107,7 +81,7 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 FIGURES = {"recovered": True, "ratio": True, "perplexity": True}
 
 
-def figure(requirement: Requirement, points: list[Measured], full: int) -> float:
+def figure(requirement: Requirement, points: list[OperatingPoint], full: int) -> float:
     """Return the figure of a requirement on one curve, at its position.
 
     Args:

@@ -1,6 +1,5 @@
 """Requests to replay: made up from a seed or read from a file, and what is said of how they were served."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,32 +9,10 @@ from typing import Any
 import numpy as np
 
 from prism_refactor.errors import InputError
+from prism_refactor.formats import Arrival
 
 # The paper's floors: Normal(4, 2) whole experts of OLMoE's 8, here as shares of full k.
 FLOOR_MEAN, FLOOR_DEVIATION = 0.5, 0.25
-_FIELDS = {"at": float, "prompt_tokens": int, "max_tokens": int, "k": int, "priority": int, "deadline": float}
-_REQUIRED = ("at", "prompt_tokens", "max_tokens")
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One request of a trace.
-
-    Attributes:
-        at: seconds after the start.
-        prompt_tokens: length of its prompt.
-        max_tokens: tokens that it generates.
-        k: its floor; None: full quality.
-        priority: higher is sooner.
-        deadline: seconds after it came in which it should be done.
-    """
-
-    at: float
-    prompt_tokens: int
-    max_tokens: int
-    k: int | None = None
-    priority: int = 0
-    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,21 +102,14 @@ def read_trace(path: Path) -> list[Arrival]:
     """A trace from a .jsonl file: objects with at, prompt_tokens, max_tokens, and k, priority, deadline where wanted.
 
     Raises:
-        InputError: a line is none.
+        InputError: a line holds no request.
     """
     trace = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            given: dict[str, Any] = json.loads(line)
-            unknown = set(given) - set(_FIELDS)
-            if unknown or any(name not in given for name in _REQUIRED):
-                raise ValueError(f"unknown {sorted(unknown)}" if unknown else f"needs {', '.join(_REQUIRED)}")
-            values = {name: _FIELDS[name](value) for name, value in given.items() if value is not None}
-            if values["at"] < 0 or values["prompt_tokens"] < 1 or values["max_tokens"] < 1:
-                raise ValueError("times and lengths must be positive")
-            trace.append(Arrival(**values))
+            trace.append(Arrival.parse(line))
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: is no request of a trace: {error}") from None
     if not trace:

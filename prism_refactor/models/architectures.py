@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from prism_refactor.errors import InputError, UsageError
+from prism_refactor.models.transformers_models import FusedExperts
 
 SOFTMAX, SIGMOID, CHOSEN = "softmax over all experts", "sigmoid", "softmax over the chosen experts"
 ROUTER_NAMES = ("gate", "router")
@@ -167,7 +169,15 @@ def replaced_parts(name: str, block: nn.Module) -> list[str]:
     return [f"{name}.{part}" for part in (router_name(block), "experts", *own)]
 
 
-def expert_shape(experts: Any) -> tuple[int, int, int]:
-    """(experts E, hidden size H, neurons C) of a fused experts module, whichever way round it stores them."""
-    total, first, second = experts.down_proj.shape
-    return (total, second, first) if experts.is_transposed else (total, first, second)
+def repeat_routing(block: Any, architecture: Architecture, sub_experts: int) -> dict[str, torch.Tensor]:
+    """The router's tensors for the sub-experts, by their names in the block: everything there is per expert, N times in a row.
+
+    With every row repeated the N copies of a chosen expert are all chosen, and share its weight where `Architecture.factor` says so.
+    """
+    total = FusedExperts(block.experts).shape[0]
+    repeated = {}
+    for name, value in routing_state(block).items():
+        repeated[name] = value.detach().repeat_interleave(sub_experts, list(value.shape).index(total))
+    if architecture.correction in repeated:
+        repeated[architecture.correction] = repeated[architecture.correction] / architecture.correction_divisor(sub_experts)
+    return repeated

@@ -10,28 +10,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from prism_refactor.formats import PrismConfig
+from prism_refactor.models.transformers_models import FusedExperts, register_experts
 
 EXPERTS = "prism"
 # Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def _rows(experts: Any, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A projection of some experts as [..., outputs, inputs], whichever way round they are stored, and its bias if there is one."""
-    weight = getattr(experts, name)[chosen].to(dtype)
-    bias = getattr(experts, f"{name}_bias")[chosen].to(dtype) if experts.has_bias else None
-    return weight.transpose(-1, -2) if experts.is_transposed else weight, bias
-
-
 def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    """The activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
-    return experts._apply_gate(F.linear(inputs, *_rows(experts, "gate_up_proj", expert, inputs.dtype)))
+    """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
+    fused = FusedExperts(experts)
+    return fused.activate(F.linear(inputs, *fused.projection("gate_up_proj", expert, inputs.dtype)))
 
 
 def weighted_output(experts: Any, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
-    return F.linear(activations, *_rows(experts, "down_proj", expert, activations.dtype)) * weights[:, None]
+    """Return one expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
+    return F.linear(activations, *FusedExperts(experts).projection("down_proj", expert, activations.dtype)) * weights[:, None]
 
 
 def experts_forward(
@@ -96,18 +92,19 @@ def _rising(experts: list[int]) -> list[tuple[int, int]]:
 def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
     """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)
-    rows, bias = _rows(experts, "gate_up_proj", own, inputs.dtype)
+    fused = FusedExperts(experts)
+    rows, bias = fused.projection("gate_up_proj", own, inputs.dtype)
     both = F.linear(inputs, rows.flatten(0, 1), None if bias is None else bias.flatten())
-    return experts._apply_gate(both.unflatten(-1, rows.shape[:2]))
+    return fused.activate(both.unflatten(-1, rows.shape[:2]))
 
 
 def sub_expert_outputs(experts: Any, expert: int, activations: torch.Tensor) -> torch.Tensor:
     """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
     sub_experts = activations.shape[1]
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)
-    down, bias = _rows(experts, "down_proj", own, activations.dtype)
+    down, bias = FusedExperts(experts).projection("down_proj", own, activations.dtype)
     outputs = torch.einsum("tnc,nhc->tnh", activations, down)
-    return (outputs if bias is None else outputs + bias) / experts.config.prism["factor"]
+    return (outputs if bias is None else outputs + bias) / PrismConfig(**experts.config.prism).factor
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+register_experts(EXPERTS, experts_forward)

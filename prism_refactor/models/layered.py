@@ -1,8 +1,6 @@
 """A transformers model that lives on the meta device and is filled from a checkpoint one part at a time."""
 
-import copy
 import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,42 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
-
-_LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
-
-
-def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of a config with every parameter on the meta device; rotary tables are real.
-
-    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
-    """
-    # A copy: the model writes its dtype and experts implementation into its config. Which attention kernel the source was saved with, a
-    # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
-    config = copy.deepcopy(config)
-    config._attn_implementation = None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    for module in model.modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        if names and set(names) <= module._non_persistent_buffers_set:
-            module.to_empty(device="cpu", recurse=False)
-            model._init_weights(module)
-    return model
+from prism_refactor.models.transformers_models import Conversion, build_meta_model, names_on_disk
 
 
 def check_device(device: str) -> None:
@@ -78,9 +45,7 @@ class LayeredModel:
         except Exception as error:
             raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {one_line(error)}") from error
         self.layers: nn.ModuleList = self.model.base_model.layers
-        self._mapping: Any = get_model_conversion_mapping(self.model)
-        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._conversion = Conversion(self.model)
         self._known = set(self.model.state_dict())
         self._sources = self._match_tensors()
 
@@ -101,16 +66,12 @@ class LayeredModel:
         state = self.model.state_dict()
         sources = defaultdict(list)
         for name in self.checkpoint.weight_map:
-            sources[self._target(name, state)].append(name)
-        tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+            sources[self._conversion.target(name, state)].append(name)
+        tied = self._conversion.tied()
         missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
         if missing:
             raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
         return dict(sources)
-
-    def _target(self, name: str, state: dict[str, torch.Tensor]) -> str:
-        """The name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
-        return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
 
     def tensors_under(self, prefix: str) -> list[str]:
         """Names of the checkpoint tensors that make up the part of the model called `prefix`, a module or a buffer."""
@@ -148,16 +109,8 @@ class LayeredModel:
         widened = self.dtype == torch.float32
         if self.dtype is None or widened:
             self._adopt_dtypes(part)
-        config = LoadStateDictConfig(
-            dtype=self.dtype or torch.float32,
-            # What the family computes in float32 whatever the type of the model.
-            dtype_plan=self.model._get_dtype_plan(self.dtype) if self.dtype and not widened else {},
-            weight_mapping=self._mapping,
-            device_map={"": self.device},
-        )
-        with _lean_loading(), self.checkpoint.slices(names) as slices:
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
-        wrong = sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
+        with self.checkpoint.slices(names) as slices:
+            wrong = self._conversion.load(slices, None if widened else self.dtype, self.device)
         owner, leaf = self._owner(part)
         state = {part: owner._buffers[leaf]} if leaf in owner._buffers else self.model.get_submodule(part).state_dict(prefix=f"{part}.")
         wrong += [name for name, value in state.items() if value.is_meta]
@@ -206,7 +159,7 @@ class LayeredModel:
         state = self.model.state_dict()
         expected = names_on_disk(self.model, state)
         for name in sorted(expected.keys() - self.checkpoint.shapes.keys()):
-            there = self._sources.get(self._target(name, state), [])
+            there = self._sources.get(self._conversion.target(name, state), [])
             if set(there) & expected.keys():
                 raise InputError(f"{self.checkpoint.path}: tensor {name} is missing, {there[0]} is there; complete the checkpoint")
         for name, shape in self.checkpoint.shapes.items():
@@ -234,31 +187,8 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@contextmanager
-def _lean_loading() -> Iterator[None]:
-    """transformers' loading without its bar, and without reading a layer's tensors ahead, which would double the peak."""
-    had_bar = transformers_logging.is_progress_bar_enabled()
-    ahead = os.environ.get(_LOAD_IN_STEP)
-    transformers_logging.disable_progress_bar()
-    os.environ[_LOAD_IN_STEP] = "1"
-    try:
-        yield
-    finally:
-        if had_bar:
-            transformers_logging.enable_progress_bar()
-        if ahead is None:
-            del os.environ[_LOAD_IN_STEP]
-        else:
-            os.environ[_LOAD_IN_STEP] = ahead
-
-
 def _return_freed_memory() -> None:
     """Hand freed memory back to the system: glibc keeps that of small tensors, and the peak would creep up with the layers."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
-    return revert_weight_conversion(model, state)

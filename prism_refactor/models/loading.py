@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prism_refactor.errors import InputError
+from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach
 from prism_refactor.models.refactored import router_file
@@ -27,11 +28,9 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
-    recipe = getattr(model.config, "prism", None)
-    if not recipe:
-        raise InputError(f"{folder}: is not a refactored checkpoint; make one with prism-refactor")
+    prism = PrismConfig.required(model.config, folder)
     model = model.to(device).eval()
-    if recipe["router"] != "replicate":
+    if prism.has_router:
         with router_file(folder):
             model = attach(model, str(folder))
     for tensor in [*model.parameters(), *model.buffers()]:

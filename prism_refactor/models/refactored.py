@@ -1,15 +1,13 @@
 """Opening what prism-refactor wrote."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.formats import MANIFEST
+from prism_refactor.formats import Manifest, PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import ROUTER_FILE, router_tensors
 
@@ -21,7 +19,8 @@ class RefactoredCheckpoint(Checkpoint):
         path: its folder.
 
     Attributes:
-        manifest: what is in its prism.json.
+        prism: what config.json says about the original.
+        manifest: what is in prism.json.
 
     Raises:
         InputError: the folder is no refactored checkpoint, or a file of it cannot be read.
@@ -29,18 +28,14 @@ class RefactoredCheckpoint(Checkpoint):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        if not hasattr(self.config, "prism") or not (path / MANIFEST).exists():
-            raise InputError(f"{path}: not a refactored checkpoint; write one with prism-refactor")
-        try:
-            self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path / MANIFEST}: is broken ({one_line(error)}); refactor again") from None
+        self.prism = PrismConfig.required(self.config, path)
+        self.manifest = Manifest.read(path)
         with router_file(path) as file:
             router_tensors(file)
 
     def check_source(self, source: Checkpoint) -> None:
         """Raise InputError unless this checkpoint was made from `source`."""
-        if self.manifest["source"]["fingerprint"] != source.fingerprint():
+        if self.manifest.source.fingerprint != source.fingerprint():
             raise InputError(f"{self.path}: was made from another checkpoint than {source.path}")
 
 

@@ -9,7 +9,7 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from prism_refactor.errors import PrismError, ResourceError, one_line
+from prism_refactor.models.transformers_models import ExpertSlots
 from prism_refactor.offload.policies import Policy, Uses
 from prism_refactor.offload.store import Slot, Store
 
@@ -69,7 +70,7 @@ class Counters:
 
 
 class Pool:
-    """The slots, in the shape of a fused experts module of transformers: what is an expert there is a slot here.
+    """The slots.
 
     Args:
         store: whose sub-experts the slots hold.
@@ -79,15 +80,12 @@ class Pool:
     """
 
     def __init__(self, store: Store, experts: Any, slots: int, device: str):
-        self.has_bias, self.is_transposed = experts.has_bias, experts.is_transposed
-        self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate
         self.names = list(store.shapes)
-        for name, shape in store.shapes.items():
-            setattr(self, name, _pages((slots, *shape), store.dtype, device))
+        self.experts = ExpertSlots(experts, {name: _pages((slots, *shape), store.dtype, device) for name, shape in store.shapes.items()})
 
     def slot(self, number: int) -> Slot:
         """The tensors of one slot."""
-        return {name: getattr(self, name)[number] for name in self.names}
+        return {name: getattr(self.experts, name)[number] for name in self.names}
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -137,7 +135,7 @@ class Cache:
         self._closed = False
         # What ended a thread that should not have ended.
         self._crash: Exception | None = None
-        device = getattr(pool, pool.names[0]).device
+        device = getattr(pool.experts, pool.names[0]).device
         self._cuda, self._apart = device if device.type == "cuda" else None, device.type != "cpu"
         # When the last computation that reads a slot is done, on a GPU.
         self._read: dict[int, Any] = {}

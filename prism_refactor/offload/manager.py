@@ -6,7 +6,6 @@ and computes in the order of arrival but adds up in the order of the resident im
 """
 
 import functools
-import json
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,15 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from prism_refactor.errors import InputError, PrismError, ResourceError, UsageError
+from prism_refactor.formats import PrismConfig, RoutingHeader, RoutingPass
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
 from prism_refactor.models.layered import LayeredModel, check_device
 from prism_refactor.models.modeling_prism import ActiveK, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.refactored import router_file
+from prism_refactor.models.transformers_models import register_experts
 from prism_refactor.offload.cache import Cache, Counters, Pool
 from prism_refactor.offload.options import DIRECT, PINNED, CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, ActivationAware
@@ -60,7 +60,7 @@ class OffloadManager:
         self.model, self.cache, self.tolerant = model, cache, False
         self.requests: list[tuple[str, int]] = []
         self.faults: list[tuple[list[int], PrismError]] = []
-        self._blocks, self._pool = blocks, cache.pool
+        self._blocks, self._slots = blocks, cache.pool.experts
         self._by_router, self._by_activation = prefetch in ("router", "both"), prefetch in ("activation", "both")
         self._activations: Any = None
         if self._by_activation:
@@ -114,8 +114,7 @@ class OffloadManager:
         self._trace = trace
         if trace is not None:
             store = self.cache.store
-            about = {"layers": store.layers, "experts": store.experts, "sub_expert_bytes": store.sub_expert_bytes}
-            trace.write(json.dumps({"trace": "prism-run 1", **about}) + "\n")
+            trace.write(RoutingHeader(store.layers, store.experts, store.sub_expert_bytes).line())
 
     def close(self) -> None:
         """End the threads and close the files; the model cannot run any more."""
@@ -131,8 +130,8 @@ class OffloadManager:
     def _after(self, model: nn.Module, arguments: Any, output: Any) -> None:
         self._pace.end(self.cache.counters)
         if self._trace is not None:
-            used = [[list(layer), list(layer.values())] for layer in self._passed]
-            self._trace.write(json.dumps({"request": self._own(), "used": used}) + "\n")
+            used: list[tuple[list[int], list[float]]] = [([*layer], [*layer.values()]) for layer in self._passed]
+            self._trace.write(RoutingPass(self._own(), used).line())
 
     def _uses(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """How many tokens of each request use each sub-expert, for an index int64 [T, k]."""
@@ -170,8 +169,8 @@ class OffloadManager:
                 self.faults.append((tokens.tolist(), slot))
                 early[expert] = None
             else:
-                activations = expert_activations(self._pool, slot, hidden_states[tokens])
-                early[expert] = weighted_output(self._pool, slot, activations, weights[tokens, slots])
+                activations = expert_activations(self._slots, slot, hidden_states[tokens])
+                early[expert] = weighted_output(self._slots, slot, activations, weights[tokens, slots])
             while turn is not None and turn in early:
                 part = early.pop(turn)
                 if part is not None:
@@ -297,7 +296,7 @@ def offloaded_experts_forward(
     return self.offload.run(self.offload_layer, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(OFFLOADED, offloaded_experts_forward)
+register_experts(OFFLOADED, offloaded_experts_forward)
 
 
 def load_offloaded(
@@ -340,7 +339,8 @@ def load_offloaded(
         if device == "cpu" and needed > free:
             raise ResourceError(f"`fast_memory` {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
         _load_resident(layered, set(modules))
-        if getattr(checkpoint.config, "prism", None) and checkpoint.config.prism["router"] != "replicate":
+        prism = PrismConfig.of(checkpoint.config)
+        if prism and prism.has_router:
             _attach(layered, blocks, folder)
         _own(model, device)
         store = PinnedStore(disk) if read == PINNED else disk
@@ -362,8 +362,9 @@ def load_offloaded(
 
 def _most(checkpoint: Checkpoint) -> int:
     """(Sub-)experts that one token uses at most."""
-    if getattr(checkpoint.config, "prism", None):
-        return full_k(checkpoint.config)
+    prism = PrismConfig.of(checkpoint.config)
+    if prism:
+        return prism.max_active
     return checkpoint.architecture.sizes(checkpoint.config)[checkpoint.architecture.top_k]
 
 

@@ -1,6 +1,5 @@
 """A recorded trace of routing under every policy and cache size, without a model."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from prism_refactor.errors import InputError, one_line
+from prism_refactor.formats import RoutingHeader, RoutingPass, parse
 from prism_refactor.offload.policies import Belady, Policy
-
-TRACE = "prism-run 1"
-# More sub-experts, and larger ones, than any model has: what a damaged trace asks for must not take all memory.
-MOST, MOST_BYTES = 10**7, 2**40
 
 
 @dataclass(frozen=True)
@@ -44,32 +40,29 @@ class Trace:
         line = 0
         try:
             with open(path, encoding="utf-8") as file:
-                about = json.loads(file.readline() or "null")
-                if not isinstance(about, dict) or about.get("trace") != TRACE:
+                header = RoutingHeader.parse(file.readline())
+                if header is None:
                     raise InputError(f"{path}: is no trace; prism-run --trace writes one")
-                sizes = [about[key] for key in ("layers", "experts", "sub_expert_bytes")]
-                if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] * sizes[1] > MOST or sizes[2] > MOST_BYTES:
-                    raise ValueError("its sizes are no model's")
                 passes = []
                 for line, text in enumerate(file, 2):  # noqa: B007  (an error names it)
-                    passes.append(_pass(json.loads(text), sizes[0], sizes[1]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                    passes.append(_pass(parse(RoutingPass, text), header))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {line or 1}: is no line of a trace ({one_line(error)}); record it again") from None
         if not passes:
             raise InputError(f"{path}: holds no forward pass; record one with prism-run --trace")
-        return cls(sizes[0], sizes[1], sizes[2], passes)
+        return cls(header.layers, header.experts, header.sub_expert_bytes, passes)
 
 
-def _pass(entry: dict, layers: int, experts: int) -> Pass:
+def _pass(entry: RoutingPass, header: RoutingHeader) -> Pass:
     used = []
-    for chosen, counts in entry["used"]:
+    for chosen, counts in entry.used:
         pair = np.array(chosen, dtype=np.int64), np.array(counts, dtype=float)
-        if pair[0].shape != pair[1].shape or pair[0].ndim != 1 or (pair[0] < 0).any() or (pair[0] >= experts).any():
+        if pair[0].shape != pair[1].shape or (pair[0] < 0).any() or (pair[0] >= header.experts).any():
             raise ValueError("a layer's sub-experts or their counts do not fit")
         used.append(pair)
-    if len(used) != layers:
-        raise ValueError(f"{len(used)} layers of {layers}")
-    return Pass(str(entry["request"]), used)
+    if len(used) != header.layers:
+        raise ValueError(f"{len(used)} layers of {header.layers}")
+    return Pass(entry.request, used)
 
 
 def belady(trace: Trace) -> Belady:

@@ -18,7 +18,8 @@ import torch
 
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.layered import LayeredModel, names_on_disk
+from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.transformers_models import names_on_disk
 from prism_refactor.models.writer import BLOCK
 from prism_refactor.offload.options import DIRECT
 

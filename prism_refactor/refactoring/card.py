@@ -1,7 +1,8 @@
 """The model card of a refactored checkpoint."""
 
-from typing import Any
+from statistics import mean
 
+from prism_refactor.formats import Manifest
 from prism_refactor.models.architectures import ARCHITECTURES
 
 _STOCK = """## Load it
@@ -35,40 +36,38 @@ prism_refactor.set_active(model, {most})  # as often as you like
 """
 
 
-def model_card(manifest: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read."""
-    source, recipe = manifest["source"], manifest["recipe"]
-    top_k = ARCHITECTURES[source["model_type"]].top_k
-    most = manifest["result"][top_k]
-    tuned = manifest.get("finetuning")
+def model_card(manifest: Manifest) -> str:
+    """Return Markdown with the front matter that model hubs read."""
+    source, recipe, tuned = manifest.source, manifest.recipe, manifest.finetuning
+    top_k = ARCHITECTURES[source.model_type].top_k
+    most = manifest.result[top_k]
     rows = {"two-level": "the sub-expert router", "stock": "the stock router"}
-    trained = f"Only the rows of {rows[tuned['router']]} were trained ({tuned['best_step']} steps)." if tuned else "No weight was trained."
+    trained = f"Only the rows of {rows[tuned.router]} were trained ({tuned.best_step} steps)." if tuned else "No weight was trained."
     exact = f"At {most} it computes what the original computes."
-    if tuned and tuned["router"] == "stock":
+    if tuned and tuned.router == "stock":
         exact = (
             f"At {most} the two-level router computes what the original computes; the plain load differs, because its router was trained."
         )
-    values = {"model_type": source["model_type"], "most": most, "half": most // 2}
-    experts = [expert for layer in manifest["layers"] for expert in layer["experts"]]
-    before = sum(expert["loss_before"] for expert in experts) / len(experts)
-    after = sum(expert["loss_after"] for expert in experts) / len(experts)
-    unrouted = sum(len(layer["unrouted"]) for layer in manifest["layers"])
+    values = {"model_type": source.model_type, "most": most, "half": most // 2}
+    experts = [expert for layer in manifest.layers for expert in layer.experts]
+    before, after = mean(expert.loss_before for expert in experts), mean(expert.loss_after for expert in experts)
+    unrouted = sum(len(layer.unrouted) for layer in manifest.layers)
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
 ---
-# {source["name"]}, refactored into sub-experts
+# {source.name}, refactored into sub-experts
 
-Every expert of `{source["name"]}` is split into {recipe["sub_experts"]} sub-experts whose neurons fire together (MoE-Prism, arXiv
+Every expert of `{source.name}` is split into {recipe.sub_experts} sub-experts whose neurons fire together (MoE-Prism, arXiv
 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
-{source[top_k]} whole experts. {trained} {exact}
+{source.sizes[top_k]} whole experts. {trained} {exact}
 
-{_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe["router"] != "replicate" else ""}
+{_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.router != "replicate" else ""}
 ## How it was made
 
-- partition: `{recipe["solver"]}`, {recipe["keep"]} of {recipe["sub_experts"]} sub-experts kept in the objective; share of the activation
+- partition: `{recipe.solver}`, {recipe.kept} of {recipe.sub_experts} sub-experts kept in the objective; share of the activation
   dropped by it, mean over experts: {before:.3f} in stored order, {after:.3f} after
-- router: `{recipe["router"]}`; seed {recipe["seed"]}
+- router: `{recipe.router}`; seed {recipe.seed}
 - experts that saw no calibration token: {unrouted}
 - everything else: `prism.json`
 """

@@ -1,9 +1,9 @@
 """The figures of a refactoring that a requirement may be on, from its manifest."""
 
 from statistics import mean
-from typing import Any
 
 from prism_refactor.errors import UsageError
+from prism_refactor.formats import Manifest
 from prism_refactor.requirements import Requirement
 
 # 'dropped': mean share of an expert's activation outside each token's best sub-experts. 'unrouted': experts that saw no token.
@@ -11,18 +11,18 @@ from prism_refactor.requirements import Requirement
 FIGURES = {"dropped": False, "unrouted": False, "error": True}
 
 
-def figure(requirement: Requirement, manifest: dict[str, Any]) -> float:
+def figure(requirement: Requirement, manifest: Manifest) -> float:
     """Return the figure of a requirement. Raises UsageError as `check_position` does."""
-    layers = manifest["layers"]
+    layers = manifest.layers
     if requirement.figure == "dropped":
-        return mean(expert["loss_after"] for layer in layers for expert in layer["experts"])
+        return mean(expert.loss_after for layer in layers for expert in layer.experts)
     if requirement.figure == "unrouted":
-        return sum(len(layer["unrouted"]) for layer in layers)
-    numbers = layers[0]["output_error"]["k"]
+        return sum(len(layer.unrouted) for layer in layers)
+    numbers = layers[0].measured_k
     check_position(requirement, numbers)
-    column = numbers.index(requirement.k(numbers[-1]))
-    router = "two-level" if "two-level" in layers[0]["output_error"] else "stock"
-    return mean(layer["output_error"][router][column] for layer in layers)
+    column = numbers.index(int(requirement.k(numbers[-1])))
+    router = "two-level" if "two-level" in layers[0].output_error else "stock"
+    return mean(layer.output_error[router][column] for layer in layers)
 
 
 def check_position(requirement: Requirement, numbers: list[int]) -> None:

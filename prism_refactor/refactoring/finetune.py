@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from prism_refactor.calibration.profile import Calibration
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, save_tensors, write_json
-from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE
+from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE, FineTuned
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.layered import names_on_disk
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, full_k, moe_blocks, moe_gates, router_of, set_active
 from prism_refactor.models.refactored import RefactoredCheckpoint
+from prism_refactor.models.transformers_models import names_on_disk
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.refactoring.curriculum import Curriculum
@@ -266,9 +266,8 @@ class FineTuning:
         changed, source = self._trained_tensors(), self.source
         shards = {ROUTER_FILE} if self.router == "two-level" else {source.weight_map[name] for name in changed}
         step, perplexity = self.training.best
-        recorded = asdict(self.curriculum) | {"router": self.router, "best_step": step, "held_out_perplexity": perplexity}
-        kept = {key: value for key, value in source.manifest.items() if key != "operating_points"}
-        manifest = kept | {"finetuning": recorded}
+        tuned = FineTuned(**asdict(self.curriculum), router=self.router, best_step=step, held_out_perplexity=perplexity)
+        manifest = replace(source.manifest, operating_points=None, finetuning=tuned)
         for relative in sorted(path.relative_to(source.path) for path in source.path.rglob("*") if path.is_file()):
             if str(relative) in NOT_COPIED or relative.parts[0].startswith("."):
                 continue
@@ -278,7 +277,7 @@ class FineTuning:
                 save_tensors({name: changed.get(name, value).to(value.dtype) for name, value in tensors.items()}, folder / relative)
             else:
                 shutil.copyfile(source.path / relative, folder / relative)
-        write_json(folder / MANIFEST, manifest)
+        manifest.write(folder)
         (folder / CARD).write_text(model_card(manifest))
 
     def _trained_tensors(self) -> dict[str, torch.Tensor]:

@@ -12,10 +12,11 @@ from prism_refactor import solvers
 from prism_refactor.calibration.statistics import LayerStatistics, coactive_marks
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
-from prism_refactor.models.architectures import ARCHITECTURES, router_name, routing_state
+from prism_refactor.formats import ExpertReport, LayerReport, PrismConfig
+from prism_refactor.models.architectures import ARCHITECTURES, repeat_routing, router_name, routing_state
 from prism_refactor.models.modeling_prism import router_of, two_level_router
-from prism_refactor.models.split import repeat_routing, split_experts
-from prism_refactor.refactoring.recipe import Recipe
+from prism_refactor.models.transformers_models import FusedExperts
+from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Task, Workers
 from prism_refactor.routing.compensation import fit_compensation
@@ -63,7 +64,7 @@ class LayerResult:
     weights: Tensors
     router: Tensors
     pictures: Tensors
-    report: dict[str, Any]
+    report: LayerReport
 
 
 class LayerRefactoring:
@@ -100,15 +101,14 @@ class LayerRefactoring:
         with self.run.timings.stage("measuring"):
             errors = self._output_errors(original | fitted, held_out.inputs[:MEASURED])
         experts = [
-            {"tokens": tokens, "loss_before": round(partition.stored_loss, 6), "loss_after": round(partition.loss, 6)}
+            ExpertReport(tokens, round(partition.stored_loss, 6), round(partition.loss, 6))
             for tokens, partition in zip(self.statistics.tokens_routed.tolist(), partitions, strict=True)
         ]
-        report = {"layer": self.statistics.layer, "output_error": errors, "unrouted": self.statistics.unrouted, "experts": experts}
+        report = LayerReport(self.statistics.layer, errors, self.statistics.unrouted, experts)
         return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
 
     def _partitions(self) -> list[solvers.Partition]:
-        output_axis = 1 if self.source.experts.is_transposed else 0
-        column_norm = torch.stack([matrix.float().norm(dim=output_axis) for matrix in self.source.experts.down_proj.data])
+        column_norm = FusedExperts(self.source.experts).column_norms()
         if not torch.isfinite(column_norm).all():
             expert = int(torch.nonzero(~torch.isfinite(column_norm).all(1))[0])
             raise InputError(f"the down_proj of expert {expert} is not finite, or too large to be squared; check the checkpoint")
@@ -122,7 +122,7 @@ class LayerRefactoring:
         """Return the tensors of the refactored block."""
         sub_experts = self.recipe.sub_experts
         routing = repeat_routing(self.source, ARCHITECTURES[self.config.model_type], sub_experts)
-        split = split_experts(self.source.experts, order, sub_experts, self.config.prism["factor"])
+        split = FusedExperts(self.source.experts).split(order, sub_experts, PrismConfig(**self.config.prism).factor)
         return routing | {f"experts.{name}": value for name, value in split.items()}
 
     def _fit_router(self, original: Tensors, labels: torch.Tensor, fitting: Routed) -> Tensors:

@@ -1,7 +1,9 @@
 """The main path: statistics of each layer in, a refactored checkpoint out."""
 
+import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,23 @@ from prism_refactor.calibration.statistics import LayerStatistics, StatisticsSou
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import output_folder, save_tensors, write_json
-from prism_refactor.formats import CARD, MANIFEST, PICTURE_FILE
+from prism_refactor.formats import CARD, MANIFEST_FORMAT, PICTURE_FILE, LayerReport, Manifest, PrismConfig, Source, parse
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import replaced_parts
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.layered import LayeredModel, build_meta_model, names_on_disk
+from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE
 from prism_refactor.models.side_files import side_files
+from prism_refactor.models.transformers_models import build_meta_model, names_on_disk
 from prism_refactor.models.writer import ShardWriter
 from prism_refactor.progress import Progress, versions
+from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.refactoring.layer import LayerRefactoring, Run
 from prism_refactor.refactoring.plan import MODELING_FILE, Plan
-from prism_refactor.refactoring.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
 
-FORMAT = 3
 SOURCE_CARD = "README.source.md"
 
 
@@ -62,7 +64,7 @@ class Refactoring:
         self.checkpoint, self.recipe, self.plan, self.strict = checkpoint, recipe, plan, strict
         self.workers, self.events, self.timings = workers or Workers(), events or Events(), Timings()
 
-    def run(self, statistics: StatisticsSource, target: Path, resume: bool = False) -> dict[str, Any]:
+    def run(self, statistics: StatisticsSource, target: Path, resume: bool = False) -> Manifest:
         """Write the refactored checkpoint. The folder `target` appears only when it is complete.
 
         A run that ends before leaves its finished layers in TARGET.partial, if there are any.
@@ -103,12 +105,13 @@ class _Writing:
         self.progress = Progress(folder)
         # Of the finished layers: tensors of the two files that are written at the end, and reports for the manifest.
         self.files: dict[str, dict[str, torch.Tensor]] = {"router": {}, "pictures": {}}
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[LayerReport] = []
 
-    def finish(self, statistics: StatisticsSource) -> dict[str, Any]:
+    def finish(self, statistics: StatisticsSource) -> Manifest:
         """Write everything that is not there yet; returns the manifest."""
         for record, groups in self.progress.restored():
-            self._count(record["report"], groups)
+            report = record["report"]
+            self._count(parse(LayerReport, json.dumps(report)) if report else None, groups)
             self.writer.restore(record["shards"])
         done = self.progress.layers
         statistics.restore(self.progress.hidden_states(), done)
@@ -120,7 +123,7 @@ class _Writing:
             report, groups = self._layer(index, arriving)
             with self.job.timings.stage("writing"):
                 self.writer.close_shard()
-                record = {"shards": self.writer.shards, "report": report}
+                record = {"shards": self.writer.shards, "report": asdict(report) if report else None}
                 self.progress.finish_layer(record, statistics.state(), self.writer.unsynced(), groups)
                 self._count(report, groups)
         self.writer.finish()
@@ -128,16 +131,16 @@ class _Writing:
         save_tensors(self.files["router"], self.folder / ROUTER_FILE)
         save_tensors(self.files["pictures"], self.folder / PICTURE_FILE)
         _write_side_files(self.checkpoint, self.folder, manifest)
-        write_json(self.folder / MANIFEST, manifest)
+        manifest.write(self.folder)
         return manifest
 
-    def _count(self, report: dict[str, Any] | None, groups: dict[str, dict[str, torch.Tensor]]) -> None:
+    def _count(self, report: LayerReport | None, groups: dict[str, dict[str, torch.Tensor]]) -> None:
         for name, tensors in groups.items():
             self.files[name] |= tensors
         if report is not None:
             self.reports.append(report)
 
-    def _layer(self, index: int, arriving: Iterator[LayerStatistics]) -> tuple[dict[str, Any] | None, dict[str, dict[str, torch.Tensor]]]:
+    def _layer(self, index: int, arriving: Iterator[LayerStatistics]) -> tuple[LayerReport | None, dict[str, dict[str, torch.Tensor]]]:
         """Queue one layer's tensors; returns its report (None for a dense one) and its tensors of the last two files."""
         if index not in self.job.plan.moe_layers:
             self._copy(self.source.tensors_under(self.source.layer_name(index)))
@@ -152,7 +155,7 @@ class _Writing:
             )
         return self._refactor_layer(statistics)
 
-    def _refactor_layer(self, statistics: LayerStatistics) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    def _refactor_layer(self, statistics: LayerStatistics) -> tuple[LayerReport, dict[str, dict[str, torch.Tensor]]]:
         index, source = statistics.layer, self.source
         name = source.moe_blocks[index]
         block = self.target.get_submodule(name)
@@ -206,14 +209,8 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         # A size may be stored under another name that transformers accepts for it.
         names = {name for pair in checkpoint.config.attribute_map.items() if key in pair for name in pair} & values.keys()
         values |= dict.fromkeys(names or {key}, value)
-    values["prism"] = {
-        "sub_experts": recipe.sub_experts,
-        # What down_proj is multiplied with.
-        "factor": architecture.factor(checkpoint.config, recipe.sub_experts),
-        "router": recipe.router,
-        "top_k": architecture.top_k,
-        "source": plan.before,
-    }
+    factor = architecture.factor(checkpoint.config, recipe.sub_experts)
+    values["prism"] = asdict(PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before))
     if recipe.router != "replicate":
         values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
     # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
@@ -223,22 +220,11 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[LayerReport]) -> Manifest:
     checkpoint = job.checkpoint
-    source = {
-        "name": checkpoint.path.resolve().name,
-        "fingerprint": checkpoint.fingerprint(),
-        "model_type": checkpoint.config.model_type,
-    }
-    return {
-        "format": FORMAT,
-        "source": source | job.plan.before,
-        "result": job.plan.after,
-        "recipe": job.recipe.recorded(),
-        "calibration": calibration,
-        "versions": versions(),
-        "layers": reports,
-    }
+    source = Source(checkpoint.path.resolve().name, checkpoint.fingerprint(), checkpoint.config.model_type, job.plan.before)
+    recipe = replace(job.recipe, keep=job.recipe.kept)
+    return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)
 
 
 def copied_name(relative: Path) -> Path:
@@ -246,12 +232,12 @@ def copied_name(relative: Path) -> Path:
     return Path(SOURCE_CARD) if relative == Path(CARD) else relative
 
 
-def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> None:
+def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: Manifest) -> None:
     """Every side file of the source (its model card under another name), the modeling file and our model card."""
     for relative in side_files(checkpoint.path):
         destination = folder / copied_name(relative)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / relative, destination)
-    if manifest["recipe"]["router"] != "replicate":
+    if manifest.recipe.router != "replicate":
         shutil.copyfile(modeling_prism.__file__, folder / MODELING_FILE)
     (folder / CARD).write_text(model_card(manifest))

@@ -13,11 +13,12 @@ from prism_refactor.calibration.profile import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.formats import CARD, MANIFEST
-from prism_refactor.models.architectures import expert_shape, replaced_parts, routing_state
+from prism_refactor.models.architectures import replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.layered import LayeredModel, dtype_name, names_on_disk
+from prism_refactor.models.layered import LayeredModel, dtype_name
 from prism_refactor.models.side_files import check_side_files
-from prism_refactor.refactoring.recipe import Recipe
+from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
+from prism_refactor.recipe import Recipe
 from prism_refactor.resources import free_disk, free_memory
 
 MODELING_FILE = "modeling_prism.py"
@@ -188,7 +189,7 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layered.layers)
     experts = layered.model.get_submodule(next(iter(layered.moe_blocks.values()))).experts
-    count, hidden, neurons = expert_shape(experts)
+    count, hidden, neurons = FusedExperts(experts).shape
     tokens = calibration.tokens(layered.checkpoint)
     sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
@@ -204,7 +205,7 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
     block = layered.model.get_submodule(layered.moe_blocks[layers[0]])
-    count, hidden, neurons = expert_shape(block.experts)
+    count, hidden, neurons = FusedExperts(block.experts).shape
     active = getattr(config, architecture.top_k) * 3 * hidden * neurons
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
     return calibration.tokens(layered.checkpoint) * (dense + len(layers) * active)

@@ -8,21 +8,22 @@ import torch
 
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
-from prism_refactor.models.architectures import ARCHITECTURES, expert_shape, moe_block, replaced_parts, routing_state
+from prism_refactor.formats import PrismConfig
+from prism_refactor.models.architectures import ARCHITECTURES, moe_block, repeat_routing, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.layered import LayeredModel, names_on_disk
+from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.side_files import side_files
-from prism_refactor.models.split import repeat_routing, split_experts
 from prism_refactor.models.stream import ComputeOptions, LayerStream
+from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
+from prism_refactor.recipe import LOGIT_TOLERANCE
 from prism_refactor.refactoring.layer import original_routing
 from prism_refactor.refactoring.pipeline import MODELING_FILE, copied_name
 from prism_refactor.refactoring.plan import replaced_state
-from prism_refactor.refactoring.recipe import LOGIT_TOLERANCE
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """Full-k logits of one way to run the refactored model against the original's, over the verification text.
 
     Attributes:
@@ -53,7 +54,7 @@ def compare_files(source: Checkpoint, result: Checkpoint) -> list[str]:
         copy = result.path / copied_name(relative)
         if not copy.exists() or copy.read_bytes() != (source.path / relative).read_bytes():
             problems.append(f"file {copy.name} is not the source's")
-    if result.config.prism["router"] != "replicate" and not (result.path / MODELING_FILE).exists():
+    if PrismConfig.required(result.config, result.path).has_router and not (result.path / MODELING_FILE).exists():
         problems.append(f"file {MODELING_FILE} is missing")
     return problems
 
@@ -112,8 +113,9 @@ def _compare_experts(old: LayeredModel, new: LayeredModel, events: Events) -> li
 
 def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any) -> list[str]:
     """What is wrong with one refactored MoE block and its entries of the router file."""
-    sub_experts, kind = config.prism["sub_experts"], config.prism["router"]
-    experts, hidden, neurons = expert_shape(before.experts)
+    prism = PrismConfig.required(config, ROUTER_FILE)
+    sub_experts, kind = prism.sub_experts, prism.router
+    experts, hidden, neurons = FusedExperts(before.experts).shape
     shapes: dict[str, tuple[int, ...]] = {"neuron_sub_expert": (experts, neurons)}
     if kind == "linear":
         shapes["weight"] = (experts, sub_experts, hidden)
@@ -142,7 +144,7 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
         return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
     order = groups.argsort(dim=1, stable=True)
-    expected = split_experts(before.experts, order, sub_experts, config.prism["factor"])
+    expected = FusedExperts(before.experts).split(order, sub_experts, prism.factor)
     if not all(torch.equal(value, getattr(after.experts, name)) for name, value in expected.items()):
         problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
     return problems
@@ -156,7 +158,7 @@ def compare_logits(
     compute: ComputeOptions,
     tolerance: float = LOGIT_TOLERANCE,
     events: Events | None = None,
-) -> list[Comparison]:
+) -> list[LogitComparison]:
     """Compare logits at full k, in every way the refactored checkpoint can be run.
 
     Args:
@@ -166,7 +168,7 @@ def compare_logits(
         tolerance: on |logit difference|.
         events: told of every layer.
     """
-    modes = ["stock"] if result.config.prism["router"] == "replicate" else ["stock", "two-level"]
+    modes = ["stock", "two-level"] if PrismConfig.required(result.config, result.path).has_router else ["stock"]
     events = events or Events()
     original = _final_hidden(LayerStream(source, rows, compute), "original", events)
     hidden = {mode: _final_hidden(LayerStream(result, rows, compute), mode, events).hidden for mode in modes}
@@ -196,7 +198,7 @@ def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 def _compare(
     mode: str, head: Callable[[torch.Tensor], torch.Tensor], before: torch.Tensor, after: torch.Tensor, tolerance: float
-) -> Comparison:
+) -> LogitComparison:
     differences, divergence, same = [], 0.0, 0.0
     tokens = before.shape[0] * before.shape[1]
     for reference_row, row in zip(before, after, strict=True):
@@ -206,4 +208,4 @@ def _compare(
         same += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
     # Not a number does not pass: torch's maximum keeps it and comparisons with it are false.
     largest = torch.stack(differences).max().item()
-    return Comparison(mode, tokens, largest, divergence / tokens, same / tokens, largest <= tolerance)
+    return LogitComparison(mode, tokens, largest, divergence / tokens, same / tokens, largest <= tolerance)

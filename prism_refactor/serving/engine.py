@@ -33,8 +33,9 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
+from prism_refactor.formats import PrismConfig
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.modeling_prism import full_k, set_active, set_token_active
+from prism_refactor.models.modeling_prism import set_active, set_token_active
 from prism_refactor.offload.manager import OFFLOADED, OffloadManager
 from prism_refactor.resources import free_memory
 from prism_refactor.serving.performance import PerformanceModel
@@ -206,15 +207,15 @@ class Engine:
     ):
         self.model, self.performance, self.on_step = model, performance, on_step
         self.limits = limits or Limits()
-        recipe = getattr(model.config, "prism", None)
-        self.full_k = full_k(model.config) if recipe else 1
-        self._elastic = bool(recipe)
+        prism = PrismConfig.of(model.config)
+        self.full_k = prism.max_active if prism else 1
+        self._elastic = prism is not None
         # Where the experts are in slow memory.
         self.offload: OffloadManager | None = getattr(model, "offload", None)
         if self.offload is not None:
             self.offload.tolerant = True
         kind = SCHEDULERS[scheduler]
-        if kind.exact and recipe and recipe["router"] == "replicate":
+        if kind.exact and prism and not prism.has_router:
             raise UsageError(f"`scheduler` {scheduler} needs a sub-expert router, and this checkpoint has none; use `scheduler` fifo")
         if kind.predicts and performance is None:
             raise UsageError(f"`scheduler` {scheduler} needs a performance model; run prism-bench on the checkpoint first")

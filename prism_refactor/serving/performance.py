@@ -1,14 +1,12 @@
 """The performance model of MoE-Prism (arXiv 2510.19366): how long a step takes, measured before deployment."""
 
-import json
 import os
 import platform
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from scipy.interpolate import RegularGridInterpolator
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import write_json
+from prism_refactor.formats import PERFORMANCE, PERFORMANCE_FORMAT, HeldOut, LatencyGrid, Performance, read
 
-PERFORMANCE_FILE = "performance.json"
-_FORMAT = 1
 # Share of held-out points whose error the error bars cover.
 _COVERED = 0.9
 
@@ -45,98 +42,41 @@ class Prediction:
     held_out_error: float
 
 
-@dataclass(frozen=True)
-class LatencyGrid:
-    """Seconds on a grid: medians and quartiles, each nested lists [tokens][k][context].
+class _Interpolated:
+    """The seconds of a grid between its points."""
 
-    Attributes:
-        tokens: of a step; for decoding the same as its requests.
-        k: sub-experts per token.
-        context: tokens of each request in the KV cache.
-        seconds: medians.
-        low: lower quartiles.
-        high: upper quartiles.
-    """
-
-    tokens: list[int]
-    k: list[int]
-    context: list[int]
-    seconds: list[Any] = field(default_factory=list)
-    low: list[Any] = field(default_factory=list)
-    high: list[Any] = field(default_factory=list)
-
-    def points(self) -> Iterator[tuple[int, int, int]]:
-        """All (tokens, k, context)."""
-        return product(self.tokens, self.k, self.context)
-
-    def filled(self, runs: dict[tuple[int, int, int], list[float]]) -> "LatencyGrid":
-        """This grid with the medians and quartiles of some seconds for each of its points."""
-        shape = len(self.tokens), len(self.k), len(self.context)
-        low, middle, high = (
-            np.array([np.quantile(runs[point], share) for point in self.points()]).reshape(shape).tolist() for share in (0.25, 0.5, 0.75)
-        )
-        return LatencyGrid(self.tokens, self.k, self.context, middle, low, high)
-
-    @cached_property
-    def _interpolators(self) -> list[Any]:
+    def __init__(self, grid: LatencyGrid):
         # Where an axis has one value, a second one of the same seconds stands beside it.
-        axes = [axis if len(axis) > 1 else [axis[0], axis[0] + 1] for axis in (self.tokens, self.k, self.context)]
-        grids = []
-        for values in (self.seconds, self.low, self.high):
+        axes = [axis if len(axis) > 1 else [axis[0], axis[0] + 1] for axis in (grid.tokens, grid.k, grid.context)]
+        self._least = float(np.min(grid.seconds)) / 2
+        self._grids: list[Any] = []
+        for values in (grid.seconds, grid.low, grid.high):
             array = np.array(values)
             for dimension, size in enumerate(array.shape):
                 array = np.repeat(array, 2, dimension) if size == 1 else array
-            grids.append(RegularGridInterpolator(axes, array, bounds_error=False, fill_value=None))
-        return grids
+            self._grids.append(RegularGridInterpolator(axes, array, bounds_error=False, fill_value=None))
 
-    def interpolate(self, tokens: float, k: float, context: float) -> tuple[float, float, float]:
+    def at(self, tokens: float, k: float, context: float) -> tuple[float, float, float]:
         """(median, lower quartile, upper quartile), linear between grid points and beyond them."""
-        seconds, low, high = (float(grid((tokens, k, context))) for grid in self._interpolators)
-        least = float(np.min(self.seconds)) / 2
-        return max(seconds, least), max(low, least), max(high, least)
+        seconds, low, high = (max(float(grid((tokens, k, context))), self._least) for grid in self._grids)
+        return seconds, low, high
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """A point that the model was not fitted on: measured and predicted seconds."""
-
-    kind: str
-    tokens: int
-    k: int
-    context: int
-    seconds: float
-    predicted: float
-
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return abs(self.predicted - self.seconds) / self.seconds
+def filled(grid: LatencyGrid, runs: dict[tuple[int, int, int], list[float]]) -> LatencyGrid:
+    """A grid with the medians and quartiles of some seconds for each of its points."""
+    shape = len(grid.tokens), len(grid.k), len(grid.context)
+    low, middle, high = (
+        np.array([np.quantile(runs[point], share) for point in grid.points()]).reshape(shape).tolist() for share in (0.25, 0.5, 0.75)
+    )
+    return LatencyGrid(grid.tokens, grid.k, grid.context, middle, low, high)
 
 
 @dataclass
-class PerformanceModel:
-    """Seconds of the engine's steps on the machine where they were measured.
-
-    Attributes:
-        full_k: sub-experts per token at which the model is the original.
-        device: where it was measured.
-        dtype: of the weights.
-        threads: of torch.
-        decode: steps in which every request runs one token.
-        prefill: steps in which one request runs many.
-        held_out: measured points that are no grid points.
-    """
-
-    full_k: int
-    device: str
-    dtype: str
-    threads: int
-    decode: LatencyGrid
-    prefill: LatencyGrid
-    held_out: list[HeldOut] = field(default_factory=list)
-    machine: str = ""
+class PerformanceModel(Performance):
+    """Predicts the seconds of the engine's steps from those that were measured."""
 
     def __post_init__(self) -> None:
+        self._decode, self._prefill = _Interpolated(self.decode), _Interpolated(self.prefill)
         # Schedulers and simulations ask for the same few thousand steps again and again.
         self._known = lru_cache(2**16)(self._predict_step)
 
@@ -149,7 +89,7 @@ class PerformanceModel:
             context: mean tokens of a request in the KV cache.
             prefill: the tokens are of one prompt, else each is of a request of its own.
         """
-        seconds, low, high = (self.prefill if prefill else self.decode).interpolate(tokens, k, context)
+        seconds, low, high = (self._prefill if prefill else self._decode).at(tokens, k, context)
         spread = self.error(_COVERED)
         return Prediction(seconds, low * (1 - spread), high * (1 + spread), self.error())
 
@@ -182,8 +122,8 @@ class PerformanceModel:
 
     def save(self, folder: Path) -> Path:
         """Write it beside the model; returns the file."""
-        path = folder / PERFORMANCE_FILE
-        write_json(path, {"format": _FORMAT, **asdict(self), "median_error": self.error(), "p90_error": self.error(_COVERED)})
+        path = folder / PERFORMANCE
+        write_json(path, {**asdict(self), "median_error": self.error(), "p90_error": self.error(_COVERED)})
         return path
 
     @classmethod
@@ -193,19 +133,13 @@ class PerformanceModel:
         Raises:
             InputError: the file is no performance model of this version.
         """
-        path = folder / PERFORMANCE_FILE
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != _FORMAT:
-                raise ValueError(f"format {content['format']}")
-            for name in ("format", "median_error", "p90_error"):
-                del content[name]
-            content |= {name: LatencyGrid(**content[name]) for name in ("decode", "prefill")}
-            return cls(**content | {"held_out": [HeldOut(**point) for point in content["held_out"]]})
-        except FileNotFoundError:
+        path = folder / PERFORMANCE
+        if not path.exists():
             return None
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: is no performance model of this version ({error}); run prism-bench again") from None
+        model = read(cls, path, "run prism-bench again")
+        if model.format != PERFORMANCE_FORMAT:
+            raise InputError(f"{path}: format {model.format} is not this version's {PERFORMANCE_FORMAT}; run prism-bench again")
+        return model
 
 
 def powers(most: int, first: int = 1, factor: int = 2) -> list[int]:
@@ -265,8 +199,8 @@ def fit(
             if repeat:
                 runs[kind, tokens, k, context].append(seconds)
             events.progress("steps measured", repeat * len(points) + number + 1, (repeats + 1) * len(points))
-    filled: dict[str, Any] = {kind: grid.filled({point: runs[kind, *point] for point in grid.points()}) for kind, grid in grids.items()}
-    model = PerformanceModel(full_k, **about, **filled, machine=f"{platform.machine()}, {os.cpu_count()} cores")
+    measured: dict[str, Any] = {kind: filled(grid, {point: runs[kind, *point] for point in grid.points()}) for kind, grid in grids.items()}
+    model = PerformanceModel(full_k, **about, **measured, machine=f"{platform.machine()}, {os.cpu_count()} cores")
     for kind, tokens, k, context in tests:
         predicted = model.predict(tokens, k, context, kind == "prefill").seconds
         model.held_out.append(HeldOut(kind, tokens, k, context, statistics.median(runs[kind, tokens, k, context]), predicted))

@@ -1,14 +1,11 @@
 """From a quality that a request asks for to a k, through what `prism-eval --save` measured."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from prism_refactor.errors import InputError
-from prism_refactor.formats import EVALUATION
+from prism_refactor.formats import Evaluation
 
 
 class QualityCurve:
@@ -52,14 +49,10 @@ class QualityCurve:
         Raises:
             InputError: the file cannot be read.
         """
-        path = folder / EVALUATION
-        try:
-            runs = json.loads(path.read_text())["refactored"]
-            points: list[dict[str, Any]] = next((run["points"] for run in runs if run["router"] == router), [])
-            perplexities = {point["k"]: float(point["perplexity"]) for point in points}
-        except FileNotFoundError:
+        evaluation = Evaluation.read(folder)
+        if evaluation is None:
             return None
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: is no result of prism-eval ({error}); run prism-eval --save again") from None
+        points = next((curve.points for curve in evaluation.refactored if curve.router == router), [])
+        perplexities = {point.k: point.perplexity for point in points if isinstance(point.k, int)}
         usable = len(perplexities) > 1 and full_k in perplexities and all(map(math.isfinite, perplexities.values()))
         return cls(perplexities) if usable else None

@@ -1,0 +1,219 @@
+"""What we use of transformers' models that it does not promise to keep: open this file when a new release of transformers comes.
+
+Building a model without weights, its conversion of checkpoints, the layout of its fused experts, its registry of experts
+implementations. The other such file is serving/transformers_batching.py.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from prism_refactor.errors import InputError
+
+_LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a config with every parameter on the meta device; rotary tables are real.
+
+    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
+    """
+    # A copy: the model writes its dtype and experts implementation into its config. Which attention kernel the source was saved with, a
+    # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if names and set(names) <= module._non_persistent_buffers_set:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+    return model
+
+
+class Conversion:
+    """How the tensors of a checkpoint become those of a model.
+
+    Args:
+        model: on the meta device, perhaps in part.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._mapping: Any = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+
+    def target(self, name: str, state: dict[str, torch.Tensor]) -> str:
+        """Return the name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
+        return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
+
+    def tied(self) -> dict[str, str]:
+        """Return the names of tensors that are other tensors of the model, by name."""
+        return self.model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def load(self, slices: dict[str, Any], dtype: torch.dtype | None, device: str) -> list[str]:
+        """Give some tensors of the model their values; returns the names of those that did not fit.
+
+        Args:
+            slices: safetensors slices by their names on disk.
+            dtype: to convert to, but for what the family computes in float32; None keeps the types of the model's tensors.
+            device: where they go.
+        """
+        config = LoadStateDictConfig(
+            dtype=dtype or torch.float32,
+            dtype_plan=self.model._get_dtype_plan(dtype) if dtype else {},
+            weight_mapping=self._mapping,
+            device_map={"": device},
+        )
+        with _lean_loading():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        return sorted(info.conversion_errors) + sorted(name for name, *_ in info.mismatched_keys)
+
+
+@contextmanager
+def _lean_loading() -> Iterator[None]:
+    """transformers' loading without its bar, and without reading a layer's tensors ahead, which would double the peak."""
+    had_bar = logging.is_progress_bar_enabled()
+    ahead = os.environ.get(_LOAD_IN_STEP)
+    logging.disable_progress_bar()
+    os.environ[_LOAD_IN_STEP] = "1"
+    try:
+        yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+        if ahead is None:
+            del os.environ[_LOAD_IN_STEP]
+        else:
+            os.environ[_LOAD_IN_STEP] = ahead
+
+
+def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
+    return revert_weight_conversion(model, state)
+
+
+def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:
+    """Register an experts implementation for `model.set_experts_implementation(name)`.
+
+    Args:
+        name: of the implementation.
+        forward: (experts module, hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k]) -> [T, H].
+    """
+    ALL_EXPERTS_FUNCTIONS.register(name, forward)
+
+
+class FusedExperts:
+    """The experts of one MoE layer in the tensors that transformers fuses them into, whichever way round a family stores them.
+
+    Args:
+        module: with `gate_up_proj` [E, 2C, H] and `down_proj` [E, H, C]; matrices perhaps transposed, gate and up rows one after the other
+            or in turns, perhaps with biases.
+    """
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts E, hidden size H, neurons C)."""
+        total, first, second = self.module.down_proj.shape
+        return (total, second, first) if self.module.is_transposed else (total, first, second)
+
+    def projection(self, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `gate_up_proj` or `down_proj` of some experts as [..., outputs, inputs], and its bias [..., outputs] if there is one."""
+        weight = getattr(self.module, name)[chosen].to(dtype)
+        bias = getattr(self.module, f"{name}_bias")[chosen].to(dtype) if self.module.has_bias else None
+        return weight.transpose(-1, -2) if self.module.is_transposed else weight, bias
+
+    def activate(self, both: torch.Tensor) -> torch.Tensor:
+        """Return the neurons' activations [..., C] from the products of their gate and up rows [..., 2C]."""
+        return self.module._apply_gate(both)
+
+    def column_norms(self) -> torch.Tensor:
+        """Return the norm of each neuron's column of `down_proj`, float32 [E, C]."""
+        output_axis = 1 if self.module.is_transposed else 0
+        return torch.stack([matrix.float().norm(dim=output_axis) for matrix in self.module.down_proj.data])
+
+    def split(self, order: torch.Tensor, sub_experts: int, factor: int) -> dict[str, torch.Tensor]:
+        """Reorder each expert's neurons and cut it into equal sub-experts; sub-expert n of expert e becomes expert e * N + n.
+
+        Args:
+            order: int64 [E, C], each expert's neurons sorted by sub-expert.
+            sub_experts: N, a power of two.
+            factor: what `down_proj` is multiplied with, N or 1, see `Architecture.factor`; exact in binary floating point.
+
+        Returns:
+            The tensors of the refactored experts module by their names, E * N sub-experts, in the source's types.
+
+        Raises:
+            InputError: scaling overflows the dtype (only fp16 can).
+        """
+        experts = self.module
+        result: dict[str, torch.Tensor] = {}
+        total = self.shape[0]
+        for expert in range(total):
+            parts = {"gate_up_proj": self._cut_rows(experts.gate_up_proj[expert], order[expert], sub_experts, experts.is_transposed)}
+            columns = experts.down_proj[expert].T if experts.is_transposed else experts.down_proj[expert]
+            scaled = columns[:, order[expert]] * factor
+            if not torch.isfinite(scaled).all():
+                raise InputError(
+                    f"expert {expert}: down_proj times {factor} overflows {scaled.dtype}; convert the checkpoint to bf16 first"
+                )
+            cut = scaled.unflatten(1, (sub_experts, -1)).transpose(0, 1)
+            parts["down_proj"] = cut.transpose(1, 2) if experts.is_transposed else cut
+            if experts.has_bias:
+                bias = experts.gate_up_proj_bias[expert][:, None]
+                parts["gate_up_proj_bias"] = self._cut_rows(bias, order[expert], sub_experts, transposed=False)[..., 0]
+                # All N sub-experts together add the expert's bias once.
+                parts["down_proj_bias"] = (experts.down_proj_bias[expert] * (factor / sub_experts)).expand(sub_experts, -1)
+            for name, value in parts.items():
+                if name not in result:
+                    result[name] = value.new_empty(total, *value.shape)
+                result[name][expert] = value
+        return {name: value.flatten(0, 1) for name, value in result.items()}
+
+    def _cut_rows(self, matrix: torch.Tensor, order: torch.Tensor, sub_experts: int, transposed: bool) -> torch.Tensor:
+        """Return [N, 2C / N, H] (transposed like the source) of one expert's gate and up rows [2C, H]."""
+        rows = matrix.T if transposed else matrix
+        # The two rows of a neuron are C apart, or neighbours.
+        together = self.module.is_concatenated
+        pairs = rows.unflatten(0, (2, -1)) if together else rows.unflatten(0, (-1, 2)).transpose(0, 1)
+        cut = pairs[:, order].unflatten(1, (sub_experts, -1)).transpose(0, 1)
+        cut = (cut if together else cut.transpose(1, 2)).flatten(1, 2)
+        return cut.transpose(1, 2) if transposed else cut
+
+
+class ExpertSlots(nn.Module):
+    """Memory in the shape of a fused experts module: what is an expert there is a slot here.
+
+    Args:
+        like: a fused experts module whose activation and layout the slots have.
+        tensors: of the slots, by the names of that module's tensors, [slots, ...].
+    """
+
+    def __init__(self, like: Any, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        self.has_bias, self.is_transposed = like.has_bias, like.is_transposed
+        self._apply_gate = like._apply_gate
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
