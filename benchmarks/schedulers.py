@@ -31,7 +31,7 @@ from transformers.utils import logging
 from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, summary
 from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import set_active
-from prism_refactor.serving.engine import Chunk, Engine, Request, Step, run_in_thread
+from prism_refactor.serving.engine import Chunk, Engine, GenerationRequest, Step, run_in_thread
 from prism_refactor.serving.performance import LatencyGrid, PerformanceModel, Sampling, fit, powers
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
@@ -144,7 +144,7 @@ def replay(engine: Engine, trace: list[Arrival], full_k: int) -> tuple[list[Serv
         time.sleep(max(start + arrival.at - time.monotonic(), 0))
         tokens = torch.randint(1, 4096, (arrival.prompt_tokens,), generator=torch.Generator().manual_seed(number)).tolist()
         k = arrival.k if engine.full_k > 1 else None
-        request = Request(tokens, k, arrival.max_tokens, stop_at_eos=False)
+        request = GenerationRequest(tokens, k, arrival.max_tokens, stop_at_eos=False)
         engine.submit(request, partial(deliver, arrival=arrival, name=str(number)))
     for _ in trace:
         done.acquire()

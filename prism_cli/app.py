@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import sys
@@ -118,6 +119,22 @@ class Reporter(Events):
             self._tqdm = None
 
 
+class LogLines(logging.Handler):
+    """Shows what the library logs: as lines of progress, from warnings on also with --quiet."""
+
+    def __init__(self, reporter: Reporter):
+        super().__init__()
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record, with its traceback if it has one."""
+        fields = getattr(record, "fields", {})
+        if record.levelno < logging.WARNING:
+            self.reporter.line(record.getMessage(), **fields)
+        else:
+            self.reporter.notice(self.format(record), record.levelname.lower(), **fields)
+
+
 class Command(click.Command):
     """A command that may have subcommands beside its own arguments.
 
@@ -152,9 +169,13 @@ def command(**subcommands: Any) -> Callable[[Callable[..., None]], Callable[[], 
         @wraps(function)
         def with_reporter(quiet: bool, log_json: bool, debug: bool, **options: Any) -> None:
             reporter = Reporter(quiet, log_json)
+            log, lines = logging.getLogger("prism_refactor"), LogLines(reporter)
+            log.setLevel(logging.INFO)
+            log.addHandler(lines)
             try:
                 function(reporter, **options)
             finally:
+                log.removeHandler(lines)
                 reporter.close()
 
         wrapped: Any = with_reporter
@@ -196,26 +217,26 @@ def run(built: click.Command, arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _interrupted(arguments)
+        return _interrupted(built, arguments)
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except click.ClickException as error:
-        tell(arguments, f"error: {error.format_message()}", error.exit_code)
+        tell(built, arguments, f"error: {error.format_message()}", error.exit_code)
         return error.exit_code
     except Exception as error:
-        if "--debug" in arguments:
+        if asks_for("--debug", built, arguments):
             traceback.print_exc()
         stopped = signals.exit_code(error)
         if stopped is not None:
-            return _interrupted(arguments) if stopped == signals.INTERRUPTED else stopped
+            return _interrupted(built, arguments) if stopped == signals.INTERRUPTED else stopped
         known = _as_prism_error(error)
         if known is not None:
-            tell(arguments, f"error: {with_flags(str(known), built)}", known.exit_code)
+            tell(built, arguments, f"error: {with_flags(str(known), built)}", known.exit_code)
             return known.exit_code
         summary = " ".join(f"{type(error).__name__}: {error}".split())
-        tell(arguments, f"error: unexpected {summary}; please report it with the output of --debug", 1)
+        tell(built, arguments, f"error: unexpected {summary}; please report it with the output of --debug", 1)
         return 1
 
 
@@ -226,14 +247,29 @@ def with_flags(message: str, built: click.Command) -> str:
     return re.sub(r"`([a-z_]+)`", lambda match: flags.get(match[1], f"--{match[1].replace('_', '-')}"), message)
 
 
-def _interrupted(arguments: list[str]) -> int:
-    tell(arguments, "interrupted; nothing was written", signals.INTERRUPTED)
+def _interrupted(built: click.Command, arguments: list[str]) -> int:
+    tell(built, arguments, "interrupted; nothing was written", signals.INTERRUPTED)
     return signals.INTERRUPTED
 
 
-def tell(arguments: list[str], text: str, code: int) -> None:
+def asks_for(flag: str, built: click.Command, arguments: list[str]) -> bool:
+    """Whether the arguments of a command hold a flag, also where they cannot be parsed; the value of an option is none."""
+    takes_value = {
+        name for parameter in built.params if isinstance(parameter, click.Option) and not parameter.is_flag for name in parameter.opts
+    }
+    previous = ""
+    for argument in arguments:
+        if argument == "--":
+            break
+        if argument == flag and previous not in takes_value:
+            return True
+        previous = "" if previous in takes_value else argument
+    return False
+
+
+def tell(built: click.Command, arguments: list[str], text: str, code: int) -> None:
     """Say how a command ended that did not end well: as a line, or as an object when its arguments ask for --log-json."""
-    if "--log-json" in arguments:
+    if asks_for("--log-json", built, arguments):
         text = json.dumps({"error": text.removeprefix("error: "), "exit_code": code})
     click.echo(text, err=True)
 

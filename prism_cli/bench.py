@@ -34,8 +34,9 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     import torch
 
     from prism_refactor.models.loading import load
-    from prism_refactor.serving.engine import KV_PAGE, Engine
+    from prism_refactor.serving.engine import Engine
     from prism_refactor.serving.performance import LatencyGrid, Sampling, fit, powers
+    from prism_refactor.serving.transformers_batching import KV_PAGE
 
     model = load(refactored_dir, options["device"], torch_dtype(options["dtype"]))
     context = options["context"] or min(1024, model.config.get_text_config().max_position_embeddings // 2)

@@ -18,8 +18,8 @@ from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from prism_refactor.server.metrics import Metrics
     from prism_refactor.serving.engine import Engine
-    from prism_refactor.serving.metrics import Metrics
 
 
 @command()
@@ -49,10 +49,10 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     (after prism-eval --save), or asks for the model NAME@12. It is served at that k whatever runs beside it. SIGTERM stops taking
     requests, lets the running ones end, and exits with 0.
     """
+    from prism_refactor.server.application import ServerState, UvicornServer
+    from prism_refactor.server.metrics import Metrics
+    from prism_refactor.server.quality import QualityCurve
     from prism_refactor.serving.engine import run_in_thread
-    from prism_refactor.serving.metrics import Metrics
-    from prism_refactor.serving.quality import QualityCurve
-    from prism_refactor.serving.server import ServerState, UvicornServer
 
     name = options["served_model_name"] or refactored_dir.resolve().name
     if "@" in name:

@@ -1,7 +1,6 @@
 """Files and folders that appear only when they are complete."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from prism_refactor.errors import InputError, ResourceError, UsageError, one_line
@@ -119,11 +119,7 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
     """
     target, partial = target.resolve(), partial_folder(target)
     lock_path = target.with_name(f".{target.name}.lock")
-    with _opened(lock_path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{target}: another run is writing to it; wait for it to end") from None
+    with _locked(lock_path, target):
         try:
             if partial.is_symlink() or (partial.exists() and not (partial / INCOMPLETE).exists()):
                 raise UsageError(f"{partial}: is in the way and was not written by this command; remove it yourself if you mean it")
@@ -138,22 +134,26 @@ def output_folder(target: Path, identity: dict[str, Any] | None = None, resume: 
         finally:
             if not partial.is_symlink() and (partial / INCOMPLETE).exists() and not (identity is not None and can_resume(target)):
                 shutil.rmtree(partial)
-            lock_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """The lock file; whatever is there is left as it is, and a link is not followed."""
+def _locked(path: Path, target: Path) -> Iterator[None]:
+    """Hold a lock file; whatever is there is left as it is, and a link is not followed."""
+    lock = FileLock(path, timeout=0)
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{target}: another run is writing to it; wait for it to end") from None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
         raise UsageError(f"{path}: is in the way; remove it") from None
     try:
-        yield lock
+        yield
     finally:
-        os.close(lock)
+        # While it is held: who has opened it too finds out that it is gone, and opens another.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _may_go_on(partial: Path, identity: dict[str, Any], resume: bool) -> bool:

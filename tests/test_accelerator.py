@@ -102,13 +102,13 @@ ENGINE = """
 import sys, torch, accelerator
 from pathlib import Path
 from prism_refactor.models.loading import load
-from prism_refactor.serving.engine import Engine, Request
+from prism_refactor.serving.engine import Engine, GenerationRequest
 from prism_refactor.serving.scheduling import Limits
 
 accelerator.install()
 with accelerator.Installed():
     engine = Engine(load(Path(sys.argv[1]), sys.argv[2], torch.float32), "per-token", Limits(64, 8, kv_tokens=2048))
-    loop = engine._manager._run_generation_loop
+    loop = engine.batching._manager._run_generation_loop
 
     def on_device():
         # Both are of a thread.
@@ -116,11 +116,11 @@ with accelerator.Installed():
         with accelerator.Installed():
             loop()
 
-    engine._manager._run_generation_loop = on_device
+    engine.batching._manager._run_generation_loop = on_device
     engine.start()
     kinds = ((3, 0.0, 1.0), (16, 1.0, 1.0), (7, 0.0, 1.0), (9, 0.7, 0.9))
     rest = {"seed": 1, "logprobs": 1, "stop_at_eos": False}
-    requests = [Request(list(range(5, 20 + k)), k, 6, temperature, top_p, **rest) for k, temperature, top_p in kinds]
+    requests = [GenerationRequest(list(range(5, 20 + k)), k, 6, temperature, top_p, **rest) for k, temperature, top_p in kinds]
     print([answer.tokens for answer in engine.generate(requests)])
     engine.close()
 """

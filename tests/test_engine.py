@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.models.modeling_prism import full_k, set_active
-from prism_refactor.serving import engine as engines
-from prism_refactor.serving.engine import Engine, Logprob, Rejected, Request, load
+from prism_refactor.serving import transformers_batching
+from prism_refactor.serving.engine import Engine, GenerationRequest, Logprob, Rejected, load
 from prism_refactor.serving.performance import LatencyGrid, Sampling, fit
 from prism_refactor.serving.sampling import sample
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
@@ -72,7 +72,7 @@ def alone(model, request, k=None):
 
 
 def greedy(count=12, tokens=10, seed=0, longest=50):
-    return [Request(prompt(5 + (7 * n) % longest, seed + n), KS[n % len(KS)], tokens, stop_at_eos=False) for n in range(count)]
+    return [GenerationRequest(prompt(5 + (7 * n) % longest, seed + n), KS[n % len(KS)], tokens, stop_at_eos=False) for n in range(count)]
 
 
 def test_every_request_of_a_mixed_batch_gets_what_it_gets_alone(engine_of, model):
@@ -95,7 +95,7 @@ def test_no_scheduler_serves_below_a_floor_or_loses_a_request(engine_of, model, 
     answers = engine.generate(requests)
     assert all(len(answer.tokens) == 10 and answer.finish == "length" for answer in answers)
     assert all(answer.served_k >= request.k for request, answer in zip(requests, answers, strict=True))
-    same = [Request(request.prompt, 6, 10, stop_at_eos=False) for request in requests]
+    same = [GenerationRequest(request.prompt, 6, 10, stop_at_eos=False) for request in requests]
     answers = engine.generate(same)
     engine.close()
     # Where all floors are one, there is nothing to be upgraded to.
@@ -107,7 +107,7 @@ def test_other_families(engine_of, models, command, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
     model = load(tmp_path / "out", dtype=torch.float32)
     engine = engine_of(on=model)
-    requests = [Request(prompt(5 + 9 * n, n), 1 + n % engine.full_k, 8, stop_at_eos=False) for n in range(9)]
+    requests = [GenerationRequest(prompt(5 + 9 * n, n), 1 + n % engine.full_k, 8, stop_at_eos=False) for n in range(9)]
     answers = engine.generate(requests)
     engine.close()
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
@@ -129,7 +129,7 @@ def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
     assert command("prism-refactor", tmp_path / "in", tmp_path / "out", *FAST).code == 0
     model = load(tmp_path / "out", dtype=torch.float32)
     engine = engine_of(on=model)
-    requests = [Request(prompt(20 + 15 * n, n), 2 + n, 12, stop_at_eos=False) for n in range(5)]
+    requests = [GenerationRequest(prompt(20 + 15 * n, n), 2 + n, 12, stop_at_eos=False) for n in range(5)]
     answers = engine.generate(requests)
     engine.close()
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
@@ -138,7 +138,7 @@ def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
 def test_prompts_longer_than_a_step_are_run_in_pieces(engine_of, model):
     steps = []
     engine = engine_of(limits=Limits(tokens=16, requests=4), on_step=steps.append)
-    requests = [Request(prompt(100, n), 5 + n, 6, stop_at_eos=False) for n in range(3)]
+    requests = [GenerationRequest(prompt(100, n), 5 + n, 6, stop_at_eos=False) for n in range(3)]
     answers = engine.generate(requests)
     assert max(step.prefill + step.decode for step in steps) <= 16
     engine.close()
@@ -147,12 +147,12 @@ def test_prompts_longer_than_a_step_are_run_in_pieces(engine_of, model):
 
 def test_requests_that_are_evicted_start_again_and_end_the_same(engine_of, model):
     """Twelve requests that grow to 60 tokens do not fit 8 pages of 32."""
-    engine = engine_of(limits=replace(SMALL, kv_tokens=8 * engines.CPU_PAGE))
+    engine = engine_of(limits=replace(SMALL, kv_tokens=8 * transformers_batching.CPU_PAGE))
     evicted = []
-    manager = engine._processor.offloading_manager
+    manager = engine.batching._processor.offloading_manager
     original = manager.offload_requests
     manager.offload_requests = lambda: evicted.append(1) or original()
-    requests = [Request(prompt(20, n), KS[n % len(KS)], 40, stop_at_eos=False) for n in range(12)]
+    requests = [GenerationRequest(prompt(20, n), KS[n % len(KS)], 40, stop_at_eos=False) for n in range(12)]
     answers = engine.generate(requests)
     assert evicted, "the cache was large enough"
     assert engine.kv_in_use == 0
@@ -170,9 +170,9 @@ def prefilled(engine, steps, request):
 def shared_prefix(engine, steps):
     """Prompt tokens run by a request of k = 1, by another of k = 1, and by one of k = 16, with the same first 96 tokens; its answer."""
     start = prompt(96, 5)
-    first, _ = prefilled(engine, steps, Request([*start, *prompt(6, 6)], 1, 8, stop_at_eos=False))
-    same, _ = prefilled(engine, steps, Request([*start, *prompt(7, 7)], 1, 8, stop_at_eos=False))
-    last = Request([*start, *prompt(8, 8)], 16, 24, stop_at_eos=False)
+    first, _ = prefilled(engine, steps, GenerationRequest([*start, *prompt(6, 6)], 1, 8, stop_at_eos=False))
+    same, _ = prefilled(engine, steps, GenerationRequest([*start, *prompt(7, 7)], 1, 8, stop_at_eos=False))
+    last = GenerationRequest([*start, *prompt(8, 8)], 16, 24, stop_at_eos=False)
     return first, same, *prefilled(engine, steps, last), last
 
 
@@ -186,7 +186,7 @@ def test_a_prefix_is_shared_with_requests_of_the_same_k_alone(engine_of, model, 
     assert tokens == alone(model, last)
 
     # Without k in the key they are, and the test above would say so.
-    monkeypatch.setattr(engines, "_SALT", 0)
+    monkeypatch.setattr(transformers_batching, "KV_SALT", 0)
     engine = engine_of(on_step=steps.append)
     first, same, other, wrong, last = shared_prefix(engine, steps)
     engine.close()
@@ -203,20 +203,20 @@ def test_schedulers_that_raise_k_share_no_prefix(engine_of):
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside(engine_of):
     engine = engine_of()
     request = {"k": 6, "max_new_tokens": 12, "temperature": 1.0, "stop_at_eos": False}
-    one, other = (engine.generate([Request(prompt(9, 1), seed=seed, **request)])[0].tokens for seed in (1, 2))
-    beside = engine.generate([*greedy(6), Request(prompt(9, 1), seed=1, **request)])[-1].tokens
+    one, other = (engine.generate([GenerationRequest(prompt(9, 1), seed=seed, **request)])[0].tokens for seed in (1, 2))
+    beside = engine.generate([*greedy(6), GenerationRequest(prompt(9, 1), seed=1, **request)])[-1].tokens
     assert one == beside
     assert one != other
-    free = {tuple(engine.generate([Request(prompt(9, 1), **request)])[0].tokens) for _ in range(3)}
+    free = {tuple(engine.generate([GenerationRequest(prompt(9, 1), **request)])[0].tokens) for _ in range(3)}
     assert len(free) == 3
 
 
 def test_little_top_p_or_temperature_is_greedy(engine_of, model):
     engine = engine_of()
-    plain = Request(prompt(9, 1), 6, 10, stop_at_eos=False)
+    plain = GenerationRequest(prompt(9, 1), 6, 10, stop_at_eos=False)
     for change in ({"top_p": 1e-6, "temperature": 1.0}, {"temperature": 1e-3}):
         assert (
-            engine.generate([Request(prompt(9, 1), 6, 10, stop_at_eos=False, seed=3, **change)])[0].tokens
+            engine.generate([GenerationRequest(prompt(9, 1), 6, 10, stop_at_eos=False, seed=3, **change)])[0].tokens
             == engine.generate([plain])[0].tokens
         )
 
@@ -256,7 +256,7 @@ def test_a_draw_is_always_a_token_and_does_not_depend_on_the_other_rows(rows, se
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_log_probabilities_are_those_of_the_model(engine_of, model, temperature):
     engine = engine_of()
-    request = Request(prompt(9, 1), 6, 5, logprobs=3, stop_at_eos=False, temperature=temperature, seed=1)
+    request = GenerationRequest(prompt(9, 1), 6, 5, logprobs=3, stop_at_eos=False, temperature=temperature, seed=1)
     answer = engine.generate([request, *greedy(3)])[0]
     engine.close()
     set_active(model, 6)
@@ -274,7 +274,7 @@ def test_generation_ends_at_the_end_of_text(engine_of, model):
     request = greedy(1, 10)[0]
     tokens = engine.generate([request])[0].tokens
     engine.eos_token_ids = [tokens[4]]
-    answer = engine.generate([Request(request.prompt, request.k, 10)])[0]
+    answer = engine.generate([GenerationRequest(request.prompt, request.k, 10)])[0]
     assert (answer.tokens, answer.finish) == (tokens[: tokens.index(tokens[4]) + 1], "stop")
 
 
@@ -286,14 +286,14 @@ def test_what_is_cancelled_is_freed_and_silent(engine_of):
         heard.append(chunk)
         started.set()
 
-    name = engine.submit(Request(prompt(40, 1), 8, 200, stop_at_eos=False), listen)
+    name = engine.submit(GenerationRequest(prompt(40, 1), 8, 200, stop_at_eos=False), listen)
     assert started.wait(30)
     assert engine.running == 1
     assert engine.kv_in_use > 0
     engine.cancel(name)
     engine.cancel("unknown")
     count = len(heard)
-    assert engine.generate([Request(prompt(4, 2), 8, 3)])[0].finish
+    assert engine.generate([GenerationRequest(prompt(4, 2), 8, 3)])[0].finish
     assert len(heard) <= count + 1
     assert not any(chunk.finish for chunk in heard)
     assert (engine.running, engine.kv_in_use, engine.waiting) == (0, 0, [])
@@ -309,26 +309,26 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(engine_of):
             done.release()
 
     # Long enough for the others to be there before it ends.
-    engine.submit(Request(prompt(30, 0), 4, 400, stop_at_eos=False), listen)
+    engine.submit(GenerationRequest(prompt(30, 0), 4, 400, stop_at_eos=False), listen)
     assert begun.wait(60)
     for number in (1, 2):
-        engine.submit(Request(prompt(30, number), 4, 4, stop_at_eos=False), listen)
+        engine.submit(GenerationRequest(prompt(30, number), 4, 4, stop_at_eos=False), listen)
     with pytest.raises(Rejected, match="2 requests wait") as refused:
-        engine.submit(Request(prompt(30, 9), 4, 60), print)
+        engine.submit(GenerationRequest(prompt(30, 9), 4, 60), print)
     assert refused.value.retry_after >= 1
     for _ in range(3):
         assert done.acquire(timeout=60)
-    assert engine.generate([Request(prompt(30, 9), 4, 2)])[0].finish
+    assert engine.generate([GenerationRequest(prompt(30, 9), 4, 2)])[0].finish
 
 
 def test_deadlines_that_cannot_be_met_are_refused_or_given_up(engine_of):
     engine = engine_of(limits=Limits(tokens=64, requests=1))
     with pytest.raises(Rejected, match="cannot be met"):
-        engine.submit(Request(prompt(200, 1), 16, 4, deadline=0.01), print)
+        engine.submit(GenerationRequest(prompt(200, 1), 16, 4, deadline=0.01), print)
     first = threading.Event()
-    engine.submit(Request(prompt(30, 1), 16, 200, stop_at_eos=False), lambda chunk: chunk.finish and first.set())
+    engine.submit(GenerationRequest(prompt(30, 1), 16, 200, stop_at_eos=False), lambda chunk: chunk.finish and first.set())
     time.sleep(0.1)
-    late = engine.generate([Request(prompt(30, 2), 4, 4, deadline=0.15)])[0]
+    late = engine.generate([GenerationRequest(prompt(30, 2), 4, 4, deadline=0.15)])[0]
     assert (late.finish, late.tokens) == ("deadline", [])
     assert not first.is_set()
     assert first.wait(60)
@@ -338,11 +338,11 @@ def test_deadlines_that_cannot_be_met_are_refused_or_given_up(engine_of):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([], 4), "at least one prompt token"),
-        (Request([5], 0), "choose 1 to 16"),
-        (Request([5], 17), "choose 1 to 16"),
-        (Request([5], 4, 0), "one token to generate"),
-        (Request([5] * 1000, 4, 100), "together at most 1024"),
+        (GenerationRequest([], 4), "at least one prompt token"),
+        (GenerationRequest([5], 0), "choose 1 to 16"),
+        (GenerationRequest([5], 17), "choose 1 to 16"),
+        (GenerationRequest([5], 4, 0), "one token to generate"),
+        (GenerationRequest([5] * 1000, 4, 100), "together at most 1024"),
     ],
 )
 def test_requests_that_can_never_run_are_refused(engine_of, request_, message):
@@ -353,29 +353,33 @@ def test_requests_that_can_never_run_are_refused(engine_of, request_, message):
 def test_a_name_can_be_used_once_at_a_time(engine_of):
     engine = engine_of()
     done = threading.Event()
-    engine.submit(Request(prompt(9, 1), 4, 50, id="same", stop_at_eos=False), lambda chunk: chunk.finish and done.set())
+    engine.submit(GenerationRequest(prompt(9, 1), 4, 50, id="same", stop_at_eos=False), lambda chunk: chunk.finish and done.set())
     with pytest.raises(UsageError, match="running already"):
-        engine.submit(Request(prompt(9, 1), 4, 5, id="same"), print)
+        engine.submit(GenerationRequest(prompt(9, 1), 4, 5, id="same"), print)
     assert done.wait(60)
-    assert engine.generate([Request(prompt(9, 1), 4, 5, id="same")])[0].finish
+    assert engine.generate([GenerationRequest(prompt(9, 1), 4, 5, id="same")])[0].finish
 
 
 def test_stopping_drains_or_ends_what_runs(engine_of):
     engine = engine_of()
     ended: list[str] = []
     for number in range(3):
-        engine.submit(Request(prompt(9, number), 4, 20, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish))
+        engine.submit(
+            GenerationRequest(prompt(9, number), 4, 20, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish)
+        )
     engine.stop(drain=60)
     assert ended == ["length"] * 3
     assert engine.unfinished == 0
     with pytest.raises(Rejected, match="stopping"):
-        engine.submit(Request(prompt(9, 1), 4, 5), print)
+        engine.submit(GenerationRequest(prompt(9, 1), 4, 5), print)
     engine.close()
 
     engine = engine_of()
     ended.clear()
     for number in range(3):
-        engine.submit(Request(prompt(9, number), 4, 900, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish))
+        engine.submit(
+            GenerationRequest(prompt(9, number), 4, 900, stop_at_eos=False), lambda chunk: chunk.finish and ended.append(chunk.finish)
+        )
     engine.stop()
     assert ended == ["error"] * 3
     assert engine.unfinished == 3
@@ -388,7 +392,7 @@ def test_a_checkpoint_without_a_router_has_one_k_at_a_time(engine_of, models, co
     with pytest.raises(UsageError, match="--scheduler fifo"):
         engine_of(on=model)
     engine = engine_of("fifo", on=model)
-    requests = [Request(prompt(9, n), 4, 8, stop_at_eos=False) for n in range(3)]
+    requests = [GenerationRequest(prompt(9, n), 4, 8, stop_at_eos=False) for n in range(3)]
     answers = engine.generate(requests)
     engine.close()
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]

@@ -38,8 +38,8 @@ from prism_refactor.offload.options import CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, PREFETCHES, Belady
 from prism_refactor.offload.replay import Trace, belady, hit_rate
 from prism_refactor.offload.store import _LIBC, PINNED, DiskStore, PinnedStore
+from prism_refactor.server.metrics import Metrics
 from prism_refactor.serving.engine import Engine, Request, load
-from prism_refactor.serving.metrics import Metrics
 from prism_refactor.serving.scheduling import Limits
 
 PROMPT = "The river runs through the old town and"

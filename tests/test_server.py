@@ -28,12 +28,12 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoTokenizer
 
 from prism_refactor.models.loading import load
-from prism_refactor.serving.answers import Answer
-from prism_refactor.serving.engine import Engine, Request, run_in_thread
-from prism_refactor.serving.metrics import Metrics
-from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.server.answers import Answer
+from prism_refactor.server.application import ServerState, create_app
+from prism_refactor.server.metrics import Metrics
+from prism_refactor.server.quality import QualityCurve
+from prism_refactor.serving.engine import Engine, GenerationRequest, run_in_thread
 from prism_refactor.serving.scheduling import Limits
-from prism_refactor.serving.server import ServerState, create_app
 
 BIN = Path(sys.executable).parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -132,7 +132,7 @@ def test_a_completion_says_what_it_was_served_with(url, site):
 
 
 def _request(site, k, tokens=8):
-    return Request(site.tokenizer.encode(TEXT), k, tokens, stop_at_eos=False)
+    return GenerationRequest(site.tokenizer.encode(TEXT), k, tokens, stop_at_eos=False)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_an_engine_that_died_is_not_live(elastic):
         def fail(*_):
             raise RuntimeError("out of cheese")
 
-        site.engine._processor._generation_step = fail
+        site.engine.batching._processor._generation_step = fail
         code, answer, _ = fetch(f"{url}/v1/completions", {"model": "tiny", "prompt": TEXT})
         assert (code, answer["error"]["type"]) == (500, "server_error")
         assert "out of cheese" in answer["error"]["message"]

@@ -44,13 +44,13 @@ async def discover(url: str, model: str | None, api_key: str | None) -> Target:
         async with aiohttp.ClientSession(headers=headers) as session, session.get(url + _MODELS) as response:
             if response.status != 200:
                 raise InputError(f"{url}{_MODELS}: answers {response.status}: {(await response.text())[:200]}")
-            data = (await response.json())["data"]
-    except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
+            models = {str(entry["id"]): entry.get("full_k") for entry in (await response.json())["data"]}
+    except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{url}{_MODELS}: cannot be read: {one_line(error)}") from None
-    found = next((entry for entry in data if model in (None, entry["id"])), None)
-    if found is None:
-        raise InputError(f"{url}: has no model {model!r}, but {', '.join(entry['id'] for entry in data)}")
-    return Target(url, found["id"], found.get("full_k"), headers)
+    name = next(iter(models), None) if model is None else model
+    if name not in models:
+        raise InputError(f"{url}: has no model {model!r}, but {', '.join(models) or 'none'}")
+    return Target(url, name, models[name], headers)
 
 
 async def run_load(

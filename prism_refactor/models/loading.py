@@ -33,8 +33,20 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     if prism.has_router:
         with router_file(folder):
             model = attach(model, str(folder))
-    for tensor in [*model.parameters(), *model.buffers()]:
-        # transformers leaves some tensors where they lie in the file, and products of unaligned ones differ in the last bit.
-        if tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
+    copy_out_of_files(model, device)
     return model
+
+
+def copy_out_of_files(model: Any, device: str) -> None:
+    """Give every tensor that is in memory memory of its own.
+
+    transformers leaves some where they lie in the file's map: a file that is truncated while the model runs would end the process, and
+    products of unaligned tensors differ in the last bit. Buffers that are in no checkpoint, rotary tables, may still be on the CPU.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device, copy=True)

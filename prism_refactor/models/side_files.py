@@ -33,8 +33,8 @@ def check_side_files(source: Path, written: Iterable[str]) -> int:
         Bytes.
 
     Raises:
-        InputError: something that cannot be read or copied as a file, or a link that leads out of the folder. Links into the store of
-            the Hugging Face cache, which is full of them, are followed.
+        InputError: something that cannot be read or copied as a file, or a link that leads out of the folder. Links of the
+            Hugging Face cache, from models--NAME/snapshots/REVISION to models--NAME/blobs, are followed.
     """
     root = source.resolve()
     for path in [source / name for name in written]:
@@ -51,7 +51,7 @@ def check_side_files(source: Path, written: Iterable[str]) -> int:
         if not path.is_file() or not os.access(path, os.R_OK):
             raise InputError(f"{path}: cannot be copied, it is missing, not readable or no regular file; mend it or remove it")
         real = path.resolve()
-        if root not in real.parents and real.parent.name != "blobs":
+        if root not in real.parents and real.parent != root.parents[1] / "blobs":
             raise InputError(f"{path}: links to {real}, outside the model folder; copy the file or remove the link")
         total += real.stat().st_size
     return total

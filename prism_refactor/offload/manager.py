@@ -23,6 +23,7 @@ from prism_refactor.formats import PrismConfig, RoutingHeader, RoutingPass
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
 from prism_refactor.models.layered import LayeredModel, check_device
+from prism_refactor.models.loading import copy_out_of_files
 from prism_refactor.models.modeling_prism import ActiveK, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.refactored import router_file
 from prism_refactor.models.transformers_models import register_experts
@@ -335,14 +336,12 @@ def load_offloaded(
     with ExitStack() as unneeded:
         unneeded.callback(disk.close)
         slots = _slots(disk, fast_memory, _most(checkpoint))
-        needed, free = slots * disk.sub_expert_bytes, free_memory()
-        if device == "cpu" and needed > free:
-            raise ResourceError(f"`fast_memory` {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
+        _check_memory(disk, slots, fast_memory, read, device)
         _load_resident(layered, set(modules))
         prism = PrismConfig.of(checkpoint.config)
         if prism and prism.has_router:
             _attach(layered, blocks, folder)
-        _own(model, device)
+        copy_out_of_files(model, device)
         store = PinnedStore(disk) if read == PINNED else disk
         pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
         cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
@@ -406,19 +405,15 @@ def _load_resident(layered: LayeredModel, offloaded: set[str]) -> None:
         raise InputError(f"{layered.checkpoint.path}: tensor {left[0]} is missing; complete the checkpoint")
 
 
-def _own(model: nn.Module, device: str) -> None:
-    """Give every tensor that is in memory memory of its own.
-
-    Until now some lie in the file's map: a file that is truncated while the model runs would end the process. Buffers that are in no
-    checkpoint, rotary tables, are still on the CPU.
-    """
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.is_meta:
-                parameter.data = parameter.data.clone()
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                module._buffers[name] = buffer.to(device, copy=True)
+def _check_memory(store: DiskStore, slots: int, fast_memory: CacheBudget, read: str, device: str) -> None:
+    """Raise ResourceError when the slots, or page-locked host memory for all sub-experts, are more than there is."""
+    needed = slots * store.sub_expert_bytes
+    free = free_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else needed
+    if needed > free:
+        raise ResourceError(f"`fast_memory` {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
+    everything, host = store.layers * store.experts * store.sub_expert_bytes, free_memory()
+    if read == PINNED and everything > host:
+        raise ResourceError(f"`read` pinned: takes {gib(everything)} of host memory, and {gib(host)} is available; use `read` direct")
 
 
 def _attach(layered: LayeredModel, blocks: dict[str, Any], folder: Path) -> None:

@@ -94,61 +94,76 @@ class ActivationAware(Policy):
     def __init__(self, layers: int, experts: int):
         super().__init__(layers, experts)
         self._collection = np.zeros((0, layers, experts))
+        self._collected = _directions(self._collection)
         self._requests: dict[str, _Activations] = {}
         # Of the last pass; what it used is the best guess also when its requests are over.
         self._active: list[_Activations] = []
         self._layer = 0
+        # What is worth keeping until something else is used: asked for at every eviction.
+        self._kept: np.ndarray | None = None
 
     def use(self, layer: int, uses: Uses) -> None:
-        self._layer = layer
+        self._layer, self._kept = layer, None
         for request, counts in uses.items():
             if request not in self._requests:
-                self._requests[request] = _Activations(self.layers, self.experts)
-            self._requests[request].add(layer, counts)
+                self._requests[request] = _Activations(self.layers, self.experts, self._collected)
+            self._requests[request].add(layer, counts, self._collected)
         self._active = [self._requests[request] for request in uses]
 
     def end(self, request: str) -> None:
         activations = self._requests.pop(request, None)
         if activations is None:
             return
-        matrix = activations.counts
+        self._kept = None
+        matrix = activations.counts.copy()
         if len(self._collection) < COLLECTION:
             self._collection = np.concatenate([self._collection, matrix[None]])
         else:
             # The one most like it makes room: the collection stays as different as can be.
-            self._collection[int((_directions(self._collection) * _directions(matrix)).sum((1, 2)).argmax())] = matrix
+            self._collection[int((self._collected * _directions(matrix)).sum((1, 2)).argmax())] = matrix
+        self._collected = _directions(self._collection)
+        for other in {*self._requests.values(), *self._active}:
+            other.compare(self._collected)
 
     def predict(self) -> np.ndarray:
         """Probability that a sub-expert is used when its layer comes round next, [L, E]."""
         unused = np.ones((self.layers, self.experts))
         for activations in self._active:
-            own, tokens = activations.probability(), activations.tokens[:, None]
+            own, tokens = activations.probability, activations.tokens[:, None]
             if len(self._collection) and tokens.min() < TRUST * 8:
-                alike = (_directions(self._collection) * _directions(activations.counts)).sum((1, 2))
-                past = self._collection[int(alike.argmax())]
+                past = self._collection[int(activations.alike.sum(1).argmax())]
                 own = (own * tokens + past * TRUST) / (tokens + TRUST)
             unused *= 1 - own
         return 1 - unused
 
     def keep(self) -> np.ndarray:
-        ahead = (np.arange(self.layers)[:, None] - self._layer - 1) % self.layers
-        return -(ahead + self.layers / np.maximum(self.predict(), 1e-4))
+        if self._kept is None:
+            ahead = (np.arange(self.layers)[:, None] - self._layer - 1) % self.layers
+            self._kept = -(ahead + self.layers / np.maximum(self.predict(), 1e-4))
+        return self._kept
 
 
 class _Activations:
     """What one request used: probabilities per token, over windows of several lengths.
 
+    A layer is updated when it is used, so that asking costs nothing.
+
     Attributes:
         tokens: seen by each layer, [L].
+        probability: mean over the windows of the average uses per token, [L, E].
+        counts: average over the longest window, [L, E].
+        alike: cosine with each past request, layer by layer, [past requests, L].
     """
 
-    def __init__(self, layers: int, experts: int):
+    def __init__(self, layers: int, experts: int, collected: np.ndarray):
         self.tokens = np.zeros(layers)
+        self.probability, self.counts = np.zeros((layers, experts)), np.zeros((layers, experts))
         self._means = np.zeros((len(HALF_LIVES), layers, experts))
         self._weights = np.zeros((len(HALF_LIVES), layers, 1))
+        self.compare(collected)
 
-    def add(self, layer: int, counts: np.ndarray) -> None:
-        """A layer was used by some tokens: [E], for how many of them each sub-expert."""
+    def add(self, layer: int, counts: np.ndarray, collected: np.ndarray) -> None:
+        """A layer was used by some tokens: [E], for how many of them each sub-expert; `collected` as for `compare`."""
         # The busiest one was used by at most all of them.
         tokens = max(float(counts.max()), 1.0)
         for number, half_life in enumerate(HALF_LIVES):
@@ -156,23 +171,21 @@ class _Activations:
             self._means[number, layer] = self._means[number, layer] * fade + counts / tokens * (1 - fade)
             self._weights[number, layer] = self._weights[number, layer] * fade + (1 - fade)
         self.tokens[layer] += tokens
+        windows = self.windows(layer)
+        self.probability[layer], self.counts[layer] = windows.mean(0), windows[-1]
+        self.alike[:, layer] = collected[:, layer] @ _directions(self.counts[layer])
 
-    def windows(self) -> np.ndarray:
-        """Average uses per token over each window, [windows, L, E]."""
-        return self._means / np.maximum(self._weights, 1e-12)
+    def compare(self, collected: np.ndarray) -> None:
+        """Compare with other past requests: their matrices, every row at length one, [past requests, L, E]."""
+        self.alike = np.einsum("ple,le->pl", collected, _directions(self.counts))
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Over the longest window, [L, E]."""
-        return self._means[-1] / np.maximum(self._weights[-1], 1e-12)
-
-    def probability(self) -> np.ndarray:
-        """Mean over the windows, [L, E]."""
-        return self.windows().mean(0)
+    def windows(self, layer: int | slice = slice(None)) -> np.ndarray:
+        """Average uses per token over each window, [windows, L, E], or of one layer [windows, E]."""
+        return self._means[:, layer] / np.maximum(self._weights[:, layer], 1e-12)
 
 
 def _directions(matrices: np.ndarray) -> np.ndarray:
-    """Every layer's row at length one; matrices [..., L, E]."""
+    """Every layer's row at length one; matrices [..., E]."""
     return matrices / np.maximum(np.linalg.norm(matrices, axis=-1, keepdims=True), 1e-12)
 
 

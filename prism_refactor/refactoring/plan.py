@@ -82,7 +82,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
                 extra_tensors += (recipe.sub_experts - 1) * len(names)
     side_bytes = check_side_files(checkpoint.path, (CARD, MANIFEST, MODELING_FILE))
     before = architecture.sizes(config)
-    _check_row_bytes(checkpoint, block, layered, after[architecture.width], recipe.sub_experts)
+    _check_row_bytes(checkpoint, layered.moe_blocks[layers[0]], layered, after[architecture.width], recipe.sub_experts)
     bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
     router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.

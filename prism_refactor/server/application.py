@@ -3,28 +3,29 @@
 import asyncio
 import hmac
 import json
+import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
 
 from prism_refactor.errors import UsageError, one_line
-from prism_refactor.serving import engine as engines
-from prism_refactor.serving.answers import Answer, chat_logprobs, completion_logprobs
-from prism_refactor.serving.engine import Chunk, Engine, Logprob, Rejected
-from prism_refactor.serving.metrics import Metrics
-from prism_refactor.serving.protocol import (
+from prism_refactor.server.answers import Answer, TokenText, chat_logprobs, completion_logprobs
+from prism_refactor.server.metrics import Metrics
+from prism_refactor.server.protocol import (
     ChatChoice,
     ChatCompletion,
     ChatRequest,
@@ -39,9 +40,12 @@ from prism_refactor.serving.protocol import (
     Served,
     Usage,
 )
-from prism_refactor.serving.quality import QualityCurve
+from prism_refactor.server.quality import QualityCurve
+from prism_refactor.serving.engine import Chunk, Engine, GenerationRequest, Logprob, Rejected
 
 MOST_BYTES = 1 << 20
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_log = logging.getLogger(__name__)
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure, "description": description}
     for status, description in (
@@ -69,7 +73,6 @@ class ServerState:
         metrics: counters; the engine's `on_step` should be theirs.
         curve: of quality against k; None: requests cannot ask for a quality.
         api_key: that requests must show; None: none.
-        most_bytes: of a body.
     """
 
     name: str
@@ -78,7 +81,6 @@ class ServerState:
     metrics: Metrics
     curve: QualityCurve | None = None
     api_key: str | None = None
-    most_bytes: int = MOST_BYTES
     started: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
 
@@ -103,17 +105,17 @@ class ServerState:
 
 
 @dataclass
-class _Prepared:
+class _PendingPrompt:
     """One prompt of a request, in the engine's words, and where its news arrive."""
 
-    request: engines.Request
+    request: GenerationRequest
     answer: Answer
     news: asyncio.Queue[Chunk] = field(default_factory=asyncio.Queue)
     start: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Delta:
     """Some text of one prompt's answer."""
 
     index: int
@@ -130,7 +132,7 @@ class EngineFailed(Exception):
 
 def _prepare(
     state: ServerState, body: Generation, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None
-) -> list[_Prepared]:
+) -> list[_PendingPrompt]:
     floor = state.floor(body)
     vocabulary = state.engine.model.config.get_text_config().vocab_size
     most = min(state.engine.context, state.engine.kv_tokens)
@@ -140,7 +142,7 @@ def _prepare(
             raise UsageError(f"the prompt has a token {max(prompt)}; there are {vocabulary}" if prompt else "the prompt has no tokens")
         if len(prompt) >= most:
             raise UsageError(f"the prompt has {len(prompt)} tokens; with one to generate there may be {most}")
-        request = engines.Request(
+        request = GenerationRequest(
             prompt,
             floor,
             tokens or most - len(prompt),
@@ -154,11 +156,11 @@ def _prepare(
             stop_at_eos=not body.ignore_eos,
             id=uuid.uuid4().hex,
         )
-        prepared.append(_Prepared(request, Answer(state.tokenizer, body.stops)))
+        prepared.append(_PendingPrompt(request, Answer(state.tokenizer, body.stops)))
     return prepared
 
 
-def _submit(state: ServerState, prepared: Sequence[_Prepared]) -> None:
+def _submit(state: ServerState, prepared: Sequence[_PendingPrompt]) -> None:
     """Queue all prompts of a request, or none."""
     if state.stopping:
         raise HTTPException(503, "the server is stopping")
@@ -182,9 +184,9 @@ def _submit(state: ServerState, prepared: Sequence[_Prepared]) -> None:
             raise
 
 
-async def _parts(state: ServerState, prepared: Sequence[_Prepared]) -> AsyncIterator[_Part]:
+async def _parts(state: ServerState, prepared: Sequence[_PendingPrompt]) -> AsyncIterator[_Delta]:
     """The answers of all prompts as they grow. Whatever is not done when the reader leaves is cancelled."""
-    arrived: asyncio.Queue[_Part | Exception] = asyncio.Queue()
+    arrived: asyncio.Queue[_Delta | Exception] = asyncio.Queue()
     tasks = [asyncio.create_task(_follow(state, index, item, arrived.put_nowait)) for index, item in enumerate(prepared)]
     try:
         left = len(prepared)
@@ -199,7 +201,7 @@ async def _parts(state: ServerState, prepared: Sequence[_Prepared]) -> AsyncIter
             task.cancel()
 
 
-async def _follow(state: ServerState, index: int, item: _Prepared, tell: Callable[[_Part | Exception], None]) -> None:
+async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Callable[[_Delta | Exception], None]) -> None:
     """Tell the parts of one prompt's answer, or what went wrong; cancelled, cancel it in the engine too."""
     first, end = None, "cancelled"
     try:
@@ -216,7 +218,7 @@ async def _follow(state: ServerState, index: int, item: _Prepared, tell: Callabl
             text = item.answer.add(chunk.tokens, chunk.finish is not None)
             finish = "stop" if item.answer.stopped else chunk.finish
             tokens = item.answer.tokens[known:]
-            tell(_Part(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
+            tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
             if finish:
                 end = finish
                 state.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
@@ -227,84 +229,105 @@ async def _follow(state: ServerState, index: int, item: _Prepared, tell: Callabl
         state.metrics.finished.labels(end).inc()
 
 
-def _usage(prepared: Sequence[_Prepared]) -> Usage:
+def _usage(prepared: Sequence[_PendingPrompt]) -> Usage:
     prompt = sum(len(item.request.prompt) for item in prepared)
     generated = sum(len(item.answer.tokens) for item in prepared)
     return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
 
 
-class _Shape:
-    """How parts become OpenAI's objects; one for each endpoint."""
+class _Answers:
+    """How the answers of one request become OpenAI's objects.
 
-    def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_Prepared], chat: bool):
-        self.state, self.body, self.prepared, self.chat = state, body, prepared, chat
-        self.head: dict[str, Any] = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
-        self.served = [float(item.request.k or 0) for item in prepared]
-        self._offsets = [0] * len(prepared)
+    Args:
+        state: of the server.
+        body: the request.
+        prepared: its prompts.
+    """
 
-    def logprobs(self, part: _Part) -> dict[str, Any] | None:
-        """Of a part; None where they were not asked for."""
-        if not part.logprobs:
-            return None
-        if self.chat:
-            return chat_logprobs(self.state.tokenizer, part.tokens, part.logprobs)
-        result = completion_logprobs(self.state.tokenizer, part.tokens, part.logprobs, self._offsets[part.index])
-        self._offsets[part.index] += sum(map(len, result["tokens"]))
-        return result
+    prefix: ClassVar[str]
+    streamed: ClassVar[type[Completion] | type[ChatCompletion]]
+    joined: ClassVar[type[Completion] | type[ChatCompletion]]
+
+    def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_PendingPrompt]):
+        self.state, self.prepared = state, prepared
+        self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        self._served = [float(item.request.k or 0) for item in prepared]
+
+    def piece(self, delta: _Delta, first: bool) -> Any:
+        """A choice of a stream's event."""
+        raise NotImplementedError
+
+    def choice(self, answer: _Delta) -> Any:
+        """A choice of a whole answer."""
+        raise NotImplementedError
 
     def prism(self) -> Served:
         """How the request was run, so far."""
         weights = [len(item.request.prompt) + len(item.answer.tokens) for item in self.prepared]
-        mean = sum(k * weight for k, weight in zip(self.served, weights, strict=True)) / sum(weights)
+        mean = sum(k * weight for k, weight in zip(self._served, weights, strict=True)) / sum(weights)
         return Served(k=self.prepared[0].request.k or 0, served_k=mean, full_k=self.state.engine.full_k)
 
-    def event(self, part: _Part, first: bool) -> Completion | ChatCompletion:
-        """A part, as an event of a stream."""
-        self.served[part.index] = part.served_k
-        prism = self.prism() if part.finish else None
-        if self.chat:
-            delta = {"role": "assistant", "content": part.text} if first else {"content": part.text}
-            choice = ChatChoice(index=part.index, delta=delta, logprobs=self.logprobs(part), finish_reason=part.finish)
-            return ChatCompletion(**self.head, object="chat.completion.chunk", choices=[choice], prism=prism)
-        text = CompletionChoice(index=part.index, text=part.text, logprobs=self.logprobs(part), finish_reason=part.finish)
-        return Completion(**self.head, choices=[text], prism=prism)
+    def event(self, delta: _Delta, first: bool) -> Completion | ChatCompletion:
+        """Some text, as an event of a stream."""
+        self._served[delta.index] = delta.served_k
+        return self.streamed(**self.head, choices=[self.piece(delta, first)], prism=self.prism() if delta.finish else None)
 
     def usage_event(self) -> Completion | ChatCompletion:
         """The last event of a stream that asked for its usage."""
-        usage, prism = _usage(self.prepared), self.prism()
-        if self.chat:
-            return ChatCompletion(**self.head, object="chat.completion.chunk", choices=[], usage=usage, prism=prism)
-        return Completion(**self.head, choices=[], usage=usage, prism=prism)
+        return self.streamed(**self.head, choices=[], usage=_usage(self.prepared), prism=self.prism())
 
-    def whole(self, parts: Sequence[_Part]) -> Completion | ChatCompletion:
-        """All parts, as one answer."""
-        choices: list[Any] = []
+    def whole(self, deltas: Sequence[_Delta]) -> Completion | ChatCompletion:
+        """All text, as one answer."""
+        choices = []
         for index in range(len(self.prepared)):
-            own = [part for part in parts if part.index == index]
-            self.served[index] = own[-1].served_k
-            joined = _Part(
-                index,
-                "".join(part.text for part in own),
-                [token for part in own for token in part.tokens],
-                [item for part in own for item in part.logprobs],
-                own[-1].finish,
-                own[-1].served_k,
-            )
-            logprobs = self.logprobs(joined)
-            if self.chat:
-                message = {"role": "assistant", "content": joined.text}
-                choices.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=joined.finish))
-            else:
-                choices.append(CompletionChoice(index=index, text=joined.text, logprobs=logprobs, finish_reason=joined.finish))
-        kind: Any = ChatCompletion if self.chat else Completion
-        return kind(**self.head, choices=choices, usage=_usage(self.prepared), prism=self.prism())
+            own = [delta for delta in deltas if delta.index == index]
+            last = own[-1]
+            self._served[index] = last.served_k
+            tokens = [token for delta in own for token in delta.tokens]
+            logprobs = [item for delta in own for item in delta.logprobs]
+            choices.append(self.choice(_Delta(index, "".join(delta.text for delta in own), tokens, logprobs, last.finish, last.served_k)))
+        return self.joined(**self.head, choices=choices, usage=_usage(self.prepared), prism=self.prism())
 
 
-async def _events(shape: _Shape, parts: AsyncIterator[_Part], include_usage: bool) -> AsyncIterator[str]:
+class _CompletionAnswers(_Answers):
+    """Of /v1/completions."""
+
+    prefix, streamed, joined = "cmpl", Completion, Completion
+
+    def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_PendingPrompt]):
+        super().__init__(state, body, prepared)
+        self._texts = [TokenText(state.tokenizer) for _ in prepared]
+
+    def piece(self, delta: _Delta, first: bool) -> CompletionChoice:
+        return self.choice(delta)
+
+    def choice(self, answer: _Delta) -> CompletionChoice:
+        logprobs = completion_logprobs(self._texts[answer.index], answer.tokens, answer.logprobs) if answer.logprobs else None
+        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=answer.finish)
+
+
+class _ChatAnswers(_Answers):
+    """Of /v1/chat/completions."""
+
+    prefix, joined = "chatcmpl", ChatCompletion
+
+    @staticmethod
+    def streamed(**fields: Any) -> ChatCompletion:  # type: ignore[override]
+        """An event of a stream."""
+        return ChatCompletion(**fields, object="chat.completion.chunk")
+
+    def _choice(self, answer: _Delta, **message: dict[str, str]) -> ChatChoice:
+        logprobs = chat_logprobs(self.state.tokenizer, answer.tokens, answer.logprobs) if answer.logprobs else None
+        return ChatChoice(index=answer.index, logprobs=logprobs, finish_reason=answer.finish, **message)
+
+    def piece(self, delta: _Delta, first: bool) -> ChatChoice:
+        return self._choice(delta, delta={"role": "assistant", "content": delta.text} if first else {"content": delta.text})
+
+    def choice(self, answer: _Delta) -> ChatChoice:
+        return self._choice(answer, message={"role": "assistant", "content": answer.text})
+
+
+async def _events(answers: _Answers, parts: AsyncIterator[_Delta], include_usage: bool) -> AsyncIterator[str]:
     seen: set[int] = set()
     try:
         async for part in parts:
@@ -312,25 +335,28 @@ async def _events(shape: _Shape, parts: AsyncIterator[_Part], include_usage: boo
             seen.add(part.index)
             # A token may be half a character, or held back: nothing to tell.
             if part.text or part.finish or part.logprobs or first:
-                yield f"data: {shape.event(part, first).model_dump_json(exclude_none=True)}\n\n"
+                yield f"data: {answers.event(part, first).model_dump_json(exclude_none=True)}\n\n"
         if include_usage:
-            yield f"data: {shape.usage_event().model_dump_json(exclude_none=True)}\n\n"
+            yield f"data: {answers.usage_event().model_dump_json(exclude_none=True)}\n\n"
         yield "data: [DONE]\n\n"
     except (EngineFailed, Rejected) as error:
+        if isinstance(error, EngineFailed):
+            _log.error("a stream failed", exc_info=error)
         yield f"data: {json.dumps(_failure(500 if isinstance(error, EngineFailed) else 429, str(error)))}\n\n"
     finally:
         await parts.aclose()  # type: ignore[attr-defined]
 
 
-async def _answer(http: Request, state: ServerState, body: Generation, prepared: list[_Prepared], chat: bool) -> Response:
-    shape = _Shape(state, body, prepared, chat)
+async def _answer(http: Request, state: ServerState, body: Generation, prepared: list[_PendingPrompt], answers: _Answers) -> Response:
+    http.state.k = prepared[0].request.k
+    http.state.tokens = lambda: sum(len(item.answer.tokens) for item in prepared)
     _submit(state, prepared)
     parts = _parts(state, prepared)
     if body.stream:
         include = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_events(shape, parts, include), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(_events(answers, parts, include), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def collect() -> list[_Part]:
+    async def collect() -> list[_Delta]:
         return [part async for part in parts]
 
     async def gone() -> None:
@@ -343,7 +369,7 @@ async def _answer(http: Request, state: ServerState, body: Generation, prepared:
         if not work.done():
             # Nobody reads this.
             return Response(status_code=499)
-        return JSONResponse(shape.whole(work.result()).model_dump(exclude_none=True))
+        return JSONResponse(answers.whole(work.result()).model_dump(exclude_none=True))
     finally:
         for task in (work, left):
             task.cancel()
@@ -360,47 +386,46 @@ def _respond(status: int, message: str, param: str | None = None, headers: dict[
     return JSONResponse(_failure(status, message, param), status, headers)
 
 
-class _Guard:
-    """Refuses requests without the API key, and bodies that are too large, before anything reads them."""
+class _AccessLog:
+    """Gives every request an id, answers with it, and logs the request when its response has been sent."""
 
-    def __init__(self, app: ASGIApp, state: ServerState):
-        self.app, self.state = app, state
+    def __init__(self, app: ASGIApp):
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.state.api_key is not None and scope["path"].startswith("/v1/"):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.state.api_key.encode()):
-                refused = _respond(401, "give the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
-                return await refused(scope, receive, send)
-        length = headers.get(b"content-length", b"0")
-        message = f"a body may have {self.state.most_bytes} bytes"
-        if not length.isdigit() or int(length) > self.state.most_bytes:
-            await _skip(receive, 16 * self.state.most_bytes)
-            return await _respond(413, message, headers={"Connection": "close"})(scope, receive, send)
-        read = 0
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        start, status = time.monotonic(), 500
 
-        async def counted() -> Message:
-            nonlocal read
-            part = await receive()
-            read += len(part.get("body", b""))
-            if read > self.state.most_bytes:
-                # A body without a length that goes on and on.
-                raise HTTPException(413, message, headers={"Connection": "close"})
-            return part
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
+            await send(message)
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            known = scope.get("state", {})
+            k, tokens = known.get("k"), known["tokens"]() if "tokens" in known else None
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "k": k, "tokens": tokens}
+            fields |= {"ms": round(1e3 * (time.monotonic() - start), 1), "id": name}
+            text = "%(method)s %(path)s %(status)s" + (" k=%(k)s tokens=%(tokens)s" if k else "") + " %(ms)s ms %(id)s"
+            _log.info(text, fields, extra={"fields": fields})
 
 
-async def _skip(receive: Receive, most: int) -> None:
-    """Read a body and forget it: to close a connection that is still being written to would lose the answer. Not if it is very long."""
-    while most > 0:
-        part = await receive()
-        most -= len(part.get("body", b""))
-        if not part.get("more_body"):
-            break
+def _key_check(state: ServerState) -> Callable[..., None]:
+    """A dependency that refuses requests without the API key."""
+
+    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+        key = given.credentials if given else ""
+        if state.api_key is not None and not hmac.compare_digest(key.encode(), state.api_key.encode()):
+            raise HTTPException(401, "give the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+
+    return check
 
 
 def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None) -> FastAPI:
@@ -416,12 +441,13 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         yield
         on_stopped()
 
-    app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, state=state)
+    app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=MOST_BYTES)
+    app.add_middleware(_AccessLog)
+    for_clients = [Depends(_key_check(state))]
     _handle_errors(app, state)
     _add_health(app, state)
 
-    @app.get("/v1/models", responses={401: _FAILURES[401]})
+    @app.get("/v1/models", dependencies=for_clients, responses={401: _FAILURES[401]})
     async def models() -> Models:
         """The model, and the names that ask for a floor: those k whose quality was measured, or every quarter of full k."""
         full_k = state.engine.full_k
@@ -430,14 +456,15 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         quality = state.curve.quality_of if state.curve else lambda k: None
         return Models(data=[Model(id=name, created=state.started, k=k, full_k=full_k, quality=quality(k)) for name, k in named])
 
-    @app.post("/v1/completions", response_model=Completion, responses={200: _STREAM, **_FAILURES})
+    @app.post("/v1/completions", dependencies=for_clients, response_model=Completion, responses={200: _STREAM, **_FAILURES})
     async def completions(http: Request, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt."""
         given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else list(body.prompt)
         prompts = [await asyncio.to_thread(state.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt for prompt in given]
-        return await _answer(http, state, body, _prepare(state, body, prompts, body.max_tokens, body.logprobs), chat=False)
+        prepared = _prepare(state, body, prompts, body.max_tokens, body.logprobs)
+        return await _answer(http, state, body, prepared, _CompletionAnswers(state, body, prepared))
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: _STREAM, **_FAILURES})
+    @app.post("/v1/chat/completions", dependencies=for_clients, response_model=ChatCompletion, responses={200: _STREAM, **_FAILURES})
     async def chat(http: Request, body: ChatRequest) -> Response:
         """The next message of a chat."""
         if not state.tokenizer.chat_template:
@@ -454,7 +481,8 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
             raise UsageError(f"the chat template refuses these messages: {one_line(error)}") from None
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         tokens = body.max_completion_tokens or body.max_tokens
-        return await _answer(http, state, body, _prepare(state, body, [list(prompt)], tokens, logprobs), chat=True)
+        prepared = _prepare(state, body, [list(prompt)], tokens, logprobs)
+        return await _answer(http, state, body, prepared, _ChatAnswers(state, body, prepared))
 
     return app
 
@@ -479,11 +507,18 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
 
     @app.exception_handler(EngineFailed)
     async def failed(_: Request, error: EngineFailed) -> JSONResponse:
+        _log.error("a request failed", exc_info=error)
         return _respond(503 if state.stopping else 500, str(error))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
-        return _respond(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        detail = f"a body may have {MOST_BYTES} bytes" if error.status_code == 413 else str(error.detail)
+        return _respond(error.status_code, detail, headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        _log.error("a request failed", exc_info=error)
+        return _respond(500, f"unexpected {type(error).__name__}; the server's log says more")
 
 
 def _add_health(app: FastAPI, state: ServerState) -> None:

@@ -1,13 +1,19 @@
 """From token ids to what clients read: text as it grows, stop sequences, log probabilities in OpenAI's two shapes."""
 
+import codecs
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prism_refactor.serving.engine import Logprob
+
+# How byte-level tokenizers write bytes.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 @dataclass
@@ -56,32 +62,64 @@ class Answer:
         return 0
 
 
-def _name(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
-    return str(tokenizer.decode([token]))
+class TokenText:
+    """What tokens stand for: bytes, which need not be whole characters.
+
+    Args:
+        tokenizer: of the model.
+
+    Attributes:
+        characters: whole characters in the tokens that were counted so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._tokenizer, self.characters = tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+
+    def of(self, token: int) -> bytes:
+        """Return the bytes of a token."""
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if token in self._tokenizer.all_special_ids:
+            return piece.encode()
+        if self._byte_level:
+            return b"".join(bytes([_BYTES[character]]) if character in _BYTES else character.encode() for character in piece)
+        hexadecimal = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+        return bytes.fromhex(hexadecimal[1]) if hexadecimal else piece.replace("\u2581", " ").encode()
+
+    def name(self, token: int) -> str:
+        """Return how OpenAI writes a token: its text, or its bytes where they are no whole characters."""
+        raw = self.of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def count(self, token: int) -> int:
+        """Count a token of the text; returns the characters before it."""
+        before = self.characters
+        self.characters += len(self._decoder.decode(self.of(token)))
+        return before
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
     """Log probabilities as chat completions give them."""
+    text = TokenText(tokenizer)
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = _name(tokenizer, token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        return {"token": text.name(token), "logprob": _finite(logprob), "bytes": list(text.of(token))}
 
     pairs = zip(tokens, logprobs, strict=True)
     return {"content": [{**entry(token, item.chosen), "top_logprobs": [entry(*top) for top in item.top]} for token, item in pairs]}
 
 
-def completion_logprobs(
-    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], logprobs: Sequence[Logprob], offset: int
-) -> dict[str, Any]:
-    """Log probabilities as completions give them; `offset` characters of the text came before these tokens."""
-    names = [_name(tokenizer, token) for token in tokens]
-    offsets = [offset + sum(map(len, names[:number])) for number in range(len(names))]
+def completion_logprobs(text: TokenText, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
+    """Log probabilities as completions give them; `text` counts the characters from one part of an answer to the next."""
     return {
-        "tokens": names,
+        "tokens": [text.name(token) for token in tokens],
         "token_logprobs": [_finite(item.chosen) for item in logprobs],
-        "top_logprobs": [{_name(tokenizer, token): _finite(value) for token, value in item.top} for item in logprobs],
-        "text_offset": offsets,
+        "top_logprobs": [{text.name(token): _finite(value) for token, value in item.top} for item in logprobs],
+        "text_offset": [text.count(token) for token in tokens],
     }
 
 
