@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import full_k, moe_gates, set_active
 from prism_refactor.offload.policies import ActivationAware, _Activations
 from prism_refactor.offload.replay import Pass, Trace, belady, hit_rate
-from prism_refactor.serving.engine import load
 
 TOKENS, TRAINING, HELD_OUT = 256, 150, 12
 EPOCHS, BATCH, RATE, SPARSITY = 6, 256, 1e-3, 1e-5

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import moe_gates, set_active
 from prism_refactor.models.writer import ShardWriter
 from prism_refactor.offload.cache import Counters
@@ -42,7 +43,6 @@ from prism_refactor.offload.manager import load_offloaded
 from prism_refactor.offload.options import CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES
 from prism_refactor.offload.replay import Trace, belady, hit_rate
-from prism_refactor.serving.engine import load
 
 WIDER = 32
 PROMPT, TOKENS, REQUESTS = 24, 40, 6

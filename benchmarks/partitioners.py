@@ -26,7 +26,8 @@ import torch
 from common import EXAMPLE, markdown, print_provenance
 
 from prism_refactor import solvers
-from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.profile import Profile
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.files import write_json
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.solvers import methods

@@ -16,7 +16,8 @@ from common import EXAMPLE, print_provenance
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.profile import Profile
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.options import table
 from prism_refactor.models.checkpoint import Checkpoint
 

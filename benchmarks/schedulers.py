@@ -28,11 +28,12 @@ from common import EXAMPLE, markdown, print_provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
-from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, poisson, summary
+from prism_refactor.formats import Arrival, LatencyGrid
+from prism_refactor.loadtest.workload import Served, Slo, floors, poisson, summary
 from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import set_active
 from prism_refactor.serving.engine import Chunk, Engine, GenerationRequest, Step, run_in_thread
-from prism_refactor.serving.performance import LatencyGrid, PerformanceModel, Sampling, fit, powers
+from prism_refactor.serving.performance import PerformanceModel, Sampling, fit, powers
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 1024, 3584, 8, 2, 4

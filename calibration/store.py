@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.profile import Profile
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
 from prism_refactor.errors import InputError
 from prism_refactor.files import output_folder, save_tensors, write_json

@@ -12,7 +12,8 @@ from prism_refactor.errors import UsageError
 from prism_refactor.serving.scheduling import Limits
 
 if TYPE_CHECKING:
-    from prism_refactor.serving.performance import LatencyGrid, PerformanceModel
+    from prism_refactor.formats import LatencyGrid
+    from prism_refactor.serving.performance import PerformanceModel
 
 
 @command()
@@ -33,9 +34,10 @@ def main(reporter: Reporter, refactored_dir: Path, plot: Path | None, as_json: b
     """
     import torch
 
+    from prism_refactor.formats import LatencyGrid
     from prism_refactor.models.loading import load
     from prism_refactor.serving.engine import Engine
-    from prism_refactor.serving.performance import LatencyGrid, Sampling, fit, powers
+    from prism_refactor.serving.performance import Sampling, fit, powers
     from prism_refactor.serving.transformers_batching import KV_PAGE
 
     model = load(refactored_dir, options["device"], torch_dtype(options["dtype"]))

@@ -13,7 +13,8 @@ from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 from prism_refactor.signals import run_async
 
 if TYPE_CHECKING:
-    from prism_refactor.loadtest.workload import Arrival, Served, Slo
+    from prism_refactor.formats import Arrival
+    from prism_refactor.loadtest.workload import Served, Slo
 
 
 @command()

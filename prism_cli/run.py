@@ -55,7 +55,10 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     if trace is not None and refactored_dir.resolve() in trace.resolve().parents:
         raise UsageError(f"--trace {trace}: is in the checkpoint's folder; choose another")
     checkpoint = Checkpoint(refactored_dir)
-    full = PrismConfig.required(checkpoint.config, refactored_dir).max_active
+    prism = PrismConfig.of(checkpoint.config)
+    if prism is None:
+        raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
+    full = prism.max_active
     k = options["k"] or full
     if k > full:
         raise UsageError(f"--k {k}: choose 1 to {full}")

@@ -49,14 +49,13 @@ _GROUP_FILES = {
 }
 
 
-def free_memory(own_groups: Path = Path("/proc/self/cgroup"), roots: dict[str, Path] = CONTROL_GROUPS) -> int:
-    """Bytes that this process may have, with what it has: of the machine, or of its control groups (a container, a batch job).
+def available_memory(own_groups: Path = Path("/proc/self/cgroup"), roots: dict[str, Path] = CONTROL_GROUPS) -> int:
+    """Return the bytes that this process may still take: of the machine, or of its control groups (a container, a batch job).
 
     Args:
         own_groups: the kernel's list of the groups that the process is in.
         roots: where they are mounted, by controller; '' for version 2.
     """
-    own = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
     for line in own_groups.read_text().splitlines() if own_groups.exists() else []:
         _, controllers, name = line.split(":", 2)
@@ -76,12 +75,17 @@ def free_memory(own_groups: Path = Path("/proc/self/cgroup"), roots: dict[str, P
                 continue
             cache = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             free = min(free, most - used + cache)
-    return max(0, free) + own
+    return max(0, free)
+
+
+def allowed_memory() -> int:
+    """Return the bytes that this process may have in all, with those that it has."""
+    return available_memory() + psutil.Process().memory_info().rss
 
 
 def check_memory(needed: int) -> None:
     """Raises ResourceError when a run needs more bytes of memory than there are."""
-    free = free_memory()
+    free = allowed_memory()
     if needed > free:
         raise ResourceError(
             f"needs about {gib(needed)} of memory, {gib(free)} is available; lower `num_samples`, `tokens_per_expert` or `workers`, use "

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
-from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli import app as door
 
 NAME = "standin"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import EXAMPLE, FAMILIES, FAST, build, load, logits
 
-from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.profile import Profile
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import OBSERVED, LayerCollector
 from prism_refactor.calibration.store import Statistics
 from prism_refactor.calibration.text import Source, load_tokenizer, token_rows

@@ -259,7 +259,7 @@ def test_targets_that_would_lose_something_are_refused(tmp_path):
         (source, True, "must be outside"),
         (source / "inner", True, "must be outside"),
         (tmp_path, True, "must be outside"),
-        (ours, False, "add --overwrite"),
+        (ours, False, "add `overwrite`"),
         (theirs, True, "was not written by this command"),
         (tmp_path / "no" / "where", False, "create it first"),
     ):

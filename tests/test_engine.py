@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_refactor.errors import InputError, UsageError
+from prism_refactor.formats import LatencyGrid
+from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import full_k, set_active
 from prism_refactor.serving import transformers_batching
-from prism_refactor.serving.engine import Engine, GenerationRequest, Logprob, Rejected, load
-from prism_refactor.serving.performance import LatencyGrid, Sampling, fit
+from prism_refactor.serving.engine import Engine, GenerationRequest, Logprob, Rejected
+from prism_refactor.serving.performance import Sampling, fit
 from prism_refactor.serving.sampling import sample
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 
@@ -389,7 +391,7 @@ def test_stopping_drains_or_ends_what_runs(engine_of):
 def test_a_checkpoint_without_a_router_has_one_k_at_a_time(engine_of, models, command, tmp_path):
     assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST, "--router", "replicate").code == 0
     model = load(tmp_path / "out", dtype=torch.float32)
-    with pytest.raises(UsageError, match="--scheduler fifo"):
+    with pytest.raises(UsageError, match="use `scheduler` fifo"):
         engine_of(on=model)
     engine = engine_of("fifo", on=model)
     requests = [GenerationRequest(prompt(9, n), 4, 8, stop_at_eos=False) for n in range(3)]

@@ -1,13 +1,16 @@
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 from conftest import EXAMPLE, files, load, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from prism_refactor.models.modeling_prism import attach
-from prism_refactor.refactoring.finetune import Curriculum, Training
+from prism_refactor.files import output_folder
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach
+from prism_refactor.refactoring.curriculum import Curriculum
+from prism_refactor.refactoring.finetune import Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
 
@@ -35,6 +38,9 @@ def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, 
     assert all(name.endswith(leaves) for name in found)
     assert bool(found) == (record["best_step"] > 0)
     assert set(files(out)) == set(files(elastic))
+    card = (out / "README.md").read_text()
+    assert f"rows of the {'sub-expert' if router == 'two-level' else 'stock'} router were trained" in card
+    assert "No weight was trained" not in card
     model = load(out)
     assert torch.isfinite(logits(model, torch.arange(2, 30)[None])).all()
     if router == "two-level":
@@ -100,12 +106,13 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypa
     result = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert result.code == 130
     assert result.err == f"stopped after step {step} of 4; --resume goes on\n"
+    assert (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Training, where, whole)
     again = command("prism-finetune", elastic, tmp_path / "out", *options)
     assert (again.code, "holds an interrupted run; add --resume" in again.err) == (2, True)
     other = command("prism-finetune", elastic, tmp_path / "out", *options, "--resume", "--loss", "distill")
-    assert (other.code, "belongs to a run with another curriculum" in other.err) == (2, True)
+    assert (other.code, "belongs to a run with curriculum.loss cross-entropy, not distill" in other.err) == (2, True)
     assert command("prism-finetune", elastic, tmp_path / "out", *options, "--resume").code == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -116,7 +123,6 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypa
     [
         (["--last-k", "16"], 2, "need 1 <= first <= last <= 15 for the two-level router"),
         (["--first-k", "9", "--last-k", "4"], 2, "--first-k 9, --last-k 4"),
-        (["--resume"], 3, "--resume: no usable state in"),
     ],
 )
 def test_finetune_refusals(tmp_path, elastic, command, options, code, message):
@@ -125,3 +131,30 @@ def test_finetune_refusals(tmp_path, elastic, command, options, code, message):
     assert message in result.err
     assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_without_an_unfinished_run_starts_one(tmp_path, elastic, command):
+    result = command("prism-finetune", elastic, tmp_path / "out", *QUICK, "--resume")
+    assert result.code == 0, result.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_run_does_not_go_on_with_another_router_or_beside_another_run(tmp_path, elastic, command, monkeypatch):
+    """A trained and an untrained folder have equal weights; only their router files differ."""
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_train_on", interrupted)
+        assert command("prism-finetune", elastic, tmp_path / "out", *QUICK).code == 130
+    tuned = shutil.copytree(elastic, tmp_path / "tuned")
+    tensors = load_file(tuned / ROUTER_FILE)
+    name = next(name for name in tensors if name.endswith("gate.bias"))
+    save_file(tensors | {name: tensors[name] + 1}, tuned / ROUTER_FILE)
+    result = command("prism-finetune", tuned, tmp_path / "out", *QUICK, "--resume")
+    assert result.code == 2
+    assert "belongs to a run with source " in result.err
+    with output_folder(tmp_path / "busy"):
+        result = command("prism-finetune", elastic, tmp_path / "busy", *QUICK)
+    assert (result.code, "another run is writing to it" in result.err) == (3, True)

@@ -1,7 +1,5 @@
 """Offloading: the same bits from a cache as from memory, whatever the policy; faults, budgets, traces."""
 
-import ctypes
-import errno
 import json
 import math
 import mmap
@@ -29,17 +27,18 @@ from prism_refactor.errors import InputError, ResourceError, UsageError
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import full_k, set_active
 from prism_refactor.models.writer import BLOCK
 from prism_refactor.offload import cache as caches
 from prism_refactor.offload.cache import Cache, Pool
 from prism_refactor.offload.manager import load_offloaded
-from prism_refactor.offload.options import CacheBudget, LatencyTarget
-from prism_refactor.offload.policies import POLICIES, PREFETCHES, Belady
+from prism_refactor.offload.options import PINNED, PREFETCHES, CacheBudget, LatencyTarget
+from prism_refactor.offload.policies import POLICIES, Belady
 from prism_refactor.offload.replay import Trace, belady, hit_rate
-from prism_refactor.offload.store import _LIBC, PINNED, DiskStore, PinnedStore
+from prism_refactor.offload.store import DiskStore, PinnedStore
 from prism_refactor.server.metrics import Metrics
-from prism_refactor.serving.engine import Engine, Request, load
+from prism_refactor.serving.engine import Engine, GenerationRequest
 from prism_refactor.serving.scheduling import Limits
 
 PROMPT = "The river runs through the old town and"
@@ -142,7 +141,10 @@ def test_everything_but_the_experts_is_in_memory_and_they_are_not(elastic, offlo
     wanted = load(elastic).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in held.items())
     pool = model.offload.cache.pool
-    assert sum(getattr(pool, name).nbytes for name in pool.names) == model.offload.cache.slots * model.offload.cache.store.sub_expert_bytes
+    assert (
+        sum(getattr(pool.experts, name).nbytes for name in pool.names)
+        == model.offload.cache.slots * model.offload.cache.store.sub_expert_bytes
+    )
 
 
 def test_the_checkpoint_is_open_as_long_as_the_model(elastic, copied, monkeypatch):
@@ -161,16 +163,16 @@ def test_the_checkpoint_is_open_as_long_as_the_model(elastic, copied, monkeypatc
     assert not is_open()
     # The last of several files.
     shard = max(copied.glob("model-*.safetensors"))
-    mapped = mmap.mmap
+    opened = os.open
 
-    def fails(number, *rest, **options):
-        if number >= 0 and os.path.samestat(os.fstat(number), shard.stat()):
-            raise ValueError("cannot mmap an empty file")
-        return mapped(number, *rest, **options)
+    def fails(path, *rest, **options):
+        if str(path) == str(shard):
+            raise OSError(5, "Input/output error")
+        return opened(path, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mmap, "mmap", fails)
-        with pytest.raises(InputError, match="cannot mmap an empty file"):
+        patch.setattr(os, "open", fails)
+        with pytest.raises(InputError, match="Input/output error"):
             load_offloaded(copied, CacheBudget("25%"), read="buffered")
     assert not is_open()
     assert threading.active_count() == threads
@@ -193,7 +195,7 @@ def test_pinned_memory_gives_what_the_disk_gives(elastic, offloaded):
     disk.read(2, 17, slots[0], disk.staging())
     pinned.read(2, 17, slots[1], pinned.staging())
     assert all(slots[0][name].abs().sum() > 0 and torch.equal(slots[0][name], slots[1][name]) for name in disk.shapes)
-    with pytest.raises(UsageError, match="--read pinned is for --device cuda"):
+    with pytest.raises(UsageError, match="`read` pinned is for `device` cuda"):
         offloaded(elastic, read="pinned")
 
 
@@ -282,7 +284,7 @@ def use(*experts, total=8):
 def run_layer(cache, layer, *experts):
     uses = use(*experts)
     cache.demand(layer, uses)
-    return {expert: float(cache.pool.number[slot]) for expert, slot in cache.arrivals(layer)}
+    return {expert: float(cache.pool.experts.number[slot]) for expert, slot in cache.arrivals(layer)}
 
 
 def until(condition, seconds=20):
@@ -374,7 +376,7 @@ def test_every_use_finds_its_own_sub_expert_whatever_was_before(data):
                 cache.prefetch(range(3), keys)
                 got = {}
                 for expert, slot in cache.arrivals(layer):
-                    got[expert] = float(cache.pool.number[slot])
+                    got[expert] = float(cache.pool.experts.number[slot])
                     assert len(cache._slot_of) <= slots
                 assert got == {expert: 100.0 * layer + expert for expert in chosen}
         cache.end("")
@@ -442,8 +444,6 @@ def test_what_each_policy_evicts():
     history = ([0], [1]), ([0], [1]), ([1], [2]), ([1], [1])
     assert leaves("lru", *history) == (0, 0)
     assert leaves("lfu", *history) == (1, 2)
-    # Of what the last pass has not used, the layer that comes last.
-    assert leaves("least-stale", *history) == (1, 2)
     # Layer 1 has just passed and expert 2 of it is rare.
     assert leaves("activation", *history) == (1, 2)
 
@@ -515,7 +515,7 @@ def test_what_is_skipped_is_absent_and_ranks_last(elastic, offloaded):
 
 
 def test_elastic_needs_a_router_and_a_possible_floor(command, models, tmp_path, elastic, offloaded):
-    with pytest.raises(UsageError, match="--k-min 17: choose 1 to 16"):
+    with pytest.raises(UsageError, match="`k_min` 17: choose 1 to 16"):
         offloaded(elastic).offload.set_latency(LatencyTarget(1.0, 17))
     assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST, "--router", "replicate").code == 0
     with pytest.raises(UsageError, match="needs a sub-expert router"):
@@ -538,31 +538,6 @@ def test_a_truncated_file_fails_the_request_and_nothing_else(copied, offloaded, 
         answer(model, range(300, 400))
     shard.write_bytes(content)
     assert answer(model, range(20, 30)) == before
-
-
-def test_a_page_of_a_map_that_is_gone_fails_the_request_and_nothing_else(copied, offloaded, monkeypatch):
-    """The file gets shorter between the question how long it is and the copy."""
-    model = offloaded(copied, read="buffered")
-    before = answer(model, range(20, 30))
-    shard = max(copied.glob("model-*.safetensors"))
-    content, long = shard.read_bytes(), shard.stat()
-    os.truncate(shard, 4096)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fstat", lambda _: long)
-        with pytest.raises(InputError, match=rf"{shard.name}: sub-expert \d+ of MoE layer 3 cannot be read .*Bad address"):
-            answer(model, range(300, 400))
-    shard.write_bytes(content)
-    assert answer(model, range(20, 30)) == before
-
-
-def test_a_system_that_does_not_copy_from_maps_is_named(elastic, offloaded, monkeypatch):
-    def refuses(*_):
-        ctypes.set_errno(errno.EPERM)
-        return -1
-
-    monkeypatch.setattr(_LIBC, "process_vm_readv", refuses)
-    with pytest.raises(UsageError, match=r"--read mapped: this system does not allow it .*; use --read direct"):
-        offloaded(elastic, read="buffered")
 
 
 def test_a_read_error_fails_the_request_and_nothing_else(elastic, offloaded, monkeypatch):
@@ -629,7 +604,7 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
     model = offloaded(elastic, "25%", prefetch="both")
     engine = Engine(model, "per-token", Limits(tokens=64, requests=8, wait=0.02))
     engine.start()
-    requests = [Request(list(range(30 * n + 20, 30 * n + 32)), 1 + n, 8, stop_at_eos=False) for n in range(8)]
+    requests = [GenerationRequest(list(range(30 * n + 20, 30 * n + 32)), 1 + n, 8, stop_at_eos=False) for n in range(8)]
     try:
         whole = engine.generate(requests)
         wanted = resident(elastic)
@@ -650,7 +625,7 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
             model.offload.cache._resident[broken] = False
             if slot is not None:
                 model.offload.cache._free.append(slot)
-        answers = engine.generate([Request(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
+        answers = engine.generate([GenerationRequest(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
         failed = [chunk.finish == "error" for chunk in answers]
         assert 0 < sum(failed) < len(failed)
         for chunk, before, bad in zip(answers, whole, failed, strict=True):
@@ -661,7 +636,7 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
                 assert chunk.tokens == before.tokens
         monkeypatch.setattr(DiskStore, "read", read)
         # Nothing of the failed requests is left, in particular no KV that a later one could find.
-        again = engine.generate([Request(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
+        again = engine.generate([GenerationRequest(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
         assert [chunk.tokens for chunk in again] == [chunk.tokens for chunk in whole]
         until(lambda: engine.kv_in_use == 0)
     finally:
@@ -673,7 +648,7 @@ def test_a_server_says_what_its_cache_does(elastic, offloaded):
     metrics.watch(engine)
     engine.start()
     try:
-        engine.generate([Request(list(range(20, 40)), 8, 8, stop_at_eos=False)])
+        engine.generate([GenerationRequest(list(range(20, 40)), 8, 8, stop_at_eos=False)])
         shown = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines() if line.startswith("prism_offload"))
     finally:
         engine.close()
@@ -697,7 +672,7 @@ def test_serve_errors(elastic, command, options, code, message):
 
 def test_more_memory_than_there_is(elastic, offloaded, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    with pytest.raises(ResourceError, match=r"--fast-memory 50%: takes .* of memory is available; give less"):
+    with pytest.raises(ResourceError, match=r"`fast_memory` 50%: takes .* of memory is available; give less"):
         offloaded(elastic, "50%")
 
 
@@ -726,9 +701,9 @@ def test_a_trace_replays_to_what_was_counted(elastic, command, tmp_path):
         ("", "is no trace"),
         ('{"trace": "other"}\n', "is no trace"),
         ('{"trace": "prism-run 1", "layers": 1, "experts": 4, "sub_expert_bytes": 8}\n', "holds no forward pass"),
-        ('{"trace": "prism-run 1", "layers": 1, "experts": 4, "sub_expert_bytes": 8}\n{"request": 1, "used": [[[4], [1]]]}\n', "line 2"),
+        ('{"trace": "prism-run 1", "layers": 1, "experts": 4, "sub_expert_bytes": 8}\n{"request": "1", "used": [[[4], [1]]]}\n', "line 2"),
         (
-            '{"trace": "prism-run 1", "layers": 2, "experts": 4, "sub_expert_bytes": 8}\n{"request": 1, "used": [[[1], [1]]]}\n',
+            '{"trace": "prism-run 1", "layers": 2, "experts": 4, "sub_expert_bytes": 8}\n{"request": "1", "used": [[[1], [1]]]}\n',
             "1 layers of 2",
         ),
         ('{"trace": "prism-run 1", "layers": 1, "experts": 4, "sub_expert_bytes": 8}\n{"used": 5\n', "line 2"),
@@ -765,7 +740,7 @@ def test_what_is_no_trace(command, tmp_path, content, message):
         (["--max-new-tokens", "5000"], 2, "more than the model's 1024"),
         (["--prompt", ""], 2, "--prompt: is empty"),
         (["--trace", "/nowhere/trace.jsonl"], 2, "--trace /nowhere/trace.jsonl: the folder does not exist"),
-        (["--read", "pinned"], 2, "--read pinned is for --device cuda"),
+        (["--read", "pinned"], 2, "`read` pinned is for `device` cuda"),
     ],
 )
 def test_run_errors(elastic, command, options, code, message):
@@ -824,9 +799,45 @@ def test_a_file_system_without_direct_reads_is_named(elastic, offloaded, monkeyp
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuses)
-    with pytest.raises(UsageError, match="use --read mapped"):
+    with pytest.raises(UsageError, match="use `read` buffered"):
         offloaded(elastic)
     assert answer(offloaded(elastic, read="buffered"), range(20, 30))
+
+
+def test_memory_is_that_of_the_container(elastic, offloaded, monkeypatch):
+    """A container's limit counts, not the host's memory."""
+    monkeypatch.setattr("prism_refactor.offload.manager.available_memory", lambda: 2**20)
+    with pytest.raises(ResourceError, match=r"`fast_memory` 50%: takes .*, and 1.0 MiB of memory is available; give less"):
+        offloaded(elastic, "50%")
+
+
+def test_what_is_worth_keeping_is_computed_once_for_a_layer(monkeypatch):
+    """The cache asks at every eviction, under its lock."""
+    policy, asked = POLICIES["activation"](4, 8), []
+    monkeypatch.setattr(policy, "predict", lambda: asked.append(True) or np.zeros((4, 8)))
+    policy.use(0, use(1, total=8))
+    assert policy.keep() is policy.keep()
+    assert len(asked) == 1
+    policy.use(1, use(2, total=8))
+    policy.keep()
+    assert len(asked) == 2
+
+
+def test_an_activation_matrix_is_compared_as_it_grows():
+    """What is kept layer by layer is what comparing everything at once gives."""
+    rng, policy = np.random.default_rng(0), POLICIES["activation"](3, 8)
+    for request in ("a", "b", "c", "d"):
+        for _ in range(4):
+            for layer in range(3):
+                policy.use(layer, {request: rng.integers(0, 3, 8).astype(float)})
+        if request != "d":
+            policy.end(request)
+    live = policy._requests["d"]
+    windows = live.windows()
+    assert np.allclose(live.probability, windows.mean(0))
+    assert np.allclose(live.counts, windows[-1])
+    norm = np.linalg.norm(windows[-1], axis=-1) * np.linalg.norm(policy._collection, axis=-1)
+    assert np.allclose(live.alike, (policy._collection * windows[-1]).sum(-1) / norm)
 
 
 def test_memory_units():

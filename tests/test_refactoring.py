@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeCV
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, token_rows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
@@ -146,7 +146,7 @@ def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_
     block = model.model.layers[1].mlp
     tensors = router_tensors(elastic / ROUTER_FILE)["model.layers.1.mlp"]
     inputs = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
-    block.gate.top_k = 5
+    set_active(model, 5)
     output = block(inputs[None])[0]
     probabilities = (inputs @ tensors["original.weight"].float().T).softmax(-1)
     top, experts = probabilities.topk(4)
@@ -497,7 +497,8 @@ def test_compensation_takes_off_error_and_less_is_lost_at_every_k(elastic):
         assert errors["k"] == [4, 8, 12, 16]
         for ours, stock, theirs in list(zip(errors["two-level"], errors["stock"], errors["original"], strict=True))[:3]:
             assert ours < theirs / 2
-            assert stock <= theirs
+            # Of equal rows the first ones win, which are copies of one expert.
+            assert stock == pytest.approx(theirs, rel=1e-4)
         assert errors["two-level"][3] < 1e-9
     rows = token_rows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 4, 256, 0)
     model = attach(load(elastic), elastic)

@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prism_refactor.errors import InputError, UsageError
+from prism_refactor.formats import Arrival, LatencyGrid
 from prism_refactor.loadtest.simulator import simulate
-from prism_refactor.loadtest.workload import Arrival, Served, Slo, floors, percentiles, poisson, read_trace, summary
+from prism_refactor.loadtest.workload import Served, Slo, floors, percentiles, poisson, read_trace, summary
 from prism_refactor.server.quality import QualityCurve
-from prism_refactor.serving.performance import LatencyGrid, PerformanceModel, Sampling, fit, powers
+from prism_refactor.serving.performance import PerformanceModel, Sampling, fit, powers
 from prism_refactor.serving.scheduling import PATIENCE, PRIORITY_SECONDS, SCHEDULERS, Job, Limits, step_k, take
 
 FULL = 16

@@ -5,10 +5,12 @@ import torch
 from conftest import FAST, build, files
 from safetensors.torch import load_file, save_file
 
-from prism_refactor.calibration.profile import Calibration, Profile
+from prism_refactor.calibration.profile import Profile
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.store import Statistics
 from prism_refactor.cli import app as door
-from prism_refactor.cli import merge, profile
+from prism_refactor.cli import profile
+from prism_refactor.cli.profile import merge
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.progress import Progress
 

@@ -101,7 +101,7 @@ def test_a_signal_cancels_asynchronous_work_before_it_takes_effect(stop):
 
 LOSING = """
 import signal, sys
-import solvers
+from prism_refactor import solvers
 from prism_refactor.cli import refactor
 
 class Loses:

@@ -66,7 +66,7 @@ def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
 
 
 def test_workers_that_always_die_end_the_run():
-    with pytest.raises(ResourceError, match=f"died {TRIALS} times.*--workers"), Workers(2) as workers:
+    with pytest.raises(ResourceError, match=f"died {TRIALS} times.*`workers`"), Workers(2) as workers:
         list(workers.run([(die, (0,)), (die, (1,))]))
 
 

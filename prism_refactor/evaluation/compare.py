@@ -6,11 +6,11 @@ import torch
 
 from prism_refactor.evaluation.allocation import allocate
 from prism_refactor.evaluation.cost import CostModel
-from prism_refactor.evaluation.curve import Bootstrap, OperatingPoint, measured
+from prism_refactor.evaluation.curve import Bootstrap, measured
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows
 from prism_refactor.events import Events
-from prism_refactor.formats import Curve, PrismConfig
+from prism_refactor.formats import Curve, OperatingPoint, PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.stream import ComputeOptions
 

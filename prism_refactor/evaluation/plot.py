@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from prism_refactor.evaluation.compare import Curve
 from prism_refactor.files import save_figure
+from prism_refactor.formats import Curve
 
 
 def plot_curves(original: Curve, curves: list[Curve], path: Path) -> None:

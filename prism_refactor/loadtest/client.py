@@ -11,7 +11,8 @@ import aiohttp
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.events import Events
-from prism_refactor.loadtest.workload import Arrival, Served
+from prism_refactor.formats import Arrival
+from prism_refactor.loadtest.workload import Served
 
 _MODELS, _COMPLETIONS = "/v1/models", "/v1/completions"
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_refactor.errors import UsageError
-from prism_refactor.loadtest.workload import Arrival, Served
+from prism_refactor.formats import Arrival
+from prism_refactor.loadtest.workload import Served
 from prism_refactor.serving.performance import PerformanceModel
 from prism_refactor.serving.scheduling import SCHEDULERS, Job, Limits, step_k, take
 

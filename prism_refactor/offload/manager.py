@@ -31,7 +31,7 @@ from prism_refactor.offload.cache import Cache, Counters, Pool
 from prism_refactor.offload.options import DIRECT, PINNED, CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, ActivationAware
 from prism_refactor.offload.store import DiskStore, PinnedStore
-from prism_refactor.resources import free_memory, gib
+from prism_refactor.resources import available_memory, gib
 from prism_refactor.routing.sample import route
 
 OFFLOADED = "prism_offloaded"
@@ -408,10 +408,10 @@ def _load_resident(layered: LayeredModel, offloaded: set[str]) -> None:
 def _check_memory(store: DiskStore, slots: int, fast_memory: CacheBudget, read: str, device: str) -> None:
     """Raise ResourceError when the slots, or page-locked host memory for all sub-experts, are more than there is."""
     needed = slots * store.sub_expert_bytes
-    free = free_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else needed
+    free = available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else needed
     if needed > free:
         raise ResourceError(f"`fast_memory` {fast_memory.text}: takes {gib(needed)}, and {gib(free)} of memory is available; give less")
-    everything, host = store.layers * store.experts * store.sub_expert_bytes, free_memory()
+    everything, host = store.layers * store.experts * store.sub_expert_bytes, available_memory()
     if read == PINNED and everything > host:
         raise ResourceError(f"`read` pinned: takes {gib(everything)} of host memory, and {gib(host)} is available; use `read` direct")
 

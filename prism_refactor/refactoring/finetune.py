@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, save_tensors, write_json

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from prism_refactor import solvers
-from prism_refactor.calibration.profile import Calibration
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.formats import CARD, MANIFEST
@@ -19,7 +19,7 @@ from prism_refactor.models.layered import LayeredModel, dtype_name
 from prism_refactor.models.side_files import check_side_files
 from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
 from prism_refactor.recipe import Recipe
-from prism_refactor.resources import free_disk, free_memory
+from prism_refactor.resources import allowed_memory, free_disk
 
 MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
@@ -97,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
         disk_free=free_disk(target),
         memory_needed=memory_needed(layered, calibration, workers),
-        memory_free=free_memory(),
+        memory_free=allowed_memory(),
         compute=_compute(layered, layers, calibration),
     )
 

@@ -18,8 +18,8 @@ from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
 from prism_refactor.recipe import LOGIT_TOLERANCE
 from prism_refactor.refactoring.layer import original_routing
-from prism_refactor.refactoring.pipeline import MODELING_FILE, copied_name
-from prism_refactor.refactoring.plan import replaced_state
+from prism_refactor.refactoring.pipeline import copied_name
+from prism_refactor.refactoring.plan import MODELING_FILE, replaced_state
 
 
 @dataclass(frozen=True)

@@ -446,9 +446,8 @@ class Engine:
         batch = [(entry, self._live.get(entry.id)) for entry in entries]
         if self.offload is not None and self.offload.faults:
             self._fail(self.offload.faults, entries)
-        rows = [
-            (position, live) for position, live in zip(positions, (live for entry, live in batch if entry.samples), strict=True) if live
-        ]
+        sampling = [live for entry, live in batch if entry.samples]
+        rows = [(position, live) for position, live in zip(positions[: len(sampling)], sampling, strict=True) if live is not None]
         if rows:
             new = [live for _, live in rows]
             chosen = torch.stack([position for position, _ in rows])

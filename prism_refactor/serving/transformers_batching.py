@@ -31,7 +31,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler as T
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.offload.manager import OFFLOADED
-from prism_refactor.resources import free_memory
+from prism_refactor.resources import available_memory
 from prism_refactor.serving.scheduling import Job, Scheduler, step_k
 
 # Tokens of a KV page: small ones waste little on a CPU, where reads are by token; elsewhere kernels want transformers' own size.
@@ -173,7 +173,7 @@ class Batching:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
         most = self.policy.limits.requests * self.context
-        return min(int(CPU_KV_SHARE * free_memory() / token_bytes), most)
+        return min(int(CPU_KV_SHARE * available_memory() / token_bytes), most)
 
     @property
     def context(self) -> int:
