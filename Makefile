@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
 
-.PHONY: help setup demo test docs lint format clean
+.PHONY: help setup demo test test-all docs lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(VENV)/.installed ## create .venv and install into it
 
@@ -27,11 +27,17 @@ demo: setup ## refactor the example checkpoint, verify it, measure its quality a
 	@echo "4/4 writing it all on one page"
 	@$(BIN)/prism-report $(DEMO) --quiet
 
-test: setup ## run the tests
-	@$(BIN)/pytest
+# Two tests side by side: more would want more memory than a small machine has.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 10
+
+test: setup ## run the quick tests
+	@$(PYTEST) -m 'not long'
+
+test-all: setup ## run the long tests: random kills, Ray, a browser, fuzzing, every family
+	@$(PYTEST) -m long
 
 docs: setup ## write docs/architectures.md
-	@$(BIN)/python -m prism_cli.architectures > docs/architectures.md
+	@$(BIN)/python -m prism_refactor.cli.architectures > docs/architectures.md
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

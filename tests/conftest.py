@@ -1,9 +1,14 @@
+import os
 import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, a core each; so do the commands that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
@@ -88,6 +93,12 @@ FAMILIES = {
 FAST = ["--num-samples", "8", "--max-seq-length", "64", "--tokens-per-expert", "64", "--solver", "ascent", "--workers", "1"]
 
 logging.disable_progress_bar()
+
+
+def mostly_long(values, *quick):
+    """Parameters of which only some are quick enough for `make test`; the others are for `make test-all`."""
+    parts = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*part, marks=() if value in quick else pytest.mark.long) for value, part in zip(values, parts, strict=True)]
 
 
 @dataclass

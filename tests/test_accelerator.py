@@ -10,6 +10,8 @@ import torch
 from conftest import EXAMPLE, FAST, files
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.long
+
 STANDIN = Path(__file__).with_name("accelerator.py")
 SHORT = ["--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--learning-rate", "1e-3"]
 FINETUNE = [*SHORT, "--steps", "4", "--evaluate-every", "1"]

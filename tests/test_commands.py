@@ -29,6 +29,7 @@ def start(*arguments, **options):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", ["imports", "profiling"])
 def test_interruption_of_imports_or_profiling_leaves_nothing_behind(tmp_path, phase):
     process = start("prism-profile", EXAMPLE, tmp_path / "out", "--batch-size", "1")
@@ -85,6 +86,7 @@ def test_progress_is_plain_lines_json_lines_or_nothing(tmp_path, command):
     assert quiet.out.splitlines()[:5] == plain.out.splitlines()[:5]
 
 
+@pytest.mark.long
 def test_a_terminal_gets_a_bar_with_layer_expert_and_eta(tmp_path):
     script = f"stty rows 40 cols 120; {BIN}/prism-refactor {EXAMPLE} {tmp_path}/out {' '.join(FAST)}"
     shown = subprocess.run(["script", "-qec", script, "/dev/null"], capture_output=True, check=True, timeout=120).stdout.decode()
@@ -93,6 +95,7 @@ def test_a_terminal_gets_a_bar_with_layer_expert_and_eta(tmp_path):
     assert "\r" in shown
 
 
+@pytest.mark.long
 def test_errors_show_a_traceback_only_when_asked(tmp_path):
     result = subprocess.run([BIN / "prism-profile", tmp_path, tmp_path / "out"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
@@ -113,6 +116,7 @@ def test_help_and_version(command):
         assert command(name).code == 2
 
 
+@pytest.mark.long
 def test_the_example_trainer_makes_such_a_checkpoint(tmp_path, command):
     corpus = ROOT / "calibration" / "data" / "evaluation.jsonl"
     options = ["--steps", "3", "--batch-tokens", "256", "--length", "64", "--vocabulary", "400", "--layers", "2"]

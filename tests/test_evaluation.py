@@ -139,6 +139,7 @@ def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elast
     assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
 
 
+@pytest.mark.long
 def test_quality_on_text_that_calibration_never_saw(elastic, command):
     """The promise: at a quarter, half and three quarters of the experts most of what the original loses is kept."""
     options = ["--num-tokens", "20000", "--json", "--k", "4,8,12,16"]
@@ -198,6 +199,7 @@ def test_eval_refuses_what_was_not_refactored_from_the_model(tmp_path, elastic, 
     assert (result.code, "not a refactored checkpoint" in result.err) == (3, True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("k", [16, 3])
 def test_lm_eval_runs_the_checkpoint_unchanged_at_any_k(tmp_path, elastic, k):
     documents = [

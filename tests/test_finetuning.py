@@ -1,10 +1,11 @@
 import json
 import shutil
 import signal
+from itertools import product
 
 import pytest
 import torch
-from conftest import EXAMPLE, files, load, logits
+from conftest import EXAMPLE, files, load, logits, mostly_long
 from safetensors.torch import load_file, save_file
 
 from prism_refactor.files import output_folder
@@ -24,8 +25,9 @@ def changed_tensors(before, after):
     return found
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "distill"])
-@pytest.mark.parametrize("router", ["two-level", "stock"])
+@pytest.mark.parametrize(
+    ("router", "loss"), mostly_long([*product(["two-level", "stock"], ["cross-entropy", "distill"])], ("two-level", "cross-entropy"))
+)
 def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, command, router, loss):
     out = tmp_path / "out"
     options = ["--router", router, "--loss", loss, "--learning-rate", "1e-3" if router == "two-level" else "1e-4"]
@@ -91,7 +93,7 @@ def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_wer
     assert all(torch.equal(parameter.data, own[name]) for name, parameter in training.parameters.items())
 
 
-@pytest.mark.parametrize(("where", "step"), [("_train_on", 3), ("perplexity", 4)])
+@pytest.mark.parametrize(("where", "step"), mostly_long([("_train_on", 3), ("perplexity", 4)], ("perplexity", 4)))
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch, where, step):
     options = [*QUICK, "--learning-rate", "1e-3"]
     assert command("prism-finetune", elastic, tmp_path / "whole", *options).code == 0

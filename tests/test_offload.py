@@ -17,7 +17,7 @@ import psutil
 import pytest
 import safetensors
 import torch
-from conftest import FAMILIES, FAST
+from conftest import FAMILIES, FAST, mostly_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
@@ -84,7 +84,7 @@ def same_bits(model, other, ids):
     return torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss", "lfm2_moe"))
 def test_every_family_gives_the_bits_of_the_resident_model(family, models, command, tmp_path, token_ids, offloaded):
     options = [*FAST, "--solver", "contiguous"]
     assert command("prism-refactor", models[family], tmp_path / "out", *options).code == 0
@@ -110,7 +110,7 @@ def test_gate_neurons_of_offloaded_experts(command, tmp_path, models, token_ids,
     assert same_bits(model, wanted, token_ids)
 
 
-@pytest.mark.parametrize(("policy", "prefetch"), product(POLICIES, PREFETCHES))
+@pytest.mark.parametrize(("policy", "prefetch"), mostly_long([*product(POLICIES, PREFETCHES)], ("activation", "both"), ("lru", "none")))
 def test_no_policy_and_no_prefetch_changes_the_text(policy, prefetch, elastic, offloaded):
     wanted, model = (
         resident(elastic),

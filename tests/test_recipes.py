@@ -14,6 +14,8 @@ import yaml
 from conftest import build
 from test_commands import BIN
 
+pytestmark = pytest.mark.long
+
 RECIPES = Path(__file__).parents[1] / "examples" / "batch"
 TEXT = ["--num-samples", "8", "--max-seq-length", "64", "--tokens-per-expert", "64"]
 SMALL = ["--solver", "ascent", "--workers", "1"]

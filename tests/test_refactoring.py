@@ -1,10 +1,11 @@
 import json
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits
+from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits, mostly_long
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeCV
@@ -29,8 +30,12 @@ def refactored(command, source, target, *options):
     return target
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", ["replicate", "linear", "proxy"])
+@pytest.mark.parametrize(
+    ("router", "family"),
+    mostly_long(
+        [*product(["replicate", "linear", "proxy"], FAMILIES)], ("linear", "olmoe"), ("proxy", "gpt_oss"), ("replicate", "deepseek_v3")
+    ),
+)
 def test_full_k_is_the_original(tmp_path, models, command, token_ids, family, router):
     samples = 64 if router == "linear" else 8
     out = refactored(command, models[family], tmp_path / "out", "--router", router, "--num-samples", samples)
@@ -509,6 +514,7 @@ def test_compensation_takes_off_error_and_less_is_lost_at_every_k(elastic):
         assert better < 0.85 * worse
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_regression_predicts_better_than_the_papers_proxy(tmp_path, command):
     errors = {}

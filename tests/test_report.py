@@ -51,6 +51,7 @@ def make(*arguments):
     return door.run(report.main.command, [*map(str, arguments), "--quiet"])
 
 
+@pytest.mark.long
 def test_page_in_a_browser(out, command, tmp_path):
     text = ["--num-tokens", "2000", "--max-seq-length", "128"]
     assert command("prism-eval", EXAMPLE, out, *text, "--save", "--allocate", "--router", "both", "--quiet").code == 0

@@ -64,6 +64,7 @@ def test_a_run_stopped_in_any_layer_goes_on_with_the_same_bytes(tmp_path, deep, 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_at_random_goes_on_with_the_same_bytes(tmp_path, deep, whole, seed):
     """What was finished before a kill is never done again, whatever it falls into."""

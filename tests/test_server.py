@@ -356,6 +356,7 @@ def test_a_client_that_leaves_is_forgotten(url, site, stream):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.long
 def test_five_hundred_clients_of_which_many_leave(url, site):
     """Every answer is the one that the request gets alone; nothing is lost, given twice or kept."""
     dice = random.Random(0)
@@ -391,6 +392,7 @@ def test_five_hundred_clients_of_which_many_leave(url, site):
     assert idle(site)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_what_schemathesis_makes_up(url, site, mode):
     """Bodies that the OpenAPI schema allows, and bodies that it does not: every answer is one that the schema has, none is a fault."""
@@ -475,6 +477,7 @@ def test_loadtest_against_a_server(url, site, command, tmp_path):
     assert idle(site)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_loadtest_leaves_no_request_and_no_traceback(url, site, number, code):
     command = [Path(sys.executable).with_name("prism-loadtest"), url, "--rate", "50", "--max-tokens", "400", "--log-json"]

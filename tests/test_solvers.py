@@ -185,6 +185,7 @@ def test_inner_loops_are_the_same_in_numpy():
         ), f"{name} did nothing"
 
 
+@pytest.mark.long
 def test_without_a_compiler_every_method_ends_where_it_does_with_one():
     script = """
 import json, numpy

@@ -58,6 +58,7 @@ def test_no_more_arrays_travel_at_once_than_a_chunk_holds_and_workers_need(megab
     assert [len(chunk) for chunk in Workers(2)._chunks((double, (array, shared)) for array in arrays)] == expected
 
 
+@pytest.mark.long
 def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
     with Workers(2) as workers:
         assert list(workers.run((die_once, (value, tmp_path / "died")) for value in range(8))) == list(range(8))
@@ -65,6 +66,7 @@ def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
         assert list(workers.run([(double, (4,))])) == [8]
 
 
+@pytest.mark.long
 def test_workers_that_always_die_end_the_run():
     with pytest.raises(ResourceError, match=f"died {TRIALS} times.*`workers`"), Workers(2) as workers:
         list(workers.run([(die, (0,)), (die, (1,))]))
@@ -95,6 +97,7 @@ def actors():
     return [process for process in psutil.process_iter(["cmdline"]) if "ray::PoolActor" in " ".join(process.info["cmdline"] or [])]
 
 
+@pytest.mark.long
 def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(tmp_path, models, cluster):
     source = models["qwen2_moe"]
     process = start("prism-refactor", source, tmp_path / "ray", *SLOW, "--engine", "ray", "--ray-address", cluster)
@@ -108,6 +111,7 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(tmp_path, models
     assert files(tmp_path / "ray") == files(tmp_path / "here")
 
 
+@pytest.mark.long
 def test_more_workers_than_the_cluster_has_cores_are_refused(tmp_path, models, cluster):
     process = start(
         "prism-refactor", models["olmoe"], tmp_path / "out", *SLOW, "--engine", "ray", "--ray-address", cluster, "--workers", "99"
@@ -122,6 +126,7 @@ def test_a_ray_address_needs_the_engine(tmp_path, models, command):
     assert "--ray-address has no effect without --engine ray" in result.err
 
 
+@pytest.mark.long
 def test_a_cluster_that_does_not_answer_is_reported(tmp_path, models):
     process = start("prism-refactor", models["olmoe"], tmp_path / "out", *SLOW, "--engine", "ray", "--ray-address", "127.0.0.1:1")
     assert process.wait() == 5
