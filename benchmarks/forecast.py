@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.loading import load
-from prism_refactor.models.modeling_prism import full_k, moe_gates, set_active
+from prism_refactor.models.modeling_prism import full_k, moe_blocks, set_active
 from prism_refactor.offload.policies import ActivationAware, _Activations
 from prism_refactor.offload.replay import Pass, Trace, belady, hit_rate
 
@@ -58,10 +58,10 @@ def texts(tokenizer: Any, file: str, count: int) -> list[list[int]]:
 @torch.inference_mode()
 def routing(model: Any, rows: list[list[int]], experts: int) -> np.ndarray:
     """What every token of every text uses, bool [texts * TOKENS, L, E]."""
-    gates = moe_gates(model)
+    routers = [block.experts.two_level for block in moe_blocks(model)]
     found: list[torch.Tensor] = []
-    hooks = [gate.register_forward_hook(lambda gate, given, output: found.append(output[-1])) for gate in gates]
-    used = np.zeros((len(rows) * TOKENS, len(gates), experts), bool)
+    hooks = [router.register_forward_hook(lambda router, given, output: found.append(output[1])) for router in routers]
+    used = np.zeros((len(rows) * TOKENS, len(routers), experts), bool)
     for number, row in enumerate(rows):
         found.clear()
         model(input_ids=torch.tensor([row]))

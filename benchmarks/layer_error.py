@@ -20,6 +20,7 @@ from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, tok
 from prism_refactor.cli import app as door
 from prism_refactor.cli import refactor
 from prism_refactor.cli.options import table
+from prism_refactor.formats import PrismConfig
 from prism_refactor.models.modeling_prism import attach
 from prism_refactor.routing.output import relative_error
 
@@ -29,12 +30,19 @@ def layer_errors(model, rows: torch.Tensor, choices: list[int]) -> list[list[flo
     """[layer][choice of k] errors."""
     errors = []
 
+    active = getattr(model, "prism_active", None)
+
     def measure(block, arguments, output):
-        full, per_choice = block.gate.top_k, []
+        full, layer, per_choice = block.gate.top_k, len(errors), []
         for k in choices:
-            block.gate.top_k = k
+            if active is None:
+                block.gate.top_k = k
+            else:
+                active.per_layer[layer] = k
             per_choice.append(relative_error(block.forward(*arguments), output))
         block.gate.top_k = full
+        if active is not None:
+            active.per_layer[layer] = full
         errors.append(per_choice)
 
     blocks = [layer.mlp for layer in model.model.layers]
@@ -50,7 +58,7 @@ def main(model_dir: Path, refactored_dir: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     elastic = attach(AutoModelForCausalLM.from_pretrained(refactored_dir, dtype=torch.float32), refactored_dir)
     stock = AutoModelForCausalLM.from_pretrained(refactored_dir, dtype=torch.float32)
-    sub_experts, top_k = elastic.config.prism["sub_experts"], original.config.num_experts_per_tok
+    sub_experts, top_k = PrismConfig(**elastic.config.prism).sub_experts, original.config.num_experts_per_tok
     kept = list(range(1, top_k + 1))
     before = layer_errors(original, rows, kept)
     after = layer_errors(elastic, rows, [sub_experts * k for k in kept])

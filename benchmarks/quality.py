@@ -7,8 +7,8 @@ at a quarter, half and three quarters of the active parameters, over the same wi
 Japanese document, on which the model is better with fewer experts). WORK_DIR keeps the statistics and what is measured
 (quality.json, every combination); a stopped run goes on from there. Hours on two cores: `--sub-experts N` does one N at a time.
 
-Routers. On the stock gate: `replicate` (rows repeated), `tilted`, `finetuned` (`prism-finetune --router stock`). Two-level: `proxy` (the
-paper's gate neurons), `calibrated` (the improved proxy), `linear` (the default), `refined` (the linear rows trained layer by layer on
+Routers. On the stock gate: `replicate` (rows repeated), `finetuned` (`prism-finetune --router stock`). Two-level: `proxy` (the
+paper's gate neurons), `linear` (the default), `refined` (the linear rows trained layer by layer on
 the output error of a soft top-k), `oracle` (true norms). All two-level ones but the paper's have the compensation fitted for them;
 `linear -` and `oracle -` are without it: selection alone.
 """
@@ -37,6 +37,7 @@ from prism_refactor.cli import app as door
 from prism_refactor.cli import finetune, profile, refactor
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.files import write_json
+from prism_refactor.formats import PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS, by_expert, sub_expert_activations, sub_expert_outputs
 from prism_refactor.models.modeling_prism import (
@@ -51,12 +52,12 @@ from prism_refactor.models.modeling_prism import (
 from prism_refactor.recipe import SALIENCIES, Recipe
 from prism_refactor.routing.compensation import fit_compensation
 from prism_refactor.routing.linear import log_sizes
-from prism_refactor.routing.proxy import fit_proxy, gate_neurons
+from prism_refactor.routing.proxy import gate_neurons
 from prism_refactor.routing.sample import Routed
 
 PARTITIONS = ("contiguous", "random", "greedy", "annealing", "ascent", "genetic")
 SHARES = (1 / 4, 1 / 2, 3 / 4)
-ROUTERS = ("tilted", "replicate", "finetuned", "proxy", "calibrated", "linear -", "linear", "refined", "oracle -", "oracle")
+ROUTERS = ("replicate", "finetuned", "proxy", "linear -", "linear", "refined", "oracle -", "oracle")
 DEFAULT = (Recipe().solver, Recipe().saliency)
 BATCH, TEMPERATURE, STEPS, LEARNING_RATE = 2048, 0.1, 200, 1e-3
 FINETUNING = ["--router", "stock", "--steps", "40", "--num-samples", "128", "--max-seq-length", "256", "--quiet"]
@@ -203,26 +204,22 @@ class Ablation:
     def _models(self, target: Path, wanted: set[str], sub_experts: int) -> Iterator[tuple[str, Any]]:
         """(router, model that runs it) for the wanted routers, one after the other; some share a model."""
         model = load(target)
-        if "tilted" in wanted:
-            yield "tilted", model
         tensors = router_tensors(target / ROUTER_FILE)
-        for name, parts in tensors.items():
-            model.get_submodule(name).gate.weight.data = parts["original.weight"].float().repeat_interleave(sub_experts, 0)
         if "replicate" in wanted:
             yield "replicate", model
         if "finetuned" in wanted:
             tuned = target.with_name("finetuned")
             # What a stopped run left.
-            shutil.rmtree(target.with_name("finetuned.finetune"), ignore_errors=True)
+            shutil.rmtree(target.with_name("finetuned.partial"), ignore_errors=True)
             run(finetune, target, tuned, *FINETUNING, "--overwrite")
             yield "finetuned", load(tuned)
             shutil.rmtree(tuned)
         attach(model, target)
         for router in ROUTERS:
-            if router in wanted - {"tilted", "replicate", "finetuned"}:
+            if router in wanted - {"replicate", "finetuned"}:
                 for (name, parts), layer in zip(tensors.items(), Statistics(self.folder / "statistics", Checkpoint(EXAMPLE)), strict=True):
                     block = model.get_submodule(name)
-                    block.gate.two_level = block.experts.two_level = self._router(router, block, model.config, parts, layer)
+                    block.experts.two_level = self._router(router, block, model.config, parts, layer)
                 yield router, model
 
     def _router(self, router: str, block: Any, config: Any, tensors: dict[str, torch.Tensor], layer: Any) -> Any:
@@ -230,7 +227,7 @@ class Ablation:
         if router == "linear":
             return two_level(block, config, tensors, "linear")
         bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale")}
-        sub_experts = config.prism["sub_experts"]
+        sub_experts = PrismConfig(**config.prism).sub_experts
         original = two_level(block, config, bare, "linear").original
         sample, _ = Routed(layer.inputs.float(), *original(layer.inputs.float())[1:]).split()
         if router == "linear -":
@@ -243,9 +240,6 @@ class Ablation:
             return compensated(oracle(block, config, bare), block, sample.inputs)
         labels = tensors["neuron_sub_expert"].long()
         rows = {name: tensor for name, tensor in bare.items() if name.startswith("original.")}
-        if router == "calibrated":
-            rows |= fit_proxy(block.experts, sample, len(labels), sub_experts)
-            return compensated(two_level(block, config, rows, "calibrated-proxy"), block, sample.inputs)
         marks = [coactive_marks(activations) for activations in layer.activations]
         chosen = [gate_neurons(mark, label, sub_experts) for mark, label in zip(marks, labels, strict=True)]
         return two_level(block, config, rows | {"gate_neurons": torch.stack(chosen)}, "proxy")

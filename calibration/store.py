@@ -13,10 +13,11 @@ from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE, LayerStatistics, merge_layers, priorities
 from prism_refactor.errors import InputError
-from prism_refactor.files import output_folder, save_tensors, write_json
+from prism_refactor.files import output_folder, write_json
 from prism_refactor.formats import INDEX
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.progress import Progress, versions
+from prism_refactor.tensors import save_tensors
 
 FORMAT = 3
 # Share of a token's neurons that count as active in the pictures of a page.

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 from prism_refactor.errors import InputError, ResourceError, UsageError, one_line
 
@@ -20,14 +18,6 @@ from prism_refactor.errors import InputError, ResourceError, UsageError, one_lin
 LONGEST_NAME = 200
 # In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
 INCOMPLETE, STATE = ".incomplete", ".state"
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Save a safetensors file that is as readable to others as any file (safetensors itself makes it private)."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class LayerReport:
     """
 
     layer: int
-    output_error: dict[str, list[float]]
+    output_error: dict[str, list[int | float]]
     unrouted: list[int]
     experts: list[ExpertReport]
 

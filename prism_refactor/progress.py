@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from prism_refactor.files import STATE, record_path, save_tensors, sync, write_json
+from prism_refactor.files import STATE, record_path, sync, write_json
+from prism_refactor.tensors import save_tensors
 
 PACKAGES = ("prism-refactor", "torch", "transformers", "safetensors", "numpy", "scipy", "deap", "numba", "scikit-learn", "pymetis")
 Tensors = dict[str, torch.Tensor]

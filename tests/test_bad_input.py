@@ -324,7 +324,7 @@ def test_tensors_that_transformers_does_not_know_pass_through(tmp_path, models, 
 
 
 def test_memory_is_checked_before_any_work(tmp_path, models, command, monkeypatch):
-    monkeypatch.setattr("prism_refactor.resources.available_memory", lambda: 2**20)
+    monkeypatch.setattr("prism_refactor.resources.allowed_memory", lambda: 2**20)
     result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--quiet", *FAST)
     assert result.code == 5
     assert "of memory, 1.0 MiB is available; lower --num-samples" in result.err

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import EXAMPLE, FAMILIES, FAST, build
+from conftest import COMMANDS, EXAMPLE, FAMILIES, FAST, build
 
-from prism_refactor.cli import architectures
+from prism_refactor.cli import app, architectures
 from prism_refactor.models.architectures import ARCHITECTURES, REFUSED
 
 BIN = Path(sys.executable).parent
@@ -169,3 +169,17 @@ def test_explain_says_why_it_cannot(tmp_path, models, command, changes, reason):
     assert result.code in (2, 3)
     assert reason in result.err
     assert result.err.count("\n") == 1
+
+
+def test_a_prompt_that_looks_like_a_flag_is_a_prompt():
+    built = COMMANDS["prism-run"].main.command
+    assert app.asks_for("--log-json", built, ["dir", "--log-json"])
+    assert not app.asks_for("--log-json", built, ["dir", "--prompt", "--log-json"])
+    assert app.asks_for("--log-json", built, ["dir", "--prompt", "--prompt", "--log-json"])
+    assert not app.asks_for("--log-json", built, ["--", "--log-json"])
+
+
+def test_errors_name_the_flags_of_their_command():
+    built = COMMANDS["prism-refactor"].main.command
+    message = "`datasets` x: cannot be read; use `num_samples`, or `not_an_option_here`"
+    assert app.with_flags(message, built) == "--dataset x: cannot be read; use --num-samples, or --not-an-option-here"

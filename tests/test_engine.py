@@ -431,3 +431,22 @@ def test_measuring_a_step(engine_of):
     engine.close()
     with pytest.raises(UsageError, match="do not fit"):
         engine_of(start=False, limits=replace(SMALL, kv_tokens=128)).measure(8, 1, 64, 8)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_temperature_beyond_float32_is_greedy(engine_of, temperature):
+    engine = engine_of()
+    greedy = GenerationRequest(prompt(9, 1), 6, 6, stop_at_eos=False)
+    cold = GenerationRequest(prompt(9, 1), 6, 6, temperature=temperature, seed=1, stop_at_eos=False)
+    assert [answer.tokens for answer in engine.generate([cold])] == [answer.tokens for answer in engine.generate([greedy])]
+
+
+def test_the_kv_cache_is_sized_by_the_memory_of_the_container(engine_of, monkeypatch):
+    """Not by the host's."""
+    sizes = []
+    for memory in (2**20, 2**40):
+        monkeypatch.setattr(transformers_batching, "available_memory", lambda memory=memory: memory)
+        engine = engine_of(start=False, limits=Limits(tokens=64, requests=4))
+        sizes.append(engine.kv_tokens)
+        engine.close()
+    assert sizes[0] < sizes[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, load
+from conftest import EXAMPLE, FAST, load
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -240,3 +240,17 @@ def test_lm_eval_runs_the_checkpoint_unchanged_at_any_k(tmp_path, elastic, k):
                 scores = model(input_ids=ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
             expected = scores.gather(1, ids[0, len(context) :, None]).sum().item()
             assert float(response[0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_with_the_papers_proxy_is_measured(tmp_path, models, command):
+    """Its cost needs the number of gate neurons, which only the manifest knows."""
+    out = tmp_path / "out"
+    assert command("prism-refactor", models["olmoe"], out, *FAST, "--router", "proxy", "--gate-neurons", "2", "--quiet").code == 0
+    options = ["--num-tokens", "300", "--max-seq-length", "64", "--json", "--quiet"]
+    result = command("prism-eval", models["olmoe"], out, *options)
+    assert result.code == 0, result.err
+    (curve,) = json.loads(result.out)["refactored"]
+    costs = [point["cost"]["flops"] for point in curve["points"]]
+    # Per MoE layer: 2 gate neurons of gate and up rows for each of the 8 sub-experts, the products counted twice.
+    one = 2 * 3 * 32 * 4
+    assert costs[0] - (costs[1] - 4 * one * 2) == 2 * 2 * (2 * 2 * 8 * 32)

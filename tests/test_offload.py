@@ -740,7 +740,7 @@ def test_what_is_no_trace(command, tmp_path, content, message):
         (["--max-new-tokens", "5000"], 2, "more than the model's 1024"),
         (["--prompt", ""], 2, "--prompt: is empty"),
         (["--trace", "/nowhere/trace.jsonl"], 2, "--trace /nowhere/trace.jsonl: the folder does not exist"),
-        (["--read", "pinned"], 2, "`read` pinned is for `device` cuda"),
+        (["--read", "pinned"], 2, "--read pinned is for --device cuda"),
     ],
 )
 def test_run_errors(elastic, command, options, code, message):

@@ -451,7 +451,7 @@ def unbalance(out, name):
         (drop, "modeling_prism.py", 4, "file modeling_prism.py is missing"),
         (drop, ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing or broken"),
         (lambda out, name: (out / name).write_bytes(b"x" * 20), ROUTER_FILE, 3, "is missing or broken"),
-        (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "prism.json: is broken"),
+        (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "prism.json: is not as this version writes it (Invalid JSON"),
         (spoil_router, ROUTER_FILE, 4, "layer 0: a router tensor of"),
         (unbalance, ROUTER_FILE, 4, "layer 1: the partition in sub_expert_router.safetensors is not balanced"),
     ],
@@ -604,7 +604,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path, models, command
     def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("prism_refactor.files.save_file", full)
+    monkeypatch.setattr("prism_refactor.tensors.save_file", full)
     for name in ("prism-refactor", "prism-profile"):
         result = command(name, models["olmoe"], tmp_path / "out", *FAST[:6], "--quiet")
         assert result.code == 5

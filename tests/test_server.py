@@ -3,7 +3,9 @@
 import asyncio
 import http.client
 import json
+import logging
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoTokenizer
 
 from prism_refactor.models.loading import load
-from prism_refactor.server.answers import Answer
+from prism_refactor.server.answers import Answer, TokenText
 from prism_refactor.server.application import ServerState, create_app
 from prism_refactor.server.metrics import Metrics
 from prism_refactor.server.quality import QualityCurve
@@ -283,6 +285,49 @@ def test_a_large_body_is_not_read(url):
     )
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_every_request_is_logged_with_an_id_and_faults_with_a_traceback(url, site, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "prism_refactor")
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 3, "temperature": 0, "ignore_eos": True, "prism": {"k": 6}}
+    _, _, headers = fetch(f"{url}/v1/completions", body, {"X-Request-Id": "mine-1"})
+    assert headers["x-request-id"] == "mine-1"
+    _, _, headers = fetch(f"{url}/v1/models", headers={"X-Request-Id": "not an id"})
+    assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
+    while sum("fields" in vars(record) for record in caplog.records) < 2:
+        time.sleep(0.01)
+    first, second = [record.fields for record in caplog.records if "fields" in vars(record)]
+    assert {key: first[key] for key in ("method", "path", "status", "k", "tokens", "id")} == {
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "k": 6,
+        "tokens": 3,
+        "id": "mine-1",
+    }
+    assert first["ms"] > 0
+    assert (second["path"], second["status"], second["k"]) == ("/v1/models", 200, None)
+    monkeypatch.setattr(site.engine, "submit", lambda *_: 1 / 0)
+    code, answer, _ = fetch(f"{url}/v1/completions", body)
+    assert (code, answer["error"]["type"]) == (500, "server_error")
+    assert answer["error"]["message"] == "unexpected ZeroDivisionError; the server's log says more"
+    assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+
+
+def test_what_a_token_stands_for(elastic):
+    """Half a character has bytes and a name, and counts as none until the other half comes."""
+    tokenizer = AutoTokenizer.from_pretrained(elastic)
+    tokens = tokenizer("a\U0001f600 b").input_ids
+    text = TokenText(tokenizer)
+    assert b"".join(map(text.of, tokens)).decode() == "a\U0001f600 b"
+    halves = [token for token in tokens if text.name(token).startswith("bytes:")]
+    assert halves
+    assert all(text.name(token) == "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.of(token)) for token in halves)
+    offsets = [text.count(token) for token in tokens]
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert text.characters == 4
+    assert len({text.name(token) for token in halves}) == len(set(halves))
 
 
 def test_models_health_and_metrics(url):

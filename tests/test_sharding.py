@@ -24,7 +24,7 @@ def source(tmp_path_factory):
 
 
 def run_merge(*arguments):
-    return door.run(merge.main.command, [str(argument) for argument in arguments])
+    return door.run(merge.command, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

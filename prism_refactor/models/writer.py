@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from prism_refactor.files import output_file, save_tensors, write_json
+from prism_refactor.files import output_file, write_json
 from prism_refactor.models.checkpoint import DTYPES, INDEX_FILE
+from prism_refactor.tensors import save_tensors
 
 # What a file must be read in where the page cache is passed by (O_DIRECT); offloading does.
 BLOCK = 4096

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
-from prism_refactor.files import STATE, output_file, output_folder, save_tensors, write_json
+from prism_refactor.files import STATE, output_file, output_folder, write_json
 from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE, FineTuned
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, full_k, moe_blocks, moe_gates, router_of, set_active
@@ -27,6 +27,7 @@ from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.refactoring.curriculum import Curriculum
 from prism_refactor.signals import exit_code, uninterrupted
+from prism_refactor.tensors import save_tensors
 
 # Written anew, or not true of the trained router.
 NOT_COPIED = (CARD, MANIFEST, EVALUATION, PAGE)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from prism_refactor.calibration.statistics import LayerStatistics, StatisticsSource
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
-from prism_refactor.files import output_folder, save_tensors, write_json
+from prism_refactor.files import output_folder, write_json
 from prism_refactor.formats import CARD, MANIFEST_FORMAT, PICTURE_FILE, LayerReport, Manifest, PrismConfig, Source, parse
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import replaced_parts
@@ -31,6 +31,7 @@ from prism_refactor.refactoring.layer import LayerRefactoring, Run
 from prism_refactor.refactoring.plan import MODELING_FILE, Plan
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
+from prism_refactor.tensors import save_tensors
 
 SOURCE_CARD = "README.source.md"
 

@@ -405,10 +405,15 @@ class _AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
-            await send(message)
+            # FastAPI's own answer to a body that is too large is no JSON.
+            if status != 413:
+                await send(message)
 
         try:
             await self.app(scope, receive, noted)
+            if status == 413:
+                headers = {"Connection": "close", "X-Request-Id": name}
+                await _respond(413, f"a body may have {MOST_BYTES} bytes", headers=headers)(scope, receive, send)
         finally:
             known = scope.get("state", {})
             k, tokens = known.get("k"), known["tokens"]() if "tokens" in known else None
@@ -429,7 +434,7 @@ def _key_check(state: ServerState) -> Callable[..., None]:
     return check
 
 
-def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None) -> ASGIApp:
     """The server's application.
 
     Args:
@@ -443,7 +448,6 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         on_stopped()
 
     app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=MOST_BYTES)
-    app.add_middleware(_AccessLog)
     for_clients = [Depends(_key_check(state))]
     _handle_errors(app, state)
     _add_health(app, state)
@@ -485,7 +489,8 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         prepared = _prepare(state, body, [list(prompt)], tokens, logprobs)
         return await _answer(http, state, body, prepared, _ChatAnswers(state, body, prepared))
 
-    return app
+    # Outside of everything else: it also sees what FastAPI itself answers.
+    return _AccessLog(app)
 
 
 def _handle_errors(app: FastAPI, state: ServerState) -> None:
@@ -513,8 +518,7 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
-        detail = f"a body may have {MOST_BYTES} bytes" if error.status_code == 413 else str(error.detail)
-        return _respond(error.status_code, detail, headers=dict(error.headers or {}))
+        return _respond(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
