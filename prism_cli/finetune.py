@@ -9,9 +9,9 @@ from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command, exit_of
 from prism_refactor.cli.options import INPUT_FOLDER, OUTPUT_FOLDER, TEXT_OPTIONS, Finite, add
 from prism_refactor.cli.resuming import RESUME
+from prism_refactor.curriculum import LOSSES, Curriculum
 from prism_refactor.errors import UsageError
 from prism_refactor.formats import MANIFEST
-from prism_refactor.refactoring.curriculum import LOSSES, Curriculum
 
 
 @command()

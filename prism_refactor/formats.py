@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prism_refactor.curriculum import Curriculum
 from prism_refactor.errors import InputError, PrismError, one_line
 from prism_refactor.files import write_json
 from prism_refactor.recipe import Recipe
@@ -201,17 +202,9 @@ class OperatingPoints:
 
 
 @dataclass(frozen=True)
-class FineTuned:
-    """How a router was trained: the fields of `Curriculum`, which router, and the step whose rows were kept."""
+class FineTuned(Curriculum):
+    """How a router was trained: which router, the step whose rows were kept, and their held-out perplexity."""
 
-    steps: int
-    first_k: int
-    last_k: int
-    learning_rate: float
-    loss: str
-    batch_size: int
-    evaluate_every: int
-    seed: int
     router: str
     best_step: int
     held_out_perplexity: float

@@ -3,7 +3,7 @@
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def _fill(labels: np.ndarray, num_groups: int, rng: np.random.Generator) -> None
     labels[free] = rng.permutation(np.repeat(np.arange(num_groups), room))
 
 
-def _mate(first, second, num_groups: int, rng: np.random.Generator):
+def _mate(first: Any, second: Any, num_groups: int, rng: np.random.Generator) -> tuple[Any, Any]:
     """Match the parents' groups by overlap, keep the neurons both place alike, deal out the rest."""
     overlap = np.zeros((num_groups, num_groups))
     np.add.at(overlap, (first, second), 1)
@@ -69,14 +69,14 @@ def _mate(first, second, num_groups: int, rng: np.random.Generator):
     return first, second
 
 
-def _mutate(individual, num_groups: int, rng: np.random.Generator):
+def _mutate(individual: Any, num_groups: int, rng: np.random.Generator) -> tuple[Any]:
     """Take a few of the neurons, at least two, out of their groups and deal them out again."""
     individual[rng.permutation(len(individual))[: max(2, round(MUTATED_SHARE * len(individual)))]] = -1
     _fill(individual, num_groups, rng)
     return (individual,)
 
 
-def _select_distinct(individuals, count: int):
+def _select_distinct(individuals: list[Any], count: int) -> list[Any]:
     """The best `count` individuals, no two of equal fitness while others remain: ties aside, equal loss means the same partition."""
     distinct = {individual.fitness.values: individual for individual in reversed(individuals)}
     chosen = tools.selBest(list(distinct.values()), count)
@@ -206,14 +206,14 @@ def genetic(
     return evaluation.polished(np.array(hall_of_fame[0]))
 
 
-def _check_balance(individuals, problem: Problem) -> None:
+def _check_balance(individuals: Iterable[Any], problem: Problem) -> None:
     """The kernels trust every group to be full."""
     for individual in individuals:
         if not np.array_equal(np.sort(individual), problem.contiguous()):
             raise UsageError("genetic: an operator returned an unbalanced partition")
 
 
-def _evaluate(individuals, evaluate, hall_of_fame: tools.HallOfFame) -> None:
+def _evaluate(individuals: list[Any], evaluate: Callable[[Any], tuple[float]], hall_of_fame: tools.HallOfFame) -> None:
     for individual in individuals:
         if not individual.fitness.valid:
             individual.fitness.values = evaluate(individual)

@@ -45,7 +45,7 @@ def _whole(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_inner_loop(fastmath=False)
-def group_sums(by_neuron, labels, num_groups):
+def group_sums(by_neuron: np.ndarray, labels: np.ndarray, num_groups: int) -> np.ndarray:
     """Sum of each token's saliency inside each group: float64 [N, B]."""
     sums = np.zeros((num_groups, by_neuron.shape[1]))
     for c in range(by_neuron.shape[0]):
@@ -56,14 +56,14 @@ def group_sums(by_neuron, labels, num_groups):
 
 
 @_inner_loop(fastmath=True)
-def copy(source, target):
+def copy(source: np.ndarray, target: np.ndarray) -> None:
     """target[:] = source, whatever their types."""
     for b in range(source.shape[0]):
         target[b] = source[b]
 
 
 @_inner_loop(fastmath=True)
-def exchange(upper, lower):
+def exchange(upper: np.ndarray, lower: np.ndarray) -> None:
     """The larger of each two values to `upper`, the smaller to `lower`, in place."""
     for b in range(upper.shape[0]):
         first, second = upper[b], lower[b]
@@ -72,7 +72,7 @@ def exchange(upper, lower):
 
 
 @njit(cache=True)
-def order_groups(sums, ordered):
+def order_groups(sums: np.ndarray, ordered: np.ndarray) -> None:
     """Sort every token's group sums, falling, into `ordered` ([N, B]): Batcher's merge exchange, whole rows at a time."""
     num_groups = sums.shape[0]
     for n in range(num_groups):
@@ -94,7 +94,7 @@ def order_groups(sums, ordered):
 
 
 @_inner_loop(fastmath=True)
-def mark_above(row, threshold, mask, room):
+def mark_above(row: np.ndarray, threshold: np.ndarray, mask: np.ndarray, room: np.ndarray) -> None:
     """mask[:] = row > threshold; takes what is marked out of `room` (float64 [B])."""
     for b in range(row.shape[0]):
         above = np.float32(row[b] > threshold[b])
@@ -103,7 +103,7 @@ def mark_above(row, threshold, mask, room):
 
 
 @_inner_loop(fastmath=True)
-def mark_equal(row, threshold, mask, room):
+def mark_equal(row: np.ndarray, threshold: np.ndarray, mask: np.ndarray, room: np.ndarray) -> None:
     """Mark also what equals the threshold, where there is room."""
     for b in range(row.shape[0]):
         equal = np.float32((row[b] == threshold[b]) & (room[b] > 0))
@@ -112,7 +112,7 @@ def mark_equal(row, threshold, mask, room):
 
 
 @_inner_loop(fastmath=True)
-def dot(first, second):
+def dot(first: np.ndarray, second: np.ndarray) -> float:
     """Inner product, in the type of the products."""
     total = first[0] * second[0]
     for b in range(1, first.shape[0]):
@@ -121,7 +121,7 @@ def dot(first, second):
 
 
 @njit(cache=True)
-def keep_largest(sums, kept, mask):
+def keep_largest(sums: np.ndarray, kept: int, mask: np.ndarray) -> float:
     """Mark in `mask` (float32 [N, B]) the `kept` largest groups of every token (ties: the lower index); returns their sum."""
     ordered = np.empty_like(sums)
     order_groups(sums, ordered)
@@ -137,14 +137,14 @@ def keep_largest(sums, kept, mask):
 
 @_whole
 @njit(cache=True)
-def kept_sum(by_neuron, labels, num_groups, kept):
+def kept_sum(by_neuron: np.ndarray, labels: np.ndarray, num_groups: int, kept: int) -> float:
     """What survives when every token keeps its `kept` largest groups: the value the solvers maximise."""
     mask = np.empty((num_groups, by_neuron.shape[1]), dtype=np.float32)
     return keep_largest(group_sums(by_neuron, labels, num_groups), kept, mask)
 
 
 @njit(cache=True)
-def group_values(by_neuron, mask, values):
+def group_values(by_neuron: np.ndarray, mask: np.ndarray, values: np.ndarray) -> None:
     """values[n, c] (float64 [N, C]): saliency of neuron c over the tokens that keep group n, from a `keep_largest` mask."""
     for c in range(by_neuron.shape[0]):
         for n in range(mask.shape[0]):
@@ -152,7 +152,7 @@ def group_values(by_neuron, mask, values):
 
 
 @_inner_loop(fastmath=False)
-def best_moves(values, labels, group, gain, mover):
+def best_moves(values: np.ndarray, labels: np.ndarray, group: int, gain: np.ndarray, mover: np.ndarray) -> None:
     """Of the neurons in `group`, the one whose move to each other group gains most, into `gain` and `mover` ([N, N], from x to)."""
     num_groups, neurons = values.shape
     for target in range(num_groups):
@@ -167,7 +167,7 @@ def best_moves(values, labels, group, gain, mover):
 
 
 @njit(cache=True)
-def _positive_cycle(gain, tolerance, cycle):
+def _positive_cycle(gain: np.ndarray, tolerance: float, cycle: np.ndarray) -> int:
     """Find a cycle of groups whose moves gain more than `tolerance` together (Bellman-Ford); returns its length, 0 if none."""
     num_groups = gain.shape[0]
     distance = np.zeros(num_groups)
@@ -197,7 +197,7 @@ def _positive_cycle(gain, tolerance, cycle):
 
 
 @njit(cache=True)
-def _improve_assignment(values, labels):
+def _improve_assignment(values: np.ndarray, labels: np.ndarray) -> None:
     """Move neurons along positive cycles of the N-node exchange graph until none is left, in place.
 
     That is the optimum of the balanced assignment problem max sum_c values[labels[c], c] (a transportation problem with N equal
@@ -228,7 +228,7 @@ improve_assignment = _whole(_improve_assignment)
 
 @_whole
 @njit(cache=True)
-def ascend(by_neuron, labels, num_groups, kept):
+def ascend(by_neuron: np.ndarray, labels: np.ndarray, num_groups: int, kept: int) -> float:
     """Alternate top-m selection and optimal balanced assignment, in place, until the kept sum stops growing; returns it."""
     neurons, tokens = by_neuron.shape
     mask = np.empty((num_groups, tokens), dtype=np.float32)
@@ -246,7 +246,7 @@ def ascend(by_neuron, labels, num_groups, kept):
 
 
 @njit(cache=True)
-def pair_terms(sums, ordered, p, q, kept, half, floor):
+def pair_terms(sums: np.ndarray, ordered: np.ndarray, p: int, q: int, kept: int, half: np.ndarray, floor: np.ndarray) -> None:
     """What decides the value of swaps between groups p and q, written to `half` and `floor` (float32 [B]).
 
     Moving delta of a token's saliency from q to p leaves the sum of both as it is, so the token's kept sum, as a function of delta, is
@@ -265,14 +265,14 @@ def pair_terms(sums, ordered, p, q, kept, half, floor):
 
 
 @_inner_loop(fastmath=True)
-def halve(first, second, half):
+def halve(first: np.ndarray, second: np.ndarray, half: np.ndarray) -> None:
     """half[:] = (first - second) / 2, in float32."""
     for b in range(half.shape[0]):
         half[b] = (np.float32(first[b]) - np.float32(second[b])) / 2
 
 
 @_inner_loop(fastmath=True)
-def raise_floor(first, second, ordered, sign, floor):
+def raise_floor(first: np.ndarray, second: np.ndarray, ordered: np.ndarray, sign: float, floor: np.ndarray) -> None:
     """Raise `floor` to sign * (the group that comes first in `ordered` without the groups p and q, minus the mean of p and q).
 
     Args:
@@ -291,7 +291,7 @@ def raise_floor(first, second, ordered, sign, floor):
 
 
 @_inner_loop(fastmath=True)
-def swapped(half, floor, gone, came):
+def swapped(half: np.ndarray, floor: np.ndarray, gone: np.ndarray, came: np.ndarray) -> np.floating:
     """Sum over tokens of max(floor, |half + came - gone|), in float32: the value of one swap up to a constant."""
     total = np.float32(0)
     for b in range(half.shape[0]):
@@ -300,7 +300,7 @@ def swapped(half, floor, gone, came):
 
 
 @_inner_loop(fastmath=True)
-def swap_gain(half, floor, gone, came):
+def swap_gain(half: np.ndarray, floor: np.ndarray, gone: np.ndarray, came: np.ndarray) -> float:
     """Growth of the kept sum when neuron `gone` of p and neuron `came` of q (their rows of `by_neuron`) change places; float64."""
     total = 0.0
     for b in range(half.shape[0]):
@@ -309,7 +309,7 @@ def swap_gain(half, floor, gone, came):
 
 
 @_inner_loop(fastmath=True)
-def swap(first, second, half, gone, came):
+def swap(first: np.ndarray, second: np.ndarray, half: np.ndarray, gone: np.ndarray, came: np.ndarray) -> None:
     """Carry a swap out on the sums of p and q (float64 [B]) and on `half`."""
     for b in range(half.shape[0]):
         shift = np.float64(came[b]) - gone[b]
@@ -319,7 +319,7 @@ def swap(first, second, half, gone, came):
 
 
 @njit(cache=True)
-def _members(labels, num_groups):
+def _members(labels: np.ndarray, num_groups: int) -> np.ndarray:
     """Neurons of each group, rising: int64 [N, C / N]."""
     found = np.empty((num_groups, labels.shape[0] // num_groups), dtype=np.int64)
     filled = np.zeros(num_groups, dtype=np.int64)
@@ -330,7 +330,7 @@ def _members(labels, num_groups):
 
 
 @njit(cache=True)
-def _label(labels, members):
+def _label(labels: np.ndarray, members: np.ndarray) -> None:
     """Write `labels` from the neurons of each group: undoes `_members`."""
     for n in range(members.shape[0]):
         for i in range(members.shape[1]):
@@ -339,7 +339,7 @@ def _label(labels, members):
 
 @_whole
 @njit(cache=True)
-def swap_descent(by_neuron, labels, num_groups, kept):
+def swap_descent(by_neuron: np.ndarray, labels: np.ndarray, num_groups: int, kept: int) -> None:
     """Carry out improving swaps of two neurons, in place, until there is none: every pair of every two groups has been tried since."""
     tokens = by_neuron.shape[1]
     sums = group_sums(by_neuron, labels, num_groups)
@@ -381,7 +381,17 @@ def swap_descent(by_neuron, labels, num_groups, kept):
 
 @_whole
 @njit(cache=True)
-def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling, stay, rng):
+def anneal(
+    by_neuron: np.ndarray,
+    labels: np.ndarray,
+    num_groups: int,
+    kept: int,
+    iterations: int,
+    temperature: float,
+    cooling: float,
+    stay: int,
+    rng: np.random.Generator,
+) -> None:
     """Simulated annealing with swaps of two neurons of different groups, in place (MoE-Prism, offline solver).
 
     A swap is accepted when the kept sum grows by `gain` > 0 or with probability exp(gain / T), but not when it changes no more than
@@ -408,7 +418,7 @@ def anneal(by_neuron, labels, num_groups, kept, iterations, temperature, cooling
     p = q = 0
     for iteration in range(iterations):
         if iteration % stay == 0:
-            p, q = rng.integers(0, num_groups), rng.integers(0, num_groups)
+            p, q = rng.integers(0, num_groups), rng.integers(0, num_groups)  # type: ignore[assignment]  # numba has one kind of integer
             if p > q:
                 p, q = q, p
         temperature = max(temperature * cooling, 1e-300)

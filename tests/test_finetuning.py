@@ -8,9 +8,9 @@ import torch
 from conftest import EXAMPLE, files, load, logits, mostly_long
 from safetensors.torch import load_file, save_file
 
+from prism_refactor.curriculum import Curriculum
 from prism_refactor.files import output_folder
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach
-from prism_refactor.refactoring.curriculum import Curriculum
 from prism_refactor.refactoring.finetune import Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prism_refactor.calibration.settings import Calibration
+from prism_refactor.curriculum import Curriculum
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, write_json
@@ -25,7 +26,6 @@ from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.models.transformers_models import names_on_disk
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
-from prism_refactor.refactoring.curriculum import Curriculum
 from prism_refactor.signals import exit_code, uninterrupted
 from prism_refactor.tensors import save_tensors
 
