@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from prism_refactor.errors import InputError
 from prism_refactor.models.experts import expert_activations, experts_forward
 from prism_refactor.models.layered import dtype_name
-from prism_refactor.models.transformers_models import FusedExperts, register_experts
+from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts, register_experts
 
 OBSERVED = "prism_observed"
 # Fewer routed tokens than this and an expert's partition rests on little; such experts are reported.
@@ -205,7 +205,7 @@ class LayerCollector:
         first_token: position in the text of the first token that will pass.
     """
 
-    def __init__(self, layer: int, experts: Any, total_tokens: int, tokens_per_expert: int, seed: int, first_token: int = 0):
+    def __init__(self, layer: int, experts: ExpertsModule, total_tokens: int, tokens_per_expert: int, seed: int, first_token: int = 0):
         self.layer, self.experts, self.tokens_per_expert = layer, experts, tokens_per_expert
         weight = experts.down_proj
         count, _, neurons = FusedExperts(experts).shape

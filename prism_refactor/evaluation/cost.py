@@ -7,7 +7,7 @@ from prism_refactor.formats import Cost, Manifest, PrismConfig
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.transformers_models import FusedExperts
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 
 
 class CostModel:
@@ -46,7 +46,7 @@ class CostModel:
             flops += 2 * k * one + extra_flops
         return Cost(parameters, flops)
 
-    def _two_level(self, block: Any, k: int) -> tuple[int, int]:
+    def _two_level(self, block: MoeBlock, k: int) -> tuple[int, int]:
         """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
         assert self.prism is not None
         sub_experts, full = self.prism.sub_experts, self.prism.max_active

@@ -15,6 +15,7 @@ from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, install, router_of, router_tensors, two_level_router, uninstall
 from prism_refactor.models.stream import ComputeOptions, LayerStream
+from prism_refactor.models.transformers_models import MoeBlock
 from prism_refactor.routing.output import two_level_output
 
 # Tokens that the output errors of a layer are measured on.
@@ -95,7 +96,7 @@ def stream_losses(
 
 
 @contextmanager
-def _routed(block: Any, two_level: Any, point: Point, moe_layer: int) -> Iterator[None]:
+def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int) -> Iterator[None]:
     """Let a block route as an operating point says."""
     if point.router != "two-level":
         router_of(block).top_k = point.k[moe_layer]
@@ -109,7 +110,7 @@ def _routed(block: Any, two_level: Any, point: Point, moe_layer: int) -> Iterato
 
 
 @contextmanager
-def _inputs_of(block: Any) -> Iterator[list[torch.Tensor]]:
+def _inputs_of(block: MoeBlock) -> Iterator[list[torch.Tensor]]:
     """Give the inputs [T, H] of a block's forwards, as they come."""
     inputs: list[torch.Tensor] = []
     handle = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, 1)))
@@ -119,7 +120,7 @@ def _inputs_of(block: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _layer_errors(block: Any, inputs: torch.Tensor) -> torch.Tensor:
+def _layer_errors(block: MoeBlock, inputs: torch.Tensor) -> torch.Tensor:
     """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the inputs [T, H]."""
     router = block.experts.two_level
     chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long()

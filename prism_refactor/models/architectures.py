@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.models.transformers_models import FusedExperts
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 
 SOFTMAX, SIGMOID, CHOSEN = "softmax over all experts", "sigmoid", "softmax over the chosen experts"
 ROUTER_NAMES = ("gate", "router")
@@ -151,25 +151,25 @@ def moe_block(layer: nn.Module) -> tuple[str, Any] | None:
     return None
 
 
-def router_name(block: nn.Module) -> str | None:
+def router_name(block: object) -> str | None:
     """What a MoE block calls its router."""
     return next((name for name in ROUTER_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
-def routing_state(block: nn.Module) -> dict[str, Any]:
+def routing_state(block: MoeBlock) -> dict[str, Any]:
     """Every tensor that routes a MoE block, by its name in the block: its router's, and those it holds itself."""
     name = router_name(block)
     own = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
     return {f"{name}.{leaf}": value for leaf, value in block.get_submodule(str(name)).state_dict().items()} | dict(own)
 
 
-def replaced_parts(name: str, block: nn.Module) -> list[str]:
+def replaced_parts(name: str, block: MoeBlock) -> list[str]:
     """Modules and buffers of the MoE block called `name` that a refactoring replaces: router, experts, routing tensors of its own."""
     own = [leaf for leaf in routing_state(block) if "." not in leaf]
     return [f"{name}.{part}" for part in (router_name(block), "experts", *own)]
 
 
-def repeat_routing(block: Any, architecture: Architecture, sub_experts: int) -> dict[str, torch.Tensor]:
+def repeat_routing(block: MoeBlock, architecture: Architecture, sub_experts: int) -> dict[str, torch.Tensor]:
     """The router's tensors for the sub-experts, by their names in the block: everything there is per expert, N times in a row.
 
     With every row repeated the N copies of a chosen expert are all chosen, and share its weight where `Architecture.factor` says so.

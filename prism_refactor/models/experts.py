@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.transformers_models import FusedExperts, register_experts
+from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts, register_experts
 
 EXPERTS = "prism"
 # Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def expert_activations(experts: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+def expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
     fused = FusedExperts(experts)
     return fused.activate(F.linear(inputs, *fused.projection("gate_up_proj", expert, inputs.dtype)))
 
 
-def weighted_output(experts: Any, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return one expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
     return F.linear(activations, *FusedExperts(experts).projection("down_proj", expert, activations.dtype)) * weights[:, None]
 
@@ -89,7 +89,7 @@ def _rising(experts: list[int]) -> list[tuple[int, int]]:
     return sorted(enumerate(experts), key=lambda pair: pair[1])
 
 
-def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
+def sub_expert_activations(experts: ExpertsModule, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
     """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)
     fused = FusedExperts(experts)
@@ -98,7 +98,7 @@ def sub_expert_activations(experts: Any, expert: int, sub_experts: int, inputs: 
     return fused.activate(both.unflatten(-1, rows.shape[:2]))
 
 
-def sub_expert_outputs(experts: Any, expert: int, activations: torch.Tensor) -> torch.Tensor:
+def sub_expert_outputs(experts: ExpertsModule, expert: int, activations: torch.Tensor) -> torch.Tensor:
     """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
     sub_experts = activations.shape[1]
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)

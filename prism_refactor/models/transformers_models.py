@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -122,6 +122,55 @@ def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
 
 
+class ExpertsModule(Protocol):
+    """A fused experts module of transformers, which is an nn.Module.
+
+    Attributes:
+        num_experts: E.
+        gate_up_proj, down_proj: weights of all experts, see `FusedExperts`.
+        has_bias, is_transposed, is_concatenated: how they are stored.
+        config: of the model.
+    """
+
+    num_experts: int
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+    config: Any
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """See nn.Module."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """See nn.Module."""
+
+
+class MoeBlock(Protocol):
+    """A MoE block of transformers, which is an nn.Module: a router, called 'gate' or 'router' (see `router_of`), and experts."""
+
+    experts: Any
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """See nn.Module."""
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """See nn.Module."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """See nn.Module."""
+
+    def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """See nn.Module."""
+
+    def get_submodule(self, target: str) -> Any:
+        """See nn.Module."""
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """See nn.Module."""
+
+
 class FusedExperts:
     """The experts of one MoE layer in the tensors that transformers fuses them into, whichever way round a family stores them.
 
@@ -130,8 +179,8 @@ class FusedExperts:
             or in turns, perhaps with biases.
     """
 
-    def __init__(self, module: Any):
-        self.module = module
+    def __init__(self, module: ExpertsModule):
+        self.module: Any = module
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from prism_refactor.errors import PrismError, ResourceError, one_line
-from prism_refactor.models.transformers_models import ExpertSlots
+from prism_refactor.models.transformers_models import ExpertSlots, ExpertsModule
 from prism_refactor.offload.policies import Policy, Uses
 from prism_refactor.offload.store import Slot, Store
 
@@ -79,7 +79,7 @@ class Pool:
         device: where.
     """
 
-    def __init__(self, store: Store, experts: Any, slots: int, device: str):
+    def __init__(self, store: Store, experts: ExpertsModule, slots: int, device: str):
         self.names = list(store.shapes)
         self.experts = ExpertSlots(experts, {name: _pages((slots, *shape), store.dtype, device) for name, shape in store.shapes.items()})
 

@@ -61,7 +61,8 @@ class OffloadManager:
         self.model, self.cache, self.tolerant = model, cache, False
         self.requests: list[tuple[str, int]] = []
         self.faults: list[tuple[list[int], PrismError]] = []
-        self._blocks, self._slots = blocks, cache.pool.experts
+        self._blocks = blocks
+        self._slots: Any = cache.pool.experts
         self._by_router, self._by_activation = prefetch in ("router", "both"), prefetch in ("activation", "both")
         self._activations: Any = None
         if self._by_activation:

@@ -15,7 +15,7 @@ from prism_refactor.events import Events
 from prism_refactor.formats import ExpertReport, LayerReport, PrismConfig
 from prism_refactor.models.architectures import ARCHITECTURES, repeat_routing, router_name, routing_state
 from prism_refactor.models.modeling_prism import router_of, two_level_router
-from prism_refactor.models.transformers_models import FusedExperts
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Task, Workers
@@ -78,7 +78,7 @@ class LayerRefactoring:
         run: what all layers share.
     """
 
-    def __init__(self, source: Any, target: Any, config: Any, statistics: LayerStatistics, run: Run):
+    def __init__(self, source: MoeBlock, target: MoeBlock, config: Any, statistics: LayerStatistics, run: Run):
         self.source, self.target, self.config, self.statistics, self.run = source, target, config, statistics, run
         self.recipe = run.recipe
 
@@ -166,7 +166,7 @@ class LayerRefactoring:
         }
 
 
-def original_routing(block: Any) -> Tensors:
+def original_routing(block: MoeBlock) -> Tensors:
     """Return what the router file keeps of the original block: its router's state as 'original.*', and the 'correction' it holds itself."""
     router = f"{router_name(block)}."
     return {
@@ -175,7 +175,7 @@ def original_routing(block: Any) -> Tensors:
     }
 
 
-def _fill(block: Any, state: Tensors) -> None:
+def _fill(block: MoeBlock, state: Tensors) -> None:
     """Give the tensors of a block on the meta device their values."""
     for name, value in state.items():
         owner_name, _, leaf = name.rpartition(".")

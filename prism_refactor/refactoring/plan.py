@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from prism_refactor.models.architectures import replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, dtype_name
 from prism_refactor.models.side_files import check_side_files
-from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock, names_on_disk
 from prism_refactor.recipe import Recipe
 from prism_refactor.resources import allowed_memory, free_disk
 
@@ -158,7 +157,7 @@ def _check_names(layered: LayeredModel) -> None:
             )
 
 
-def replaced_state(name: str, block: Any) -> dict[str, torch.Tensor]:
+def replaced_state(name: str, block: MoeBlock) -> dict[str, torch.Tensor]:
     """The state of what a refactoring replaces in the MoE block called `name`, by its names in the model."""
     state = routing_state(block) | block.experts.state_dict(prefix="experts.")
     return {f"{name}.{leaf}": value for leaf, value in state.items()}

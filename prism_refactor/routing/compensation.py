@@ -7,13 +7,12 @@ Beyond MoE-Prism, which lets a dropped sub-expert give nothing. For a dropped su
 with the two vectors of every sub-expert, and a factor c_k on the kept output, fitted by least squares to the layer's full output.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from prism_refactor.models.experts import by_expert, sub_expert_activations, sub_expert_outputs
 from prism_refactor.models.modeling_prism import TwoLevelRouter
+from prism_refactor.models.transformers_models import ExpertsModule
 from prism_refactor.routing.sample import CHUNK
 
 # Shares of the sub-experts that are kept while fitting; other k interpolate the factors.
@@ -62,7 +61,7 @@ class _Accumulator:
 
 
 @torch.inference_mode()
-def fit_compensation(router: TwoLevelRouter, experts: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Fit the compensation of one layer.
 
     Args:

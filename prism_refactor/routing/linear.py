@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from prism_refactor.models.experts import sub_expert_activations, sub_expert_outputs
+from prism_refactor.models.transformers_models import ExpertsModule
 from prism_refactor.routing.sample import CHUNK, Routed, Run, run_here
 from prism_refactor.solvers import ridge
 
@@ -21,7 +22,7 @@ def log_sizes(outputs: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def fit_linear(experts: Any, routed: Routed, num_experts: int, sub_experts: int, run: Run = run_here) -> dict[str, torch.Tensor]:
+def fit_linear(experts: ExpertsModule, routed: Routed, num_experts: int, sub_experts: int, run: Run = run_here) -> dict[str, torch.Tensor]:
     """Regress the log of the norm of each sub-expert's output on the MoE input, over the tokens routed to its expert.
 
     Args:

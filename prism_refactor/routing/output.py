@@ -1,16 +1,15 @@
 """The output of one layer's experts under each way to route, and how far it is from the exact one."""
 
-from typing import Any
-
 import torch
 
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.modeling_prism import TwoLevelRouter, router_of
+from prism_refactor.models.transformers_models import ExpertsModule, MoeBlock
 from prism_refactor.routing.sample import in_float32, route
 
 
 @torch.inference_mode()
-def stock_output(block: Any, inputs: torch.Tensor, k: int) -> torch.Tensor:
+def stock_output(block: MoeBlock, inputs: torch.Tensor, k: int) -> torch.Tensor:
     """Return the output [T, H] of a block's experts at top-k with its own router, which computes in float32; its k is left as it was."""
     router = router_of(block)
     own, router.top_k = router.top_k, k
@@ -23,7 +22,7 @@ def stock_output(block: Any, inputs: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def two_level_output(router: TwoLevelRouter, experts: Any, inputs: torch.Tensor, k: int) -> torch.Tensor:
+def two_level_output(router: TwoLevelRouter, experts: ExpertsModule, inputs: torch.Tensor, k: int) -> torch.Tensor:
     """Return the output [T, H] of the experts at k sub-experts, with what the router adds for the dropped ones."""
     weights, indices, missing = router(inputs, k)
     output = experts_forward(experts, inputs, indices, weights)

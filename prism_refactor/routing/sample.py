@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prism_refactor.models.modeling_prism import router_of
+from prism_refactor.models.transformers_models import MoeBlock
 
 # An expert with fewer sampled tokens is fitted on the layer's inputs instead, whatever their expert, at most this many of them.
 FEWEST_TOKENS, STAND_IN_TOKENS = 16, 1024
@@ -25,7 +26,7 @@ def run_here(tasks: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Ite
 
 
 @contextmanager
-def in_float32(block: Any) -> Iterator[None]:
+def in_float32(block: MoeBlock) -> Iterator[None]:
     """Let the routing of a MoE block compute in float32 for a while; the experts follow their input's type."""
     router = router_of(block)
     tensors = [*router.parameters(), *router.buffers(), *_own_tensors(block)]
@@ -39,13 +40,13 @@ def in_float32(block: Any) -> Iterator[None]:
             tensor.data = value
 
 
-def route(block: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def route(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's weights [T, k] and experts int64 [T, k] for inputs [T, H]; it is given what its block keeps for it."""
     _, weights, experts = router_of(block)(inputs, *_own_tensors(block))
     return weights, experts
 
 
-def _own_tensors(block: Any) -> list[torch.Tensor]:
+def _own_tensors(block: MoeBlock) -> list[torch.Tensor]:
     return [*block.parameters(recurse=False), *block.buffers(recurse=False)]
 
 
@@ -65,7 +66,7 @@ class Routed:
 
     @classmethod
     @torch.inference_mode()
-    def by(cls, block: Any, inputs: torch.Tensor) -> "Routed":
+    def by(cls, block: MoeBlock, inputs: torch.Tensor) -> "Routed":
         """Route inputs [T, H] with the original block's router, which computes in float32 here."""
         inputs = inputs.float()
         with in_float32(block):
