@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import prism_refactor.api  # noqa: F401  (commands import it late; so that forks need not)
 from prism_refactor.cli import app as door
 from prism_refactor.cli import refactor
 from prism_refactor.files import finished_layers
