@@ -65,7 +65,7 @@ def main(
     """
     from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
     from prism_refactor.evaluation.compare import Comparison
-    from prism_refactor.evaluation.curve import FIGURES
+    from prism_refactor.evaluation.curve import FIGURES, check_position
     from prism_refactor.evaluation.plot import plot_curves
     from prism_refactor.evaluation.windows import read_windows
     from prism_refactor.files import write_json
@@ -80,6 +80,9 @@ def main(
     for model in models:
         model.check_source(original)
     requests = [_request(model, choices, router, allocated) for model in models]
+    for model, (_, values) in zip(models, requests, strict=True):
+        for requirement in requirements:
+            check_position(requirement, values, model.prism.max_active)
     calibration = Calibration(**options)
     length = calibration.sequence_length(original)
     windows = read_windows(

@@ -81,6 +81,17 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 FIGURES = {"recovered": True, "ratio": True, "perplexity": True}
 
 
+def check_position(requirement: Requirement, choices: list[int], full: int) -> None:
+    """Raise UsageError when a requirement is at a k that is not among `choices`, or on a figure that does not exist there."""
+    k = requirement.k(full)
+    if k not in choices:
+        raise UsageError(
+            f"`require` '{requirement.text}': not among the evaluated k ({', '.join(map(str, choices))}); add it with `choices`"
+        )
+    if requirement.figure == "recovered" and k == full:
+        raise UsageError(f"`require` '{requirement.text}': there is no 'recovered' at k = {full}, where nothing is lost")
+
+
 def figure(requirement: Requirement, points: list[OperatingPoint], full: int) -> float:
     """Return the figure of a requirement on one curve, at its position.
 
@@ -90,13 +101,12 @@ def figure(requirement: Requirement, points: list[OperatingPoint], full: int) ->
         full: k at which everything runs.
 
     Raises:
-        UsageError: the curve has no such point, or the figure does not exist there.
+        UsageError: as `check_position`, or the original has no such setting to compare with.
     """
-    for point in points:
-        if isinstance(point.k, int) and point.k == requirement.k(full):
-            value = getattr(point, requirement.figure)
-            if value is None:
-                raise UsageError(f"`require` '{requirement.text}': there is no '{requirement.figure}' at k = {point.k}")
-            return value
-    known = ", ".join(str(point.k) for point in points if isinstance(point.k, int))
-    raise UsageError(f"`require` '{requirement.text}': not among the evaluated k ({known}); add it with `k`")
+    uniform = {point.k: point for point in points if isinstance(point.k, int)}
+    check_position(requirement, list(uniform), full)
+    point = uniform[int(requirement.k(full))]
+    value = getattr(point, requirement.figure)
+    if value is None:
+        raise UsageError(f"`require` '{requirement.text}': there is no '{requirement.figure}' at k = {point.k}")
+    return value
