@@ -40,8 +40,9 @@ class Informed(ActivationAware):
         super().__init__(layers, experts)
         self.told, self.number = told, -1
 
-    def begin_pass(self) -> None:
-        self.number += 1
+    def use(self, layer: int, uses: Any) -> None:
+        self.number += layer == 0
+        super().use(layer, uses)
 
     def keep(self) -> np.ndarray:
         ahead = (np.arange(self.layers)[:, None] - self._layer - 1) % self.layers

@@ -288,7 +288,7 @@ class LayerCollector:
 def observed_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """`routers.experts_forward`, telling `self.prism_collector` (if set) the activations as they come by."""
+    """`models.experts.experts_forward`, telling `self.prism_collector` (if set) the activations as they come by."""
     collector: LayerCollector | None = getattr(self, "prism_collector", None)
     if collector is None:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)

@@ -1,1 +1,1 @@
-"""The doors: one click command per file."""
+"""The commands: one per file."""

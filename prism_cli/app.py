@@ -129,10 +129,14 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record, with its traceback if it has one."""
         fields = getattr(record, "fields", {})
-        if record.levelno < logging.WARNING:
-            self.reporter.line(record.getMessage(), **fields)
-        else:
-            self.reporter.notice(self.format(record), record.levelname.lower(), **fields)
+        try:
+            if record.levelno < logging.WARNING:
+                self.reporter.line(record.getMessage(), **fields)
+            else:
+                self.reporter.notice(self.format(record), record.levelname.lower(), **fields)
+        except Exception:
+            # The reader of stderr may be gone; whoever logs must not fail for it.
+            self.handleError(record)
 
 
 class Command(click.Command):

@@ -122,8 +122,10 @@ def _request(model: "RefactoredCheckpoint", choices: str | None, router: str, al
         routers = ["stock"]
     if allocated and "two-level" not in routers:
         raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
-    full = prism.max_active
-    return routers, _choices(choices, full) if choices else list(range(prism.sub_experts, full + 1, prism.sub_experts))
+    values = _choices(choices, prism.max_active) if choices else prism.whole_experts
+    if allocated and values == [prism.max_active]:
+        raise UsageError(f"--allocate: --k needs a number below {prism.max_active}, where there is something to allocate")
+    return routers, values
 
 
 def _choices(text: str, full: int) -> list[int]:

@@ -24,8 +24,8 @@ from prism_refactor.cli.options import (
     table,
 )
 from prism_refactor.cli.resuming import RESUME, Resumption
-from prism_refactor.errors import InputError, RequirementError, UsageError
-from prism_refactor.formats import MANIFEST, Manifest, PrismConfig
+from prism_refactor.errors import RequirementError, UsageError
+from prism_refactor.formats import MANIFEST, Manifest
 from prism_refactor.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
 from prism_refactor.refactoring.figures import FIGURES, check_position, figure
 from prism_refactor.requirements import Requirement
@@ -143,8 +143,6 @@ def main(
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
     checkpoint = Checkpoint(model_dir)
-    if PrismConfig.of(checkpoint.config) is not None:
-        raise InputError(f"{model_dir}: is refactored already; start from the original checkpoint")
     statistics = None
     if stats is not None:
         _refuse_with_stats(context)

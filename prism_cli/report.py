@@ -38,6 +38,10 @@ def _pictures(path: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path) if path.exists() else {}
+        pictures = load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is broken ({one_line(error)}); refactor again") from None
+    layers = {name.rpartition(".")[0] for name in pictures}
+    if pictures.keys() != {f"{layer}.{part}" for layer in layers for part in ("before", "after", "expert")}:
+        raise InputError(f"{path}: does not hold the pictures of every layer; refactor again")
+    return pictures

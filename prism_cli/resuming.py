@@ -7,7 +7,7 @@ import click
 
 from prism_refactor.cli.app import Reporter, exit_of
 
-RESUME = click.option("--resume", is_flag=True, help="Go on after the last finished layer of an interrupted run, if there is one.")
+RESUME = click.option("--resume", is_flag=True, help="Go on with an interrupted run, if there is one.")
 
 
 class Resumption:

@@ -121,16 +121,17 @@ def _answer(
 
     clock, before = Clock(tokenizer, quiet), model.offload.counters
     start = time.perf_counter()
-    output = model.generate(
-        ids.to(model.device),
-        # Nothing is padded; without these two transformers looks for padding in the prompt.
-        attention_mask=torch.ones_like(ids).to(model.device),
-        pad_token_id=0,
-        max_new_tokens=new,
-        do_sample=False,
-        streamer=clock,
-        prefill_chunk_size=CHUNK,
-    )
+    with torch.inference_mode():
+        output = model.generate(
+            ids.to(model.device),
+            # Nothing is padded; without these two transformers looks for padding in the prompt.
+            attention_mask=torch.ones_like(ids).to(model.device),
+            pad_token_id=0,
+            max_new_tokens=new,
+            do_sample=False,
+            streamer=clock,
+            prefill_chunk_size=CHUNK,
+        )
     # The streamer is given the prompt first.
     times = clock.times[1:]
     counters = model.offload.counters.since(before)

@@ -8,7 +8,7 @@ from typing import Any
 
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
-from prism_refactor.calibration.store import write_statistics
+from prism_refactor.calibration.store import estimated_bytes, write_statistics
 from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.compare import Comparison
@@ -17,12 +17,14 @@ from prism_refactor.files import check_target
 from prism_refactor.formats import INDEX, MANIFEST, Curve, Manifest
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.loading import load as load_model
 from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.pipeline import Refactoring
-from prism_refactor.refactoring.plan import make_plan
+from prism_refactor.refactoring.plan import make_plan, memory_needed
 from prism_refactor.refactoring.workers import Workers
+from prism_refactor.resources import check_disk, check_memory
 
 Folder = str | Path
 
@@ -106,6 +108,7 @@ def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, ove
     Raises:
         UsageError: an option or the output folder cannot work.
         InputError: the checkpoint or the text cannot be used.
+        ResourceError: there is too little memory or disk.
 
     Example:
         >>> prism_refactor.refactor("OLMoE-1B-7B", "out", sub_experts=8, datasets=("my.jsonl",))
@@ -118,6 +121,8 @@ def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, ove
     check_target(target, source, overwrite, MANIFEST)
     checkpoint, pool = Checkpoint(source), Workers(workers or len(os.sched_getaffinity(0)))
     plan = make_plan(checkpoint, recipe, calibration, target, True, pool.count or 1)
+    check_memory(plan.memory_needed)
+    check_disk(target, plan.disk_needed)
     profile = Profile(checkpoint, calibration, calibration.rows(checkpoint))
     return Refactoring(checkpoint, recipe, plan, pool).run(profile, target)
 
@@ -142,6 +147,8 @@ def profile(model_dir: Folder, stats_dir: Folder, overwrite: bool = False, **opt
     source, target, calibration = Path(model_dir), Path(stats_dir), Calibration(**options)
     check_target(target, source, overwrite, INDEX)
     checkpoint = Checkpoint(source)
+    check_memory(memory_needed(LayeredModel(checkpoint, None), calibration))
+    check_disk(target, estimated_bytes(checkpoint, calibration))
     records = write_statistics(target, Profile(checkpoint, calibration, calibration.rows(checkpoint)))
     return [record["summary"] for record in records]
 
@@ -170,7 +177,7 @@ def evaluate(model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None 
     windows = read_windows(datasets, load_tokenizer(original.path), length, max(1, length // 2), calibration.seed, calibration.text_column)
     comparison = Comparison(original, windows, calibration.compute(original), calibration.seed)
     prism = refactored.prism
-    choices = list(range(prism.sub_experts, prism.max_active + 1, prism.sub_experts)) if k is None else sorted(k)
+    choices = prism.whole_experts if k is None else sorted(k)
     return comparison.original, comparison.curves(refactored, [prism.best_router], choices)[0]
 
 

@@ -4,11 +4,14 @@ Each file is a dataclass here: `PrismConfig` is the `prism` object of config.jso
 `Performance` performance.json, `Arrival` a line of a request trace, `RoutingHeader` and `RoutingPass` the lines of a routing trace.
 """
 
+import functools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from prism_refactor.curriculum import Curriculum
@@ -48,21 +51,37 @@ def read(kind: type[Read], path: Path, remedy: str) -> Read:
     """
     try:
         return parse(kind, path.read_bytes())
-    except (OSError, ValueError, RecursionError, PrismError) as error:
+    except (OSError, ValueError, LookupError, RecursionError, PrismError) as error:
         raise InputError(f"{path}: is not as this version writes it ({one_line(error)}); {remedy}") from None
 
 
 def parse(kind: type[Read], text: str | bytes) -> Read:
     """Return the object of a dataclass that a JSON text holds. Raises ValueError with the first field that is missing or wrong."""
     # It takes a third of a second that commands which read nothing should not.
-    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415
+    from pydantic import ValidationError  # noqa: PLC0415
 
+    adapter: Any = _adapter(kind)  # type: ignore[arg-type]  # a class can be hashed
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return adapter.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> Any:
+    from pydantic import TypeAdapter  # noqa: PLC0415
+
+    return TypeAdapter(kind)
+
+
+def check_format(path: Path, expected: int, remedy: str) -> None:
+    """Raise InputError when a JSON file says that it is of another format; what is no JSON at all is found when it is read."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and found.get("format") != expected:
+            raise InputError(f"{path}: format {found.get('format')} is not this version's {expected}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,11 @@ class PrismConfig:
         return self.sub_experts * self.source[self.top_k]
 
     @property
+    def whole_experts(self) -> list[int]:
+        """The sub-experts per token that cost as much as 1, 2, ... of the original's experts."""
+        return list(range(self.sub_experts, self.max_active + 1, self.sub_experts))
+
+    @property
     def has_router(self) -> bool:
         """Whether there is a sub-expert router beside the stock one."""
         return self.router != "replicate"
@@ -100,17 +124,22 @@ class PrismConfig:
 
     @classmethod
     def of(cls, config: Any) -> "PrismConfig | None":
-        """Return that of a transformers config; None where the model is not refactored."""
+        """Return that of a transformers config; None where the model is not refactored. Raises InputError where it is damaged."""
         known = getattr(config, "prism", None)
-        return cls(**known) if known else None
+        if not known:
+            return None
+        try:
+            found = cls(**known)
+            if min(found.sub_experts, found.factor, found.max_active) < 1:
+                raise ValueError("a size is not above 0")
+        except (TypeError, ValueError, LookupError) as error:
+            raise InputError(f"config.json has a damaged 'prism' ({type(error).__name__}: {one_line(error)}); refactor again") from None
+        return found
 
     @classmethod
     def required(cls, config: Any, where: object) -> "PrismConfig":
-        """As `of`. Raises InputError where the model is not refactored, or where that object is damaged."""
-        try:
-            found = cls.of(config)
-        except TypeError as error:
-            raise InputError(f"{where}: its config.json has a damaged 'prism' ({one_line(error)}); refactor again") from None
+        """As `of`. Raises InputError where the model is not refactored, too."""
+        found = cls.of(config)
         if found is None:
             raise InputError(f"{where}: not a refactored checkpoint; write one with prism-refactor")
         return found
@@ -162,8 +191,7 @@ class LayerReport:
     @property
     def dropped(self) -> tuple[float, float]:
         """Mean share that the experts drop, in stored order and partitioned."""
-        count = len(self.experts)
-        return sum(expert.loss_before for expert in self.experts) / count, sum(expert.loss_after for expert in self.experts) / count
+        return fmean(expert.loss_before for expert in self.experts), fmean(expert.loss_after for expert in self.experts)
 
     @property
     def measured_k(self) -> list[int]:
@@ -242,10 +270,28 @@ class Manifest:
         path = folder / MANIFEST
         if not path.exists():
             raise InputError(f"{folder}: not a refactored checkpoint; write one with prism-refactor")
+        check_format(path, MANIFEST_FORMAT, "refactor again")
         manifest = read(cls, path, "refactor again")
-        if manifest.format != MANIFEST_FORMAT:
-            raise InputError(f"{path}: format {manifest.format} is not this version's {MANIFEST_FORMAT}; refactor again")
+        for layer in manifest.layers:
+            if (
+                not layer.experts
+                or len({len(values) for values in layer.output_error.values()} | {len(layer.output_error.get("k", []))}) > 1
+            ):
+                raise InputError(f"{path}: layer {layer.layer} is damaged; refactor again")
+        if not manifest.layers:
+            raise InputError(f"{path}: has no layers; refactor again")
         return manifest
+
+    @property
+    def dropped(self) -> tuple[float, float]:
+        """Mean share of an expert's activation outside each token's best sub-experts, in stored order and partitioned."""
+        experts = [expert for layer in self.layers for expert in layer.experts]
+        return fmean(expert.loss_before for expert in experts), fmean(expert.loss_after for expert in experts)
+
+    @property
+    def unrouted(self) -> int:
+        """Experts that saw no calibration token."""
+        return sum(len(layer.unrouted) for layer in self.layers)
 
     def write(self, folder: Path) -> None:
         """Write prism.json."""
@@ -424,7 +470,13 @@ class Arrival:
         if unknown:
             raise ValueError(f"unknown {unknown}")
         arrival = parse(cls, json.dumps({name: value for name, value in given.items() if value is not None}))
-        if not 0 <= arrival.at < float("inf") or arrival.prompt_tokens < 1 or arrival.max_tokens < 1 or (arrival.k or 1) < 1:
+        if (
+            not 0 <= arrival.at < float("inf")
+            or arrival.prompt_tokens < 1
+            or arrival.max_tokens < 1
+            or arrival.k == 0
+            or (arrival.k or 1) < 1
+        ):
             raise ValueError("times, lengths and k must be positive")
         return arrival
 

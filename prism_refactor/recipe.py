@@ -54,6 +54,11 @@ class Recipe:
             raise UsageError(f"`keep` {self.keep}: must be at least 1 and less than `sub_experts` {self.sub_experts}")
 
     @property
+    def has_router(self) -> bool:
+        """Whether a sub-expert router is written beside the stock one."""
+        return self.router != "replicate"
+
+    @property
     def kept(self) -> int:
         """`keep` with its default."""
         return self.keep or max(1, self.sub_experts // 4)

@@ -1,4 +1,4 @@
-"""Signals that end a command: that one came, and where it must not take effect. Below everything, as `prism_errors`.
+"""Signals that end a command: that one came, and where it must not take effect. Below everything, as `errors`.
 
 A signal raises KeyboardInterrupt or SystemExit wherever Python happens to be. In a destructor that is lost; in another library's C code
 it may come out as an error of its own, a ValueError of torch's for one. So it is also noted.

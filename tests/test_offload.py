@@ -367,7 +367,6 @@ def test_every_use_finds_its_own_sub_expert_whatever_was_before(data):
     cache = Cache(store, Pool(store, experts, slots, "cpu"), slots, POLICIES[policy](3, 8))
     try:
         for _ in range(data.draw(st.integers(1, 4))):
-            cache.begin_pass()
             for layer in range(3):
                 chosen = data.draw(st.sets(st.integers(0, 7), min_size=1))
                 keys = data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 7)), unique=True, max_size=10))
@@ -434,7 +433,6 @@ def test_what_each_policy_evicts():
     def leaves(name, *passes):
         policy = POLICIES[name](2, 4)
         for passed in passes:
-            policy.begin_pass()
             for layer, experts in enumerate(passed):
                 policy.use(layer, use(*experts, total=4))
         held = sorted({(layer, expert) for passed in passes for layer, experts in enumerate(passed) for expert in experts})

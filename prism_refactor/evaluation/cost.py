@@ -20,7 +20,9 @@ class CostModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, router: str, length: int):
-        self.router, self.path, self.prism = router, checkpoint.path, PrismConfig.of(checkpoint.config)
+        self.router, self.prism = router, PrismConfig.of(checkpoint.config)
+        is_proxy = router == "two-level" and self.prism is not None and self.prism.router == "proxy"
+        self.gate_neurons = Manifest.read(checkpoint.path).recipe.gate_neurons if is_proxy else 0
         model: Any = LayeredModel(checkpoint, None).model
         self.blocks = [found[1] for layer in model.base_model.layers if (found := moe_block(layer))]
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
@@ -55,6 +57,6 @@ class CostModel:
         if k == full:
             return gate, 2 * gate
         linear = self.prism.router == "linear"
-        rows = total * hidden if linear else 2 * Manifest.read(self.path).recipe.gate_neurons * full * hidden
+        rows = total * hidden if linear else 2 * self.gate_neurons * full * hidden
         compensation = 2 * (full - k) * hidden if linear else 0
         return gate + rows + compensation, 2 * (gate + rows + compensation)

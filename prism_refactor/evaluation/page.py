@@ -71,8 +71,14 @@ def report_page(manifest: Manifest, evaluation: Evaluation | None, pictures: dic
         loads=_loads([(layer.layer, [expert.tokens for expert in layer.experts]) for layer in manifest.layers]),
         pictures=_pictures(pictures, manifest.recipe.sub_experts),
         shown=SHOWN_PICTURES,
-        environment=_environment({part: asdict(manifest)[part] for part in ("source", "result", "recipe", "calibration", "versions")}),
+        environment=_environment(_facts(manifest)),
     )
+
+
+def _facts(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    parts = asdict(manifest)
+    parts["source"] |= parts["source"].pop("sizes")
+    return {part: parts[part] for part in ("source", "result", "recipe", "calibration", "versions")}
 
 
 def profile_page(source: dict[str, Any], calibration: dict[str, Any], layers: list[dict[str, Any]]) -> str:
@@ -117,9 +123,7 @@ def _counts(manifest: Manifest, sizes: dict[str, int]) -> tuple[int, int]:
 def _head(manifest: Manifest, evaluation: Evaluation | None) -> dict[str, Any]:
     experts, top_k = _counts(manifest, manifest.source.sizes)
     sub_experts, most = _counts(manifest, manifest.result)
-    experts_of_all = [expert for layer in manifest.layers for expert in layer.experts]
-    before = float(np.mean([expert.loss_before for expert in experts_of_all]))
-    after = float(np.mean([expert.loss_after for expert in experts_of_all]))
+    before, after = manifest.dropped
     figures = [
         (f"{experts} → {sub_experts}", "experts → sub-experts in each MoE layer"),
         (f"{top_k} → {most}", "settings of the active number per token"),

@@ -42,7 +42,7 @@ def read_windows(
     domain is moved back to be full; a domain shorter than one window is padded behind its end, where padding changes nothing.
 
     Args:
-        datasets: specifications, see `calibration.Source`; their sample counts are not used.
+        datasets: specifications, see `calibration.text.Source`; their sample counts are not used.
         tokenizer: a transformers tokenizer.
         length: tokens per window.
         stride: between 1 and `length`.

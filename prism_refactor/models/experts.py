@@ -104,7 +104,7 @@ def sub_expert_outputs(experts: ExpertsModule, expert: int, activations: torch.T
     own = slice(expert * sub_experts, (expert + 1) * sub_experts)
     down, bias = FusedExperts(experts).projection("down_proj", own, activations.dtype)
     outputs = torch.einsum("tnc,nhc->tnh", activations, down)
-    return (outputs if bias is None else outputs + bias) / PrismConfig(**experts.config.prism).factor
+    return (outputs if bias is None else outputs + bias) / PrismConfig.required(experts.config, "the refactored model").factor
 
 
 register_experts(EXPERTS, experts_forward)

@@ -1,6 +1,5 @@
 """Load a refactored checkpoint whole, as a transformers model."""
 
-# Bytes to which torch aligns the memory of tensors on a CPU.
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach
 from prism_refactor.models.refactored import router_file
-
-ALIGNMENT = 64
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -45,7 +42,8 @@ def copy_out_of_files(model: Any, device: str) -> None:
     """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if not parameter.is_meta:
+            # On a GPU it is a copy already.
+            if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:

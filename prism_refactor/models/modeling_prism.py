@@ -245,6 +245,8 @@ def install(block, two_level, active, layer):
         layer: the block's number among the MoE blocks of the model.
     """
     experts = block.experts
+    if hasattr(experts, "two_level"):
+        uninstall(block)
     experts.two_level = two_level
     experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
 

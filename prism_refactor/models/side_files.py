@@ -51,7 +51,7 @@ def check_side_files(source: Path, written: Iterable[str]) -> int:
         if not path.is_file() or not os.access(path, os.R_OK):
             raise InputError(f"{path}: cannot be copied, it is missing, not readable or no regular file; mend it or remove it")
         real = path.resolve()
-        if root not in real.parents and real.parent != root.parents[1] / "blobs":
+        if root not in real.parents and real.parent != root.parent.parent / "blobs":
             raise InputError(f"{path}: links to {real}, outside the model folder; copy the file or remove the link")
         total += real.stat().st_size
     return total

@@ -156,11 +156,6 @@ class Cache:
         with self._lock:
             return [expert for expert in experts if not self._resident[layer, expert] and (layer, expert) not in self._loading]
 
-    def begin_pass(self) -> None:
-        """A forward pass starts."""
-        with self._lock:
-            self.policy.begin_pass()
-
     def end(self, request: str) -> None:
         """A request is over."""
         with self._lock:

@@ -48,7 +48,7 @@ class OffloadManager:
         model: the model; its blocks have been given this manager by `load_offloaded`.
         blocks: its MoE blocks in order.
         cache: fast memory.
-        prefetch: one of `policies.PREFETCHES`.
+        prefetch: one of `options.PREFETCHES`.
 
     Attributes:
         requests: which requests the tokens of the next forward pass belong to, [(request, tokens)] in the order of the batch; whoever
@@ -94,22 +94,22 @@ class OffloadManager:
     def _own(self) -> str:
         return f"request {self._request}"
 
-    def set_latency(self, elastic: LatencyTarget | None) -> None:
+    def set_latency(self, target: LatencyTarget | None) -> None:
         """Skip sub-experts for a latency target from now on, or no more; only in passes of one token.
 
         Raises:
             UsageError: the model has no sub-expert router to tell what each contributes, or k_min is out of range.
         """
         routers = [getattr(block.experts, "two_level", None) for block in self._blocks]
-        if elastic is not None:
+        if target is not None:
             if None in routers:
                 raise UsageError("a latency target needs a sub-expert router, and this checkpoint has none; refactor with `router` linear")
-            if not 1 <= elastic.k_min <= full_k(self.model.config):
-                raise UsageError(f"`k_min` {elastic.k_min}: choose 1 to {full_k(self.model.config)}")
-        self._latency = elastic
+            if not 1 <= target.k_min <= full_k(self.model.config):
+                raise UsageError(f"`k_min` {target.k_min}: choose 1 to {full_k(self.model.config)}")
+        self._latency = target
         for layer, router in enumerate(routers):
             if router is not None:
-                router.choose = None if elastic is None else functools.partial(self.choose, layer)
+                router.choose = None if target is None else functools.partial(self.choose, layer)
 
     def record(self, trace: IO[str] | None) -> None:
         """Write what each forward pass uses to a file of JSON lines from now on; see docs/file-formats.md."""
@@ -127,7 +127,6 @@ class OffloadManager:
         self.faults = []
         self._passed = []
         self._pace.begin(self.cache.counters)
-        self.cache.begin_pass()
 
     def _after(self, model: nn.Module, arguments: Any, output: Any) -> None:
         self._pace.end(self.cache.counters)
@@ -146,7 +145,7 @@ class OffloadManager:
         return found
 
     def run(self, layer: int, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The experts' forward, see `routers.experts_forward`: [T, H] from [T, H], int64 [T, k] and [T, k]."""
+        """The experts' forward, see `models.experts.experts_forward`: [T, H] from [T, H], int64 [T, k] and [T, k]."""
         rows = index.cpu().numpy()
         uses = self._uses(rows)
         self.cache.demand(layer, uses)
@@ -315,7 +314,7 @@ def load_offloaded(
         folder: the checkpoint. Of an original the cached things are whole experts.
         fast_memory: what the cache may take.
         policy: one of `POLICIES`.
-        prefetch: one of `policies.PREFETCHES`.
+        prefetch: one of `options.PREFETCHES`.
         read: DIRECT or BUFFERED (see `DiskStore`), or PINNED (see `PinnedStore`, needs a GPU).
         device: where the model computes, and where fast memory is.
 

@@ -31,9 +31,6 @@ class Policy:
         self.layers, self.experts = layers, experts
         self.worth = np.zeros((layers, experts))
 
-    def begin_pass(self) -> None:
-        """A forward pass starts."""
-
     def use(self, layer: int, uses: Uses) -> None:
         """A layer's sub-experts are about to be used."""
 

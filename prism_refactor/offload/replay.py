@@ -81,7 +81,6 @@ def hit_rate(trace: Trace, policy: Policy, slots: int) -> float:
     resident = np.zeros((trace.layers, trace.experts), bool)
     free, hits, uses = slots, 0, 0
     for passed, following in _with_next(trace.passes):
-        policy.begin_pass()
         for layer, (chosen, counts) in enumerate(passed.used):
             row = np.zeros(trace.experts)
             row[chosen] = counts

@@ -1,7 +1,5 @@
 """The model card of a refactored checkpoint."""
 
-from statistics import mean
-
 from prism_refactor.formats import Manifest
 from prism_refactor.models.architectures import ARCHITECTURES
 
@@ -49,9 +47,7 @@ def model_card(manifest: Manifest) -> str:
             f"At {most} the two-level router computes what the original computes; the plain load differs, because its router was trained."
         )
     values = {"model_type": source.model_type, "most": most, "half": most // 2}
-    experts = [expert for layer in manifest.layers for expert in layer.experts]
-    before, after = mean(expert.loss_before for expert in experts), mean(expert.loss_after for expert in experts)
-    unrouted = sum(len(layer.unrouted) for layer in manifest.layers)
+    before, after = manifest.dropped
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
@@ -62,13 +58,13 @@ Every expert of `{source.name}` is split into {recipe.sub_experts} sub-experts w
 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
 {source.sizes[top_k]} whole experts. {trained} {exact}
 
-{_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.router != "replicate" else ""}
+{_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.has_router else ""}
 ## How it was made
 
 - partition: `{recipe.solver}`, {recipe.kept} of {recipe.sub_experts} sub-experts kept in the objective; share of the activation
   dropped by it, mean over experts: {before:.3f} in stored order, {after:.3f} after
 - router: `{recipe.router}`; seed {recipe.seed}
-- experts that saw no calibration token: {unrouted}
+- experts that saw no calibration token: {manifest.unrouted}
 - everything else: `prism.json`
 """
     return text

@@ -72,8 +72,8 @@ class Training:
                 events.line(text, event="evaluated", step=self.step, steps=steps, perplexity=perplexity)
             else:
                 k = self.curriculum.k_at(self.step)
-                loss = self._train_on(self._batch(), k)
-                events.progress(f"steps trained, loss {loss:.4f}, k = {k}", self.step, steps)
+                self._train_on(self._batch(), k)
+                events.progress("steps trained", self.step, steps)
 
     def _evaluate(self) -> float:
         """Measure, and keep the values when they are the best so far."""

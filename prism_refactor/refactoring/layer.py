@@ -122,13 +122,15 @@ class LayerRefactoring:
         """Return the tensors of the refactored block."""
         sub_experts = self.recipe.sub_experts
         routing = repeat_routing(self.source, ARCHITECTURES[self.config.model_type], sub_experts)
-        split = FusedExperts(self.source.experts).split(order, sub_experts, PrismConfig(**self.config.prism).factor)
+        split = FusedExperts(self.source.experts).split(
+            order, sub_experts, PrismConfig.required(self.config, "the refactored model").factor
+        )
         return routing | {f"experts.{name}": value for name, value in split.items()}
 
     def _fit_router(self, original: Tensors, labels: torch.Tensor, fitting: Routed) -> Tensors:
         """Return the sub-router's entries of the router file."""
         recipe, experts = self.recipe, self.target.experts
-        if recipe.router == "replicate":
+        if not recipe.has_router:
             return {}
         if recipe.router == "proxy":
             chosen = [
@@ -148,7 +150,7 @@ class LayerRefactoring:
             "original": (stock_output(self.source, inputs, k) for k in experts),
             "stock": (stock_output(self.target, inputs, sub_experts * k) for k in experts),
         }
-        if self.recipe.router != "replicate":
+        if self.recipe.has_router:
             with in_float32(self.target):
                 two_level = two_level_router(self.target, self.config, router)
             outputs["two-level"] = (two_level_output(two_level, self.target.experts, inputs, sub_experts * k) for k in experts)

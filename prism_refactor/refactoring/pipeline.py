@@ -212,7 +212,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         values |= dict.fromkeys(names or {key}, value)
     factor = architecture.factor(checkpoint.config, recipe.sub_experts)
     values["prism"] = asdict(PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before))
-    if recipe.router != "replicate":
+    if recipe.has_router:
         values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
     # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
     if values.get("num_nextn_predict_layers"):
@@ -239,6 +239,6 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: Manifest) 
         destination = folder / copied_name(relative)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / relative, destination)
-    if manifest.recipe.router != "replicate":
+    if manifest.recipe.has_router:
         shutil.copyfile(modeling_prism.__file__, folder / MODELING_FILE)
     (folder / CARD).write_text(model_card(manifest))

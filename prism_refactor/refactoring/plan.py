@@ -11,7 +11,7 @@ from prism_refactor import solvers
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import INPUT_SAMPLE
 from prism_refactor.errors import InputError, UsageError
-from prism_refactor.formats import CARD, MANIFEST
+from prism_refactor.formats import CARD, MANIFEST, PrismConfig
 from prism_refactor.models.architectures import replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, dtype_name
@@ -65,6 +65,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         InputError: the checkpoint's tensors are not named as transformers names them for this family, or it has no MoE layer.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
+    if PrismConfig.of(config) is not None:
+        raise InputError(f"{checkpoint.path}: is refactored already; start from the original checkpoint")
     after = architecture.refactored_sizes(config, recipe.sub_experts)
     layered = LayeredModel(checkpoint, None)
     layered.check()

@@ -74,13 +74,14 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer, self.characters = tokenizer, 0
+        self._special = set(tokenizer.all_special_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
 
     def of(self, token: int) -> bytes:
         """Return the bytes of a token."""
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
-        if token in self._tokenizer.all_special_ids:
+        if token in self._special:
             return piece.encode()
         if self._byte_level:
             return b"".join(bytes([_BYTES[character]]) if character in _BYTES else character.encode() for character in piece)

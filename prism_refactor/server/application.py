@@ -8,7 +8,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -341,7 +341,7 @@ async def _events(answers: _Answers, parts: AsyncIterator[_Delta], include_usage
             yield f"data: {answers.usage_event().model_dump_json(exclude_none=True)}\n\n"
         yield "data: [DONE]\n\n"
     except (EngineFailed, Rejected) as error:
-        if isinstance(error, EngineFailed):
+        if isinstance(error, EngineFailed) and not answers.state.stopping:
             _log.error("a stream failed", exc_info=error)
         yield f"data: {json.dumps(_failure(500 if isinstance(error, EngineFailed) else 429, str(error)))}\n\n"
     finally:
@@ -412,23 +412,38 @@ class _AccessLog:
         try:
             await self.app(scope, receive, noted)
             if status == 413:
+                await _drop_body(receive)
                 headers = {"Connection": "close", "X-Request-Id": name}
                 await _respond(413, f"a body may have {MOST_BYTES} bytes", headers=headers)(scope, receive, send)
+        except Exception:
+            # Answered and logged, and raised again for whoever runs the application.
+            if status != 500:
+                raise
         finally:
             known = scope.get("state", {})
             k, tokens = known.get("k"), known["tokens"]() if "tokens" in known else None
-            fields = {"method": scope["method"], "path": scope["path"], "status": status, "k": k, "tokens": tokens}
+            fields = {"method": scope["method"], "path": scope["raw_path"].decode("latin-1"), "status": status, "k": k, "tokens": tokens}
             fields |= {"ms": round(1e3 * (time.monotonic() - start), 1), "id": name}
             text = "%(method)s %(path)s %(status)s" + (" k=%(k)s tokens=%(tokens)s" if k else "") + " %(ms)s ms %(id)s"
             _log.info(text, fields, extra={"fields": fields})
 
 
-def _key_check(state: ServerState) -> Callable[..., None]:
+async def _drop_body(receive: Receive) -> None:
+    """Read a body and forget it, unless it is very long: to close a connection that is still being written to would lose the answer."""
+    left = 16 * MOST_BYTES
+    while left > 0:
+        part = await receive()
+        left -= len(part.get("body", b""))
+        if not part.get("more_body"):
+            break
+
+
+def _key_check(state: ServerState) -> Callable[..., Awaitable[None]]:
     """A dependency that refuses requests without the API key."""
 
-    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
         key = given.credentials if given else ""
-        if state.api_key is not None and not hmac.compare_digest(key.encode(), state.api_key.encode()):
+        if state.api_key is not None and not hmac.compare_digest(key.encode("latin-1"), state.api_key.encode()):
             raise HTTPException(401, "give the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
 
     return check
@@ -513,7 +528,8 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
 
     @app.exception_handler(EngineFailed)
     async def failed(_: Request, error: EngineFailed) -> JSONResponse:
-        _log.error("a request failed", exc_info=error)
+        if not state.stopping:
+            _log.error("a request failed", exc_info=error)
         return _respond(503 if state.stopping else 500, str(error))
 
     @app.exception_handler(HTTPException)

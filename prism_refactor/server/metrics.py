@@ -79,4 +79,4 @@ class _State(Collector):
         yield GaugeMetricFamily("prism_kv_blocks_in_use", "KV blocks that requests hold.", self.engine.kv_in_use)
         if self.engine.offload is not None:
             for name, value in asdict(self.engine.offload.counters).items():
-                yield CounterMetricFamily(f"prism_offload_{name}", "Of offloading, see serving.offload.Counters.", value)
+                yield CounterMetricFamily(f"prism_offload_{name}", "Of offloading, see offload.cache.Counters.", value)

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import write_json
-from prism_refactor.formats import PERFORMANCE, PERFORMANCE_FORMAT, HeldOut, LatencyGrid, Performance, read
+from prism_refactor.formats import PERFORMANCE, PERFORMANCE_FORMAT, HeldOut, LatencyGrid, Performance, check_format, read
 
 # Share of held-out points whose error the error bars cover.
 _COVERED = 0.9
@@ -136,10 +135,8 @@ class PerformanceModel(Performance):
         path = folder / PERFORMANCE
         if not path.exists():
             return None
-        model = read(cls, path, "run prism-bench again")
-        if model.format != PERFORMANCE_FORMAT:
-            raise InputError(f"{path}: format {model.format} is not this version's {PERFORMANCE_FORMAT}; run prism-bench again")
-        return model
+        check_format(path, PERFORMANCE_FORMAT, "run prism-bench again")
+        return read(cls, path, "run prism-bench again")
 
 
 def powers(most: int, first: int = 1, factor: int = 2) -> list[int]:
