@@ -398,7 +398,13 @@ class _AccessLog:
             return await self.app(scope, receive, send)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        start, status = time.monotonic(), 500
+        start, status, left = time.monotonic(), 0, True
+
+        async def read() -> Message:
+            nonlocal left
+            message = await receive()
+            left = bool(message.get("more_body"))
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -410,40 +416,39 @@ class _AccessLog:
                 await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, read, noted)
             if status == 413:
-                await _drop_body(receive)
+                dropped = 0
+                # To close a connection that is still being written to would lose the answer.
+                while left and dropped < 16 * MOST_BYTES:
+                    dropped += len((await read()).get("body", b""))
                 headers = {"Connection": "close", "X-Request-Id": name}
                 await _respond(413, f"a body may have {MOST_BYTES} bytes", headers=headers)(scope, receive, send)
         except Exception:
-            # Answered and logged, and raised again for whoever runs the application.
-            if status != 500:
+            # What was answered has been logged, and is raised again for whoever runs the application.
+            if not status:
                 raise
         finally:
             known = scope.get("state", {})
             k, tokens = known.get("k"), known["tokens"]() if "tokens" in known else None
-            fields = {"method": scope["method"], "path": scope["raw_path"].decode("latin-1"), "status": status, "k": k, "tokens": tokens}
+            fields = {
+                "method": scope["method"],
+                "path": scope["raw_path"].decode("latin-1"),
+                "status": status or 500,
+                "k": k,
+                "tokens": tokens,
+            }
             fields |= {"ms": round(1e3 * (time.monotonic() - start), 1), "id": name}
             text = "%(method)s %(path)s %(status)s" + (" k=%(k)s tokens=%(tokens)s" if k else "") + " %(ms)s ms %(id)s"
             _log.info(text, fields, extra={"fields": fields})
 
 
-async def _drop_body(receive: Receive) -> None:
-    """Read a body and forget it, unless it is very long: to close a connection that is still being written to would lose the answer."""
-    left = 16 * MOST_BYTES
-    while left > 0:
-        part = await receive()
-        left -= len(part.get("body", b""))
-        if not part.get("more_body"):
-            break
-
-
-def _key_check(state: ServerState) -> Callable[..., Awaitable[None]]:
+def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
     """A dependency that refuses requests without the API key."""
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
         key = given.credentials if given else ""
-        if state.api_key is not None and not hmac.compare_digest(key.encode("latin-1"), state.api_key.encode()):
+        if not hmac.compare_digest(key.encode("latin-1"), api_key.encode()):
             raise HTTPException(401, "give the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
 
     return check
@@ -463,7 +468,7 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         on_stopped()
 
     app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=MOST_BYTES)
-    for_clients = [Depends(_key_check(state))]
+    for_clients = [] if state.api_key is None else [Depends(_key_check(state.api_key))]
     _handle_errors(app, state)
     _add_health(app, state)
 
