@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -110,6 +111,11 @@ def _lean_loading() -> Iterator[None]:
 def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
     return revert_weight_conversion(model, state)
+
+
+def byte_of_character() -> dict[str, int]:
+    """Return the byte that each character of a byte-level tokenizer's vocabulary stands for."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from prism_refactor.models.transformers_models import byte_of_character
 from prism_refactor.serving.engine import Logprob
 
 # How byte-level tokenizers write bytes.
-_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTES = byte_of_character()
 
 
 @dataclass
