@@ -28,13 +28,14 @@ demo: setup ## refactor the example checkpoint, verify it, measure its quality a
 	@$(BIN)/prism-report $(DEMO) --quiet
 
 # Two tests side by side: more would want more memory than a small machine has.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --durations 10
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 10
 
 test: setup ## run the quick tests
 	@$(PYTEST) -m 'not long'
 
 test-all: setup ## run the long tests: random kills, Ray, a browser, fuzzing, every family
-	@$(PYTEST) -m long
+	@$(PYTEST) -m 'long and not alone'
+	@$(BIN)/pytest -m alone
 
 docs: setup ## write docs/architectures.md
 	@$(BIN)/python -m prism_refactor.cli.architectures > docs/architectures.md

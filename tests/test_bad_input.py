@@ -408,6 +408,7 @@ def test_broken_statistics_are_refused(tmp_path, models, command, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_text_that_is_at_hand_needs_no_cache(tmp_path, models):
     """As in a container without a home."""
     process = start(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import COMMANDS, EXAMPLE, FAMILIES, FAST, build
+from conftest import COMMANDS, EXAMPLE, FAMILIES, FAST, build, mostly_long
 
 from prism_refactor.cli import app, architectures
 from prism_refactor.models.architectures import ARCHITECTURES, REFUSED
@@ -47,7 +47,7 @@ def test_interruption_of_imports_or_profiling_leaves_nothing_behind(tmp_path, ph
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), mostly_long([(signal.SIGINT, 130), (signal.SIGTERM, 143)], (signal.SIGINT, 130)))
 def test_interruption_leaves_nothing_behind(tmp_path, number, code):
     process = start("prism-refactor", EXAMPLE, tmp_path / "out", *FAST[:6], "--workers", "2")
     workers = []

@@ -90,7 +90,7 @@ def test_every_request_of_a_mixed_batch_gets_what_it_gets_alone(engine_of, model
     assert engine.kv_in_use == 0
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", mostly_long(SCHEDULERS, "per-token", "tiers"))
 def test_no_scheduler_serves_below_a_floor_or_loses_a_request(engine_of, model, scheduler):
     engine = engine_of(scheduler)
     requests = greedy(20)

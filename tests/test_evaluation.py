@@ -42,6 +42,7 @@ def plain_sums(model, windows):
     return torch.tensor(sums, dtype=torch.float64)
 
 
+@pytest.mark.long
 def test_streamed_losses_are_transformers_losses(elastic, windows):
     original = load(EXAMPLE)
     expected = []
@@ -107,6 +108,7 @@ def test_allocation_takes_the_steepest_layer_first_and_looks_past_plateaus():
     assert allocate(errors, [1, 2, 3, 4]) == {1: (1, 1, 1), 2: (2, 1, 3), 3: (4, 2, 3), 4: (4, 4, 4)}
 
 
+@pytest.mark.long
 def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elastic, command):
     out = shutil.copytree(elastic, tmp_path / "out")
     result = command("prism-eval", EXAMPLE, out, *TEXT, "--router", "both", "--allocate", "--save", "--json", "--plot", tmp_path / "c.png")

@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import mostly_long
 from numba import config
 
 from prism_refactor.signals import run_async, uninterrupted
@@ -125,8 +124,9 @@ refactor.main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted; nothing was written"), ("SIGTERM", 143, None)])
-@pytest.mark.parametrize("how", mostly_long(["lost", "turned"], "lost"))
+@pytest.mark.parametrize("how", ["lost", "turned"])
 def test_a_signal_that_is_lost_or_turned_into_an_error_ends_the_command(tmp_path, models, how, number, code, said):
     arguments = [models["olmoe"], tmp_path / "out", "--num-samples", "8", "--max-seq-length", "64", "--workers", "1", "--log-json"]
     ended = subprocess.run([sys.executable, "-c", LOSING, number, how, *map(str, arguments)], capture_output=True, text=True, check=False)

@@ -97,7 +97,7 @@ def actors():
     return [process for process in psutil.process_iter(["cmdline"]) if "ray::PoolActor" in " ".join(process.info["cmdline"] or [])]
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.alone
 @pytest.mark.long
 def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(tmp_path, models, cluster):
     source = models["qwen2_moe"]
@@ -112,7 +112,7 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(tmp_path, models
     assert files(tmp_path / "ray") == files(tmp_path / "here")
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.alone
 @pytest.mark.long
 def test_more_workers_than_the_cluster_has_cores_are_refused(tmp_path, models, cluster):
     process = start(
