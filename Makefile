@@ -38,7 +38,7 @@ test-all: setup ## run the long tests: random kills, Ray, a browser, fuzzing, ev
 	@$(BIN)/pytest -m alone
 
 docs: setup ## write docs/architectures.md
-	@$(BIN)/python -m prism_refactor.cli.architectures > docs/architectures.md
+	@$(BIN)/python -m prism_refactor.refactoring.families > docs/architectures.md
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from prism_refactor.calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer
-from prism_refactor.cli.options import table
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows, read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, router_tensors, set_active
 from prism_refactor.models.stream import ComputeOptions
+from prism_refactor.tables import table
 
 CHOICES, BATCH = (2, 4, 6, 8, 10, 12, 14, 16), 8
 

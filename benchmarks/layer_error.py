@@ -19,10 +19,10 @@ from transformers.utils import logging
 from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, token_rows
 from prism_refactor.cli import app as door
 from prism_refactor.cli import refactor
-from prism_refactor.cli.options import table
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.modeling_prism import attach
 from prism_refactor.routing.output import relative_error
+from prism_refactor.tables import table
 
 
 @torch.inference_mode()

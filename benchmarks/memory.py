@@ -16,7 +16,7 @@ import torch
 from common import EXAMPLE, print_provenance
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from prism_refactor.cli.options import table
+from prism_refactor.tables import table
 
 SAMPLES, LENGTH, TOKENS_PER_EXPERT = 32, 256, 512
 BIN = Path(sys.executable).parent

@@ -20,10 +20,10 @@ from joblib.externals.loky import get_reusable_executor
 from partitioners import FAMILIES, generated
 
 from prism_refactor import solvers
-from prism_refactor.cli.options import table
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.layer import partition_experts
 from prism_refactor.refactoring.workers import Workers
+from prism_refactor.tables import table
 
 # Neurons and tokens of an expert: a tiny model, examples/olmoe-tiny, OLMoE-1B-7B.
 SIZES = ((64, 512), (256, 1024), (1024, 2048))

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
-from prism_refactor.cli.options import table
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.tables import table
 
 ROUNDS = 5
 

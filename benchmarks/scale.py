@@ -27,7 +27,7 @@ from common import EXAMPLE, print_provenance
 from safetensors.torch import save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from prism_refactor.cli.options import table
+from prism_refactor.tables import table
 
 TEXT = ["--num-samples", "8", "--max-seq-length", "128", "--tokens-per-expert", "128"]
 GROUP = Path("/sys/fs/cgroup/memory/prism-scale")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import print_provenance
 
-from prism_refactor.cli.options import table
+from prism_refactor.tables import table
 
 COMMANDS = ("refactor", "profile", "verify", "eval", "finetune", "bench", "serve", "loadtest", "run", "replay", "report")
 FOLDERS = {"refactor": 2, "profile": 2, "verify": 2, "eval": 2, "finetune": 2, "bench": 1, "serve": 1, "run": 1, "replay": 1, "report": 1}

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from prism_refactor.cli.options import table
+from prism_refactor.tables import table
 
 VERSION = "0.32.0"
 CHOICES, TOKENS = (16, 12, 8, 4), 24

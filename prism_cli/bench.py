@@ -7,9 +7,10 @@ import click
 
 from prism_refactor.calibration.settings import torch_dtype
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, SERVING_OPTIONS, add, table
+from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, SERVING_OPTIONS, add
 from prism_refactor.errors import UsageError
 from prism_refactor.serving.scheduling import Limits
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.formats import LatencyGrid

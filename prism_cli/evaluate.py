@@ -9,10 +9,11 @@ import click
 
 from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, TEXT_OPTIONS, Requirements, add, table
+from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, TEXT_OPTIONS, Requirements, add
 from prism_refactor.errors import RequirementError, UsageError
 from prism_refactor.formats import EVALUATION, Curve, Evaluation, OperatingPoint, OperatingPoints, StoredPoint, Text
 from prism_refactor.requirements import Requirement
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.evaluation.windows import Windows

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import Finite, table
+from prism_refactor.cli.options import Finite
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 from prism_refactor.signals import run_async
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.formats import Arrival

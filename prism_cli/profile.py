@@ -9,9 +9,10 @@ import click
 
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import CALIBRATION_OPTIONS, INPUT_FOLDER, OUTPUT_FOLDER, STATS_FOLDER, OutputFile, add, table
+from prism_refactor.cli.options import CALIBRATION_OPTIONS, INPUT_FOLDER, OUTPUT_FOLDER, STATS_FOLDER, OutputFile, add
 from prism_refactor.cli.resuming import RESUME, Resumption
 from prism_refactor.formats import INDEX
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.models.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ class Shard(click.ParamType):
 def _explain(context: click.Context, parameter: click.Parameter, folder: Path | None) -> None:
     """Callback of an eager option: print how the checkpoint in `folder` can be split and exit."""
     if folder is not None:
-        from prism_refactor.cli.architectures import explanation
+        from prism_refactor.refactoring.families import explanation
 
         click.echo(explanation(folder))
         context.exit()

@@ -21,7 +21,6 @@ from prism_refactor.cli.options import (
     Requirements,
     Size,
     add,
-    table,
 )
 from prism_refactor.cli.resuming import RESUME, Resumption
 from prism_refactor.errors import RequirementError, UsageError
@@ -30,6 +29,7 @@ from prism_refactor.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
 from prism_refactor.refactoring.figures import FIGURES, check_position, figure
 from prism_refactor.requirements import Requirement
 from prism_refactor.resources import gib
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.calibration.statistics import StatisticsSource
@@ -72,7 +72,7 @@ RECIPE_OPTIONS = (
 def _list_architectures(context: click.Context, _: click.Parameter, asked: bool) -> None:
     """Callback of an eager flag: print the families and exit."""
     if asked:
-        from prism_refactor.cli.architectures import listing
+        from prism_refactor.refactoring.families import listing
 
         click.echo(listing())
         context.exit()

@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import PICTURE, table
+from prism_refactor.cli.options import PICTURE
 from prism_refactor.offload.options import CacheBudget
 from prism_refactor.offload.policies import POLICIES
 from prism_refactor.offload.replay import Trace, belady, hit_rate
+from prism_refactor.tables import table
 
 SIZES = ("10%", "25%", "50%", "75%", "90%")
 BOUND = "belady"

@@ -9,9 +9,10 @@ import click
 
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import INPUT_FOLDER, TEXT_OPTIONS, Finite, add, table
+from prism_refactor.cli.options import INPUT_FOLDER, TEXT_OPTIONS, Finite, add
 from prism_refactor.errors import RequirementError
 from prism_refactor.recipe import LOGIT_TOLERANCE
+from prism_refactor.tables import table
 
 if TYPE_CHECKING:
     from prism_refactor.refactoring.verify import LogitComparison

@@ -11,8 +11,9 @@ import psutil
 import pytest
 from conftest import COMMANDS, EXAMPLE, FAMILIES, FAST, build, mostly_long
 
-from prism_refactor.cli import app, architectures
+from prism_refactor.cli import app
 from prism_refactor.models.architectures import ARCHITECTURES, REFUSED
+from prism_refactor.refactoring import families as architectures
 
 BIN = Path(sys.executable).parent
 ROOT = EXAMPLE.parents[1]

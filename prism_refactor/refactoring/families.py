@@ -1,6 +1,6 @@
 """Which families can be split, and why: `prism-refactor --list-architectures`, `prism-profile --explain`, docs/architectures.md.
 
-python -m prism_refactor.cli.architectures > docs/architectures.md
+python -m prism_refactor.refactoring.families > docs/architectures.md
 """
 
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from prism_refactor.cli.options import table
 from prism_refactor.errors import UsageError
 from prism_refactor.models.architectures import ARCHITECTURES, REFUSED, Architecture
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.refactoring.plan import Splits, possible_splits
+from prism_refactor.tables import table
 
 _INTRODUCTION = """# Families
 
