@@ -257,7 +257,7 @@ def _interrupted(built: click.Command, arguments: list[str]) -> int:
 
 
 def asks_for(flag: str, built: click.Command, arguments: list[str]) -> bool:
-    """Whether the arguments of a command hold a flag, also where they cannot be parsed; the value of an option is none."""
+    """Whether the arguments of a command hold a flag. They need not parse; the value of an option does not count as a flag."""
     takes_value = {
         name for parameter in built.params if isinstance(parameter, click.Option) and not parameter.is_flag for name in parameter.opts
     }

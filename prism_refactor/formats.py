@@ -470,13 +470,8 @@ class Arrival:
         if unknown:
             raise ValueError(f"unknown {unknown}")
         arrival = parse(cls, json.dumps({name: value for name, value in given.items() if value is not None}))
-        if (
-            not 0 <= arrival.at < float("inf")
-            or arrival.prompt_tokens < 1
-            or arrival.max_tokens < 1
-            or arrival.k == 0
-            or (arrival.k or 1) < 1
-        ):
+        counts = [arrival.prompt_tokens, arrival.max_tokens, *([] if arrival.k is None else [arrival.k])]
+        if not 0 <= arrival.at < float("inf") or min(counts) < 1:
             raise ValueError("times, lengths and k must be positive")
         return arrival
 

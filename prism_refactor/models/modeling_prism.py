@@ -280,15 +280,11 @@ def attach(model, folder):
     if not recipe or recipe["router"] == "replicate":
         raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")
     tensors, names = router_tensors(os.path.join(folder, ROUTER_FILE)), {id(module): name for name, module in model.named_modules()}
-    install_all(model, {names[id(block)]: block for block in moe_blocks(model)}, tensors)
+    blocks = moe_blocks(model)
+    model.prism_active = ActiveK([getattr(model.config, recipe["top_k"])] * len(blocks))
+    for layer, block in enumerate(blocks):
+        install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
     return model
-
-
-def install_all(model, blocks, tensors):
-    """Install two-level routing on the MoE blocks {name: module} of a model, from the router file's {name: tensors}."""
-    model.prism_active = ActiveK([getattr(model.config, model.config.prism["top_k"])] * len(blocks))
-    for layer, (name, block) in enumerate(blocks.items()):
-        install(block, two_level_router(block, model.config, tensors[name]), model.prism_active, layer)
 
 
 def moe_blocks(model):
