@@ -17,7 +17,8 @@ from common import print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from prism_refactor.calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT, load_tokenizer
+from prism_refactor.calibration.settings import Calibration
+from prism_refactor.calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows, read_windows
 from prism_refactor.models.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def separate(folder: Path, windows: Windows, k: int) -> float:
 
 def main(folder: Path, tokens: int) -> None:
     checkpoint = Checkpoint(folder)
-    windows = read_windows([EVALUATION_TEXT, CALIBRATION_TEXT], load_tokenizer(folder), 512, 512, 0, most=tokens)
+    windows = read_windows(Calibration((EVALUATION_TEXT, CALIBRATION_TEXT), max_seq_length=512), checkpoint, 512, tokens)
     layers = len(router_tensors(folder / ROUTER_FILE))
     start = time.perf_counter()
     apart = [separate(folder, windows, k) for k in CHOICES]

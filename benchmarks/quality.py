@@ -30,9 +30,10 @@ from common import EXAMPLE, markdown, print_provenance, summed_loss
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import coactive_marks
 from prism_refactor.calibration.store import Statistics
-from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.calibration.text import EVALUATION_TEXT
 from prism_refactor.cli import app as door
 from prism_refactor.cli import finetune, profile, refactor
 from prism_refactor.evaluation.windows import read_windows
@@ -158,7 +159,7 @@ class Ablation:
         text = folder / "evaluation.jsonl"
         lines = Path(EVALUATION_TEXT).read_text().splitlines(keepends=True)
         text.write_text("".join(line for line in lines if "perljp" not in line))
-        windows = read_windows([str(text)], load_tokenizer(EXAMPLE), 512, 512, 0)
+        windows = read_windows(Calibration((str(text),), max_seq_length=512), Checkpoint(EXAMPLE), 512)
         # Windows from all over the text.
         chosen = torch.linspace(0, len(windows.rows) - 1, min(len(windows.rows), tokens // 512)).long()
         self.windows = replace(

@@ -64,7 +64,6 @@ def main(
     scored once. Intervals are 95 % bootstrap intervals over windows; 'recovered' is the share of what the original loses at the same
     active experts that the refactored model does not lose.
     """
-    from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
     from prism_refactor.evaluation.compare import Comparison
     from prism_refactor.evaluation.curve import FIGURES, check_position
     from prism_refactor.evaluation.plot import plot_curves
@@ -85,16 +84,7 @@ def main(
         for requirement in requirements:
             check_position(requirement, values, model.prism.max_active)
     calibration = Calibration(**options)
-    length = calibration.sequence_length(original)
-    windows = read_windows(
-        list(calibration.datasets) or [EVALUATION_TEXT],
-        load_tokenizer(model_dir),
-        length,
-        stride or max(1, length // 2),
-        calibration.seed,
-        calibration.text_column,
-        num_tokens,
-    )
+    windows = read_windows(calibration, original, stride, num_tokens)
     comparison = Comparison(original, windows, calibration.compute(original), calibration.seed, reporter)
     curves: list[Curve] = []
     for model, (routers, values) in zip(models, requests, strict=True):

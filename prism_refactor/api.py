@@ -9,7 +9,6 @@ from typing import Any
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.store import estimated_bytes, write_statistics
-from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.compare import Comparison
 from prism_refactor.evaluation.windows import read_windows
@@ -172,10 +171,7 @@ def evaluate(model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None 
     _check_options(options, {field.name for field in fields(Calibration)})
     original, refactored, calibration = Checkpoint(Path(model_dir)), RefactoredCheckpoint(Path(refactored_dir)), Calibration(**options)
     refactored.check_source(original)
-    length = calibration.sequence_length(original)
-    datasets = list(calibration.datasets) or [EVALUATION_TEXT]
-    windows = read_windows(datasets, load_tokenizer(original.path), length, max(1, length // 2), calibration.seed, calibration.text_column)
-    comparison = Comparison(original, windows, calibration.compute(original), calibration.seed)
+    comparison = Comparison(original, read_windows(calibration, original), calibration.compute(original), calibration.seed)
     prism = refactored.prism
     choices = prism.whole_experts if k is None else sorted(k)
     return comparison.original, comparison.curves(refactored, [prism.best_router], choices)[0]

@@ -55,14 +55,14 @@ def read(kind: type[Read], path: Path, remedy: str) -> Read:
         raise InputError(f"{path}: is not as this version writes it ({one_line(error)}); {remedy}") from None
 
 
-def parse(kind: type[Read], text: str | bytes) -> Read:
-    """Return the object of a dataclass that a JSON text holds. Raises ValueError with the first field that is missing or wrong."""
+def parse(kind: type[Read], given: str | bytes | dict[str, Any]) -> Read:
+    """Return the object of a dataclass that a JSON text, or its dict, holds. Raises ValueError with the first field that is wrong."""
     # It takes a third of a second that commands which read nothing should not.
     from pydantic import ValidationError  # noqa: PLC0415
 
     adapter: Any = _adapter(kind)  # type: ignore[arg-type]  # a class can be hashed
     try:
-        return adapter.validate_json(text)
+        return adapter.validate_python(given) if isinstance(given, dict) else adapter.validate_json(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -469,7 +469,7 @@ class Arrival:
         unknown = sorted(given.keys() - cls.__dataclass_fields__.keys())
         if unknown:
             raise ValueError(f"unknown {unknown}")
-        arrival = parse(cls, json.dumps({name: value for name, value in given.items() if value is not None}))
+        arrival = parse(cls, {name: value for name, value in given.items() if value is not None})
         counts = [arrival.prompt_tokens, arrival.max_tokens, *([] if arrival.k is None else [arrival.k])]
         if not 0 <= arrival.at < float("inf") or min(counts) < 1:
             raise ValueError("times, lengths and k must be positive")

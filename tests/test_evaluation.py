@@ -12,7 +12,8 @@ from conftest import EXAMPLE, FAST, load
 from PIL import Image
 from transformers import AutoTokenizer
 
-from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer
+from prism_refactor.calibration.settings import Calibration
+from prism_refactor.calibration.text import load_tokenizer
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.allocation import allocate
 from prism_refactor.evaluation.cost import CostModel
@@ -29,7 +30,7 @@ TEXT = ["--num-tokens", "3000", "--max-seq-length", "128"]
 
 @pytest.fixture(scope="module")
 def windows():
-    return read_windows([EVALUATION_TEXT], load_tokenizer(EXAMPLE), 128, 64, 0, most=3000)
+    return read_windows(Calibration(max_seq_length=128), Checkpoint(EXAMPLE), most=3000)
 
 
 @torch.inference_mode()
@@ -77,7 +78,7 @@ def test_every_token_but_the_first_of_a_domain_is_scored_once(tmp_path, stride):
     tokenizer = load_tokenizer(EXAMPLE)
     texts = {"a": "one two three four five six seven eight nine ten eleven twelve", "b": "short"}
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"domain": name, "text": text}) + "\n" for name, text in texts.items()))
-    found = read_windows([str(tmp_path / "t.jsonl")], tokenizer, 8, stride, 0)
+    found = read_windows(Calibration((str(tmp_path / "t.jsonl"),), max_seq_length=8), Checkpoint(EXAMPLE), stride)
     for name, text in texts.items():
         ids = tokenizer(text)["input_ids"]
         scored = [

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from prism_refactor.calibration.text import Source
+from prism_refactor.calibration.settings import Calibration
+from prism_refactor.calibration.text import EVALUATION_TEXT, Source, load_tokenizer
 from prism_refactor.errors import InputError, UsageError
+from prism_refactor.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class Windows:
         return int(self.scored.sum())
 
 
-def read_windows(
-    datasets: list[str], tokenizer: Any, length: int, stride: int, seed: int, column: str = "text", most: int | None = None
-) -> Windows:
+def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int | None = None, most: int | None = None) -> Windows:
     """Strided windows, as transformers' documentation defines the perplexity of fixed-length models.
 
     The documents of a domain (the records' `domain` field, where there is one) are joined by the end-of-text token and covered by
@@ -42,26 +41,27 @@ def read_windows(
     domain is moved back to be full; a domain shorter than one window is padded behind its end, where padding changes nothing.
 
     Args:
-        datasets: specifications, see `calibration.text.Source`; their sample counts are not used.
-        tokenizer: a transformers tokenizer.
-        length: tokens per window.
-        stride: between 1 and `length`.
-        seed: of the shuffle of the documents, which decides what is left out when there are more than `most` tokens.
-        column: the text column.
+        calibration: which text (no dataset: the bundled text for evaluation; counts of samples are not used), tokens per window, and the
+            seed of the shuffle of the documents, which decides what is left out when there are more than `most` tokens.
+        checkpoint: whose tokenizer is used.
+        stride: tokens from one window to the next, at most a window; None: half a window.
         most: stop reading at this many tokens.
 
     Raises:
         InputError: unreadable, or no text.
         UsageError: the stride is longer than the window.
     """
+    length = calibration.sequence_length(checkpoint)
+    stride = stride or max(1, length // 2)
     if stride > length:
         raise UsageError(f"`stride` {stride}: must be at most the window of {length} tokens")
+    tokenizer = load_tokenizer(checkpoint.path)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts: dict[str, list[int]] = defaultdict(list)
     read = 0
-    for name in datasets:
-        for record in Source.parse(name).records(column, seed):
-            ids = tokenizer(record[column] or "", add_special_tokens=False)["input_ids"]
+    for name in calibration.datasets or [EVALUATION_TEXT]:
+        for record in Source.parse(name).records(calibration.text_column, calibration.seed):
+            ids = tokenizer(record[calibration.text_column] or "", add_special_tokens=False)["input_ids"]
             if not ids:
                 continue
             if most is not None:
@@ -78,7 +78,7 @@ def read_windows(
             scored.append(counted)
             domains.append(domain)
     if not any(any(row) for row in scored):
-        raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
+        raise InputError(f"`datasets` {', '.join(calibration.datasets)}: holds no text to score")
     return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
 
 

@@ -1,6 +1,5 @@
 """The main path: statistics of each layer in, a refactored checkpoint out."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -112,7 +111,7 @@ class _Writing:
         """Write everything that is not there yet; returns the manifest."""
         for record, groups in self.progress.restored():
             report = record["report"]
-            self._count(parse(LayerReport, json.dumps(report)) if report else None, groups)
+            self._count(parse(LayerReport, report) if report else None, groups)
             self.writer.restore(record["shards"])
         done = self.progress.layers
         statistics.restore(self.progress.hidden_states(), done)
