@@ -13,6 +13,9 @@ from prism_refactor.serving.scheduling import SCHEDULERS, Limits
 from prism_refactor.signals import run_async
 from prism_refactor.tables import table
 
+# Who takes a request's k where: prism-serve, or vLLM with the plugin prism-vllm.
+APIS = ("prism", "vllm")
+
 if TYPE_CHECKING:
     from prism_refactor.formats import Arrival
     from prism_refactor.loadtest.workload import Served, Slo
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--max-batch-tokens", type=click.IntRange(16), default=Limits.tokens, help="With --simulate: tokens of one step.")
 @click.option("--max-requests", type=click.IntRange(1), default=Limits.requests, help="With --simulate: requests that run at a time.")
 @click.option("--kv-tokens", type=click.IntRange(64), help="With --simulate: tokens of the KV cache.  [default: no bound]")
+@click.option("--api", type=click.Choice(APIS), default="prism", help="How floors are sent: to prism-serve, or to vLLM with prism-vllm.")
 @click.option("--model", help="Name of the model.  [default: the server's first]")
 @click.option("--api-key", envvar="PRISM_API_KEY", help="That the server requires.", show_envvar=True)
 @click.option("--timeout", type=Finite(0, min_open=True), default=600.0, help="Seconds after which an answer counts as lost.")
@@ -65,9 +69,10 @@ def _trace(full_k: int | None, options: dict[str, Any]) -> list["Arrival"]:
     if options["trace"] is not None:
         return read_trace(options["trace"])
     try:
-        mix = floors(full_k or 1, options["mix"])
+        # A server that knows no k gets requests without one; vLLM does not say which it takes.
+        mix = floors(None if options["api"] == "vllm" else full_k or 1, options["mix"])
     except ValueError as error:
-        raise UsageError(f"--mix {options['mix']}: {error}") from None
+        raise UsageError(f"--mix {options['mix'] or ''}: {error}") from None
     sizes = options["prompt_tokens"], options["max_tokens"]
     return poisson(options["requests"], options["rate"], sizes, mix, options["seed"])
 
@@ -96,9 +101,8 @@ async def _against_server(reporter: Reporter, url: str, options: dict[str, Any],
 
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: is no URL; to use a folder's performance model give --simulate")
-    server = await discover(url.rstrip("/").removesuffix("/v1"), options["model"], options["api_key"])
+    server = await discover(url.rstrip("/").removesuffix("/v1"), options["model"], options["api_key"], options["api"])
     trace = _trace(server.full_k, options)
-
     served, seconds = await run_load(server, trace, options["seed"], options["timeout"], reporter)
     return _summary(served, seconds, trace, slo)
 

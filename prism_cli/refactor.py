@@ -206,21 +206,26 @@ def _warn_unrouted(manifest: Manifest, reporter: Reporter) -> None:
 
 
 def _summary(manifest: Manifest, out_dir: Path) -> str:
+    from prism_refactor.refactoring.engines import engine_notes
+
     rows = []
     for layer in manifest.layers:
         before, after = layer.dropped
         rows.append([layer.layer, len(layer.experts), min(expert.tokens for expert in layer.experts), f"{before:.3f}", f"{after:.3f}"])
     header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned"]
     changes = ", ".join(f"{key} {value} -> {manifest.result[key]}" for key, value in manifest.source.sizes.items())
+    notes = "\n".join(engine_notes(manifest.source.model_type, manifest.result))
     recipe = manifest.recipe
     caption = (
         f"dropped: mean share of an expert's activation outside each token's best {recipe.kept} of {recipe.sub_experts} sub-experts\n"
         "(less is better)"
     )
-    return f"{table(header, rows)}\n{caption}\n{changes}\nwritten to {out_dir}; its README.md says how to load it"
+    return f"{table(header, rows)}\n{caption}\n{changes}\n{notes}\nwritten to {out_dir}; its README.md says how to load it"
 
 
 def _json_summary(manifest: Manifest, out_dir: Path, found: list[tuple[Requirement, float]], seconds: dict[str, float]) -> str:
+    from prism_refactor.refactoring.engines import engine_notes
+
     layers = [
         {
             "layer": layer.layer,
@@ -235,10 +240,13 @@ def _json_summary(manifest: Manifest, out_dir: Path, found: list[tuple[Requireme
     required = [{"requirement": item.text, "value": value, "holds": item.holds(value)} for item, value in found]
     seconds = {stage: round(value, 3) for stage, value in seconds.items()}
     sizes = {key: {"source": before, "result": manifest.result[key]} for key, before in manifest.source.sizes.items()}
-    return json.dumps({"out_dir": str(out_dir), "sizes": sizes, "layers": layers, "required": required, "seconds": seconds}, indent=2)
+    engines = engine_notes(manifest.source.model_type, manifest.result)
+    found_all = {"sizes": sizes, "layers": layers, "engines": engines, "required": required, "seconds": seconds}
+    return json.dumps({"out_dir": str(out_dir)} | found_all, indent=2)
 
 
 def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers: int | None, has_statistics: bool) -> str:
+    from prism_refactor.refactoring.engines import engine_notes
     from prism_refactor.refactoring.plan import partition_seconds, profile_seconds
 
     rows = [[key, before, plan.after[key]] for key, before in plan.before.items()]
@@ -252,5 +260,6 @@ def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers:
         f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
         f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {shared}, besides fitting and writing",
+        *engine_notes(plan.model_type, plan.after),
     ]
     return "\n".join(lines)

@@ -26,16 +26,18 @@ class Target:
         model: name to ask for.
         full_k: sub-experts per token at which the model is the original; None: the server does not say, and takes no floors.
         headers: of every request.
+        api: how floors are sent: 'prism', as prism-serve takes them, or 'vllm', as vLLM with the plugin prism-vllm does.
     """
 
     url: str
     model: str
     full_k: int | None
     headers: dict[str, str]
+    api: str = "prism"
 
 
-async def discover(url: str, model: str | None, api_key: str | None) -> Target:
-    """The first model of a server, or the one of a name.
+async def discover(url: str, model: str | None, api_key: str | None, api: str = "prism") -> Target:
+    """The first model of a server, or the one of a name; see `Target` for `api`.
 
     Raises:
         InputError: the server does not answer as OpenAI's do, or has no such model.
@@ -51,7 +53,7 @@ async def discover(url: str, model: str | None, api_key: str | None) -> Target:
     name = next(iter(models), None) if model is None else model
     if name not in models:
         raise InputError(f"{url}: has no model {model!r}, but {', '.join(models) or 'none'}")
-    return Target(url, name, models[name], headers)
+    return Target(url, name, models[name], headers, api)
 
 
 async def run_load(
@@ -103,7 +105,10 @@ async def _ask(session: aiohttp.ClientSession, target: Target, arrival: Arrival,
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
     }
-    if target.full_k is not None:
+    if target.api == "vllm":
+        if arrival.k is not None:
+            body["vllm_xargs"] = {"prism_k": arrival.k}
+    elif target.full_k is not None:
         given = {"k": arrival.k, "priority": arrival.priority or None, "deadline": arrival.deadline}
         body["prism"] = {name: value for name, value in given.items() if value is not None}
     floor = arrival.k or target.full_k or 0

@@ -58,20 +58,26 @@ class Slo:
         return within_first and (self.per_token is None or (served.per_token or 0.0) <= self.per_token)
 
 
-def floors(full_k: int, mix: str | None) -> tuple[list[int], list[float]]:
+def floors(full_k: int | None, mix: str | None) -> tuple[list[int], list[float]]:
     """Floors and their weights: `mix` as "k:weight,k:weight,...", or None for Normal(4, 2) of 8 experts scaled to the model.
+
+    Args:
+        full_k: the largest floor; None: not known, then there must be a mix.
+        mix: see above.
 
     Raises:
         ValueError: the mix cannot be read, or has a k out of range.
     """
     if mix is None:
+        if full_k is None:
+            raise ValueError("the server does not say how many sub-experts its model has; write K:WEIGHT,...")
         ks = np.arange(1, full_k + 1)
         weights = np.exp(-0.5 * ((ks / full_k - FLOOR_MEAN) / FLOOR_DEVIATION) ** 2)
         return ks.tolist(), (weights / weights.sum()).tolist()
     pairs = [part.split(":") for part in mix.split(",")]
     ks_given, shares = [int(pair[0]) for pair in pairs], [float(pair[1]) if len(pair) > 1 else 1.0 for pair in pairs]
-    if not all(1 <= k <= full_k for k in ks_given) or min(shares) < 0 or not sum(shares):
-        raise ValueError(f"k must be 1 to {full_k} and weights positive")
+    if not all(1 <= k <= (full_k or k) for k in ks_given) or min(shares) < 0 or not sum(shares):
+        raise ValueError(f"k must be 1 to {full_k or 'all'} and weights positive")
     return ks_given, shares
 
 

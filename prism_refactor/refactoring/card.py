@@ -2,6 +2,7 @@
 
 from prism_refactor.formats import Manifest
 from prism_refactor.models.architectures import ARCHITECTURES
+from prism_refactor.refactoring.engines import engine_notes
 
 _STOCK = """## Load it
 
@@ -31,6 +32,14 @@ import prism_refactor
 model = prism_refactor.load(folder, k={half})
 prism_refactor.set_active(model, {most})  # as often as you like
 ```
+
+In vLLM, with the plugin `prism-vllm` (without it vLLM runs the stock router):
+
+```sh
+vllm serve . --served-model-name prism --additional-config '{{"prism_k": {half}}}'
+curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "prism", "prompt": "Once", "max_tokens": 20, "vllm_xargs": {{"prism_k": {most}}}}}'
+```
 """
 
 
@@ -48,6 +57,7 @@ def model_card(manifest: Manifest) -> str:
         )
     values = {"model_type": source.model_type, "most": most, "half": most // 2}
     before, after = manifest.dropped
+    engines = "\n".join(f"- {note}" for note in engine_notes(source.model_type, manifest.result))
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
@@ -59,6 +69,10 @@ Every expert of `{source.name}` is split into {recipe.sub_experts} sub-experts w
 {source.sizes[top_k]} whole experts. {trained} {exact}
 
 {_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.has_router else ""}
+## Where it runs
+
+{engines}
+
 ## How it was made
 
 - partition: `{recipe.solver}`, {recipe.kept} of {recipe.sub_experts} sub-experts kept in the objective; share of the activation

@@ -1,0 +1,35 @@
+"""Which inference engines can run a refactored checkpoint, by their own limits.
+
+vLLM: `padded_num_experts < 1024` in its kernel that sorts tokens by expert, read in 0.30 to 0.33. llama.cpp: LLAMA_MAX_EXPERTS, read as
+vendored in llama-cpp-python 0.3.36.
+"""
+
+from prism_refactor.models.architectures import ARCHITECTURES
+
+VLLM_EXPERTS, LLAMA_CPP_EXPERTS = 992, 1024
+# The least width of an expert that fills the tiles of GPU kernels.
+TILE = 64
+
+
+def engine_notes(model_type: str, sizes: dict[str, int]) -> list[str]:
+    """Return a sentence for each engine, and one more where experts are narrow.
+
+    Args:
+        model_type: the family.
+        sizes: the sizes after refactoring, by config key.
+
+    Example:
+        >>> engine_notes("olmoe", {"num_experts": 1024, "intermediate_size": 64, "num_experts_per_tok": 128})[0]
+        'vLLM: cannot run it: 1024 sub-experts in a layer, its limit is 992; lower --sub-experts'
+    """
+    architecture, notes = ARCHITECTURES[model_type], []
+    experts, width = sizes[architecture.num_experts], sizes[architecture.width]
+    for name, most, how in (
+        ("vLLM", VLLM_EXPERTS, "two-level router with the plugin prism-vllm, else the stock router"),
+        ("llama.cpp", LLAMA_CPP_EXPERTS, "the stock router"),
+    ):
+        runs = f"runs it: {how}" if experts <= most else f"cannot run it: {experts} sub-experts in a layer, its limit is {most}"
+        notes.append(f"{name}: {runs}" + ("" if experts <= most else "; lower --sub-experts"))
+    if width % TILE:
+        notes.append(f"GPU kernels: sub-experts of {width} neurons do not fill a tile of {TILE}; fewer --sub-experts waste less")
+    return notes

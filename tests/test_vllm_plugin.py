@@ -1,0 +1,196 @@
+"""The parts of the vLLM plugin that need no vLLM: its arithmetic against `modeling_prism`, its reading of files, its k of a request."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, FAST, load, mostly_long
+from hypothesis import given
+from hypothesis import strategies as st
+from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
+from prism_vllm.routing import ACTIVATIONS, SubRouter, route
+from prism_vllm.serving import Serving
+
+from prism_refactor.models import modeling_prism
+from prism_refactor.models.architectures import ARCHITECTURES
+from prism_refactor.models.modeling_prism import TwoLevelRouter, moe_blocks, router_of
+from prism_refactor.server.quality import QualityCurve
+
+SUB_EXPERTS, TOKENS = 4, 40
+
+
+def dense(weights, ids, total):
+    """Weights of all sub-experts, [T, total], whatever the order and number of the chosen ones."""
+    spare = torch.zeros(len(weights), total + 1)
+    return spare.scatter_add_(1, ids.long(), weights.float())[:, :total]
+
+
+def random_tensors(kind, experts, top_k, hidden, has_bias):
+    """Tensors of a sub-router as `modeling_prism` takes them."""
+    found = {}
+    if kind == "linear":
+        found |= {"weight": torch.randn(experts, SUB_EXPERTS, hidden) / 4, "bias": torch.randn(experts, SUB_EXPERTS)}
+        found["ceiling"] = torch.randn(experts, SUB_EXPERTS) + 1
+        found["compensation"] = torch.randn(2, experts, SUB_EXPERTS, hidden)
+        found["scale"] = torch.rand(top_k * SUB_EXPERTS) + 0.5
+        return found
+    found["rows"] = torch.randn(experts, SUB_EXPERTS, 6, hidden)
+    if has_bias:
+        found["row_bias"] = torch.randn(experts, SUB_EXPERTS, 6)
+    return found
+
+
+def activations_like(block, gate, up):
+    """The names of the activations that are that of a block's experts."""
+    both = torch.cat([gate, up], -1) if block.experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+    expected = block.experts._apply_gate(both)
+    return [name for name, function in ACTIVATIONS.items() if torch.allclose(function(gate, up), expected, atol=1e-6)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "proxy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
+    model = load(models[family])
+    block, key = moe_blocks(model)[0], ARCHITECTURES[model.config.model_type]
+    experts, top_k = getattr(model.config, key.num_experts), getattr(model.config, key.top_k)
+    torch.manual_seed(0)
+    (activation,) = activations_like(block, torch.randn(5, 8), torch.randn(5, 8))
+    tensors = random_tensors(kind, experts, top_k, model.config.hidden_size, block.experts.has_bias)
+    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, block.experts._apply_gate)
+    if key.correction and "." not in key.correction:
+        reference.register_buffer("correction", getattr(block, key.correction))
+    if kind == "proxy" and not block.experts.is_concatenated:
+        # `modeling_prism` keeps rows in the order of the experts' own; the plugin has gate rows first.
+        order = torch.tensor([0, 2, 4, 1, 3, 5])
+        tensors = {name: value[:, :, order] for name, value in tensors.items()}
+    hidden = torch.randn(TOKENS, model.config.hidden_size)
+    full = top_k * SUB_EXPERTS
+    with torch.inference_mode():
+        weights, chosen = reference.route(hidden)
+        for k in (torch.full((TOKENS,), full), torch.full((TOKENS,), 3), torch.randint(1, full + 1, (TOKENS,))):
+            mixed = k if len(k.unique()) > 1 else None
+            kept, ids, missing = reference(hidden, int(k.max()), mixed)
+            found = route(SubRouter.of(tensors), hidden, weights, chosen, k, 4, activation)
+            total = experts * SUB_EXPERTS
+            torch.testing.assert_close(dense(found[0], found[1], total), dense(kept, ids, total), atol=1e-6, rtol=1e-5)
+            assert ((found[0] != 0).sum(1) <= k).all()
+            assert (found[1] >= 0).all()
+            if missing is None:
+                assert found[2] is None or found[2].abs().max() == 0
+            else:
+                torch.testing.assert_close(found[2], missing, atol=1e-4, rtol=1e-4)
+
+
+def test_routing_compiles_to_the_same():
+    torch.manual_seed(0)
+    router, hidden = SubRouter.of(random_tensors("linear", 6, 2, 32, False)), torch.randn(TOKENS, 32)
+    weights, experts = torch.rand(TOKENS, 6).topk(2)
+    k = torch.randint(1, 9, (TOKENS,))
+    expected = route(router, hidden, weights, experts, k, 4, "silu")
+    found = torch.compile(route, fullgraph=True, backend="aot_eager")(router, hidden, weights, experts, k, 4, "silu")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.fixture(scope="module")
+def local():
+    """Open a local checkpoint as the plugin does."""
+
+    def open_checkpoint(folder):
+        config = json.loads((folder / "config.json").read_text())
+        prism = config["prism"]
+        return RefactoredCheckpoint(prism, config[prism["top_k"]], lambda name: str(folder / name) if (folder / name).exists() else None)
+
+    return open_checkpoint
+
+
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss"))
+def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, tmp_path, family):
+    assert command("prism-refactor", models[family], tmp_path / "out", "--router", "proxy", *FAST).code == 0
+    model = load(tmp_path / "out")
+    checkpoint, file = local(tmp_path / "out"), modeling_prism.router_tensors(tmp_path / "out" / modeling_prism.ROUTER_FILE)
+    blocks = moe_blocks(model)
+    assert len(checkpoint.blocks) == len(blocks)
+    for block, (layer, name) in zip(blocks, checkpoint.blocks, strict=True):
+        found = checkpoint.tensors(layer)
+        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"])
+        assert ("row_bias" in found) == block.experts.has_bias
+        for key, value in expected.items():
+            places = slice(None)
+            if not block.experts.is_concatenated:
+                half = value.shape[2] // 2
+                places = torch.stack([torch.arange(half) * 2, torch.arange(half) * 2 + 1]).flatten()
+            assert torch.equal(found[key].float(), value[:, :, places].float())
+
+
+def fake(most=16, quality=None, points=None, blocks=4):
+    checkpoint = RefactoredCheckpoint({"sub_experts": 4, "factor": 4, "top_k": "k", "source": {"k": 4}}, most, lambda _: None)
+    vars(checkpoint).update(quality=quality, blocks=[(layer, f"layers.{layer}") for layer in range(blocks)])
+    if points is not None:
+        object.__setattr__(checkpoint, "operating_point", points.__getitem__)
+    return checkpoint
+
+
+def test_k_of_a_request():
+    serving = Serving.of(fake(quality={4: 0.9, 5: 0.95, 16: 1.0}), {"prism_k": 8, "another": 1})
+    assert serving.k_of(None) == serving.k_of({}) == serving.k_of({"other": 3}) == 8
+    assert serving.k_of({"prism_k": 16}) == 16
+    assert serving.k_of({"prism_quality": 0.91}) == 5
+    assert serving.k_of({"prism_quality": 1}) == 16
+    assert Serving.of(fake(12), {}).k_of(None) == 12
+    for asked in (0, 17, -1, "8", 8.0, 2.5, True, None, [4], float("nan")):
+        with pytest.raises(ValueError, match=r"prism_k: .* is not a whole number from 1 to 16"):
+            serving.k_of({"prism_k": asked})
+    for asked in (0, 1.1, "0.9", True, None, float("nan"), -0.5):
+        with pytest.raises(ValueError, match=r"prism_quality: .* is not a number above 0 and at most 1"):
+            serving.k_of({"prism_quality": asked})
+    for asked, said in (({"prism_k": 1, "prism_quality": 1}, "one of them"), ({"prism_K": 1}, "prism_K: unknown")):
+        with pytest.raises(ValueError, match=said):
+            serving.k_of(asked)
+    with pytest.raises(ValueError, match="was not measured"):
+        Serving.of(fake(), {}).k_of({"prism_quality": 0.9})
+    with pytest.raises(ValueError, match="needs k = 16, and this server runs at most 8"):
+        Serving.of(fake(8, quality={4: 0.9, 16: 1.0}), {}).k_of({"prism_quality": 0.95})
+
+
+def test_options_of_a_server_that_cannot_work_are_refused():
+    for most, additional, said in (
+        (17, {}, "k 17: choose 1 to 16"),
+        (16, {"prism_k": 17}, "whole number from 1 to 16"),
+        (16, {"prism_k": "4"}, "whole number"),
+        (16, {"prism_top": 4}, "prism_top: unknown"),
+        (16, {"prism_k": 4, "prism_operating_point": 4}, "drop one"),
+        (4, {"prism_operating_point": 4}, "needs 5 sub-experts"),
+        (16, {"prism_operating_point": 6}, "has 2 layers"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            Serving.of(fake(most, points={4: [3, 5, 4, 4], 6: [6, 6]}), additional)
+    serving = Serving.of(fake(points={4: [3, 5, 4, 4]}), {"prism_operating_point": 4})
+    assert (serving.per_layer, serving.default, serving.k_of(None)) == ((3, 5, 4, 4), 5, 5)
+    with pytest.raises(ValueError, match="runs an operating point"):
+        serving.k_of({"prism_k": 4})
+
+
+def test_operating_points_are_those_of_the_manifest(elastic, local, tmp_path):
+    with pytest.raises(CheckpointError, match="stored are none"):
+        local(elastic).operating_point(4)
+    points = {"operating_points": {"points": [{"mean_k": 4, "k": [3, 5, 4, 4]}, {"mean_k": 8, "k": [8] * 4}]}}
+    (tmp_path / "prism.json").write_text(json.dumps(points))
+    there = replace(local(elastic), path=lambda name: str(tmp_path / name))
+    assert there.operating_point(4) == [3, 5, 4, 4]
+    with pytest.raises(CheckpointError, match="no operating point 5; stored are 4, 8"):
+        there.operating_point(5)
+
+
+@given(st.dictionaries(st.integers(1, 15), st.floats(1.0, 100.0), min_size=1, max_size=8), st.floats(1.0, 100.0), st.floats(0.01, 1.0))
+def test_quality_means_what_it_means_to_prism_serve(tmp_path_factory, perplexities, full, quality):
+    folder = tmp_path_factory.mktemp("curve")
+    points = [{"k": k, "perplexity": value} for k, value in (perplexities | {16: full}).items()]
+    (folder / "evaluation.json").write_text(json.dumps({"refactored": [{"router": "two-level", "points": points}]}))
+    checkpoint = replace(fake(), path=lambda name: str(folder / name))
+    ours, theirs = checkpoint.quality, QualityCurve({point["k"]: point["perplexity"] for point in points})
+    assert ours is not None
+    assert Serving.of(checkpoint, {}).k_of({"prism_quality": quality}) == theirs.k_for(quality)
+    assert np.allclose(list(ours.values()), [theirs.quality_of(k) for k in ours])

@@ -1,0 +1,137 @@
+"""What the files of a refactored checkpoint say: its config, its router file, the rows of its gate neurons, what was measured of it."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+ROUTER_FILE, MANIFEST, EVALUATION, INDEX = "sub_expert_router.safetensors", "prism.json", "evaluation.json", "model.safetensors.index.json"
+_ROUTER = re.compile(r"(.*layers\.(\d+)\..*?)\.(?:gate|router)\.(.*)")
+# What families call the gate and up projection of one expert.
+_PROJECTIONS = (("gate_proj", "up_proj"), ("w1", "w3"))
+# And the matrix that holds both, of all experts. In gpt-oss' a gate column and its up column are neighbours.
+_FUSED, _INTERLEAVED = ("input_linear.weight", "experts.gate_up_proj"), "experts.gate_up_proj_bias"
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be served with two-level routing; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RefactoredCheckpoint:
+    """A checkpoint that prism-refactor has written.
+
+    Attributes:
+        config: the object `prism` of its config.json: `sub_experts`, `factor`, `router`, `top_k` (the key) and `source` (sizes of the
+            original).
+        most: active sub-experts per token that config.json, perhaps overridden, allows.
+        path: gives the local path of one of its files, None if it does not exist.
+    """
+
+    config: dict[str, Any]
+    most: int
+    path: Callable[[str], str | None] = field(compare=False)
+
+    @property
+    def top_k(self) -> int:
+        """Active experts of the original."""
+        return int(self.config["source"][self.config["top_k"]])
+
+    @property
+    def full(self) -> int:
+        """Sub-experts per token at which the model is the original."""
+        return self.top_k * int(self.config["sub_experts"])
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, str]]:
+        """(decoder layer, name) of every MoE block, in their order. Raises CheckpointError when the router file is missing."""
+        with safe_open(self._router_file, "pt") as file:
+            return sorted({(int(match[2]), match[1]) for name in file.keys() if (match := _ROUTER.fullmatch(name))})  # noqa: SIM118
+
+    @cached_property
+    def _router_file(self) -> str:
+        found = self.path(ROUTER_FILE)
+        if found is None:
+            raise CheckpointError(f"has no {ROUTER_FILE}; copy it from the folder that prism-refactor wrote")
+        return found
+
+    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of a decoder layer's router, by their names in `modeling_prism.TwoLevelRouter`, and its gate neurons' rows."""
+        block = dict(self.blocks)[layer]
+        with safe_open(self._router_file, "pt") as file:
+            found = {match[3]: file.get_tensor(name) for name in file.keys() if (match := _ROUTER.fullmatch(name)) and match[1] == block}  # noqa: SIM118
+        neurons = found.pop("gate_neurons", None)
+        return found if neurons is None else found | self._rows(block, neurons)
+
+    def _rows(self, block: str, neurons: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The gate rows, then the up rows, of the gate neurons [E, N, r] of a block: `rows` [E, N, 2r, H], perhaps `row_bias`."""
+        parts = [self._expert_rows(block, number, own) for number, own in enumerate(neurons.flatten(0, 1))]
+        found = {"rows": torch.stack([rows for rows, _ in parts])}
+        if parts[0][1] is not None:
+            found["row_bias"] = torch.stack([bias for _, bias in parts if bias is not None])
+        return {name: value.unflatten(0, neurons.shape[:2]) for name, value in found.items()}
+
+    def _expert_rows(self, block: str, number: int, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of one sub-expert: ([2r, H], [2r] or None)."""
+        for gate, up in _PROJECTIONS:
+            names = [f"{block}.experts.{number}.{projection}.weight" for projection in (gate, up)]
+            if names[0] in self._shards:
+                return torch.cat([self._read(name)[neurons] for name in names]), None
+        for name in (f"{block}.{fused}" for fused in _FUSED):
+            if name not in self._shards:
+                continue
+            matrix, bias = self._read(name, number), f"{block}.{_INTERLEAVED}"
+            if bias in self._shards:
+                places = torch.cat([2 * neurons, 2 * neurons + 1])
+                return matrix[:, places].T, self._read(bias, number)[places]
+            return matrix[torch.cat([neurons, neurons + len(matrix) // 2])], None
+        raise CheckpointError(f"{block}: the experts of this family have names that this plugin does not know; use the router 'linear'")
+
+    @cached_property
+    def _shards(self) -> dict[str, str]:
+        """The file of every tensor."""
+        index = self.path(INDEX)
+        if index is not None:
+            return dict(json.loads(Path(index).read_text())["weight_map"])
+        with safe_open(str(self.path("model.safetensors")), "pt") as file:
+            return dict.fromkeys(file.keys(), "model.safetensors")
+
+    def _read(self, name: str, number: int | None = None) -> torch.Tensor:
+        """A tensor, or one entry of it."""
+        with safe_open(str(self.path(self._shards[name])), "pt") as file:
+            return file.get_tensor(name) if number is None else file.get_slice(name)[number]
+
+    @cached_property
+    def quality(self) -> dict[int, float] | None:
+        """The quality of every k from the least measured one on, as `prism-eval --save` measured it; None where it did not.
+
+        Quality is the perplexity of the full model divided by that at k. Between measured k it is interpolated, and more sub-experts
+        count as no worse than fewer.
+        """
+        path = self.path(EVALUATION)
+        curves = json.loads(Path(path).read_text())["refactored"] if path else []
+        points: list[dict[str, Any]] = next((curve["points"] for curve in curves if curve["router"] == "two-level"), [])
+        measured = {point["k"]: point["perplexity"] for point in points}
+        if len(measured) < 2 or self.full not in measured or not np.isfinite(list(measured.values())).all():
+            return None
+        ks = np.array(sorted(measured))
+        logs = np.minimum.accumulate(np.log([measured[k] for k in ks]))
+        every = np.arange(ks[0], ks[-1] + 1)
+        return dict(zip(every.tolist(), np.exp(logs[-1] - np.interp(every, ks, logs)).tolist(), strict=True))
+
+    def operating_point(self, mean_k: int) -> list[int]:
+        """Return k of each MoE layer at a stored non-uniform operating point. Raises CheckpointError when there is none."""
+        path = self.path(MANIFEST)
+        found = json.loads(Path(path).read_text()).get("operating_points") or {} if path else {}
+        points = {point["mean_k"]: point["k"] for point in found.get("points", [])}
+        if mean_k not in points:
+            known = ", ".join(map(str, sorted(points))) or "none; prism-eval --allocate stores them"
+            raise CheckpointError(f"has no operating point {mean_k}; stored are {known}")
+        return list(points[mean_k])

@@ -1,0 +1,381 @@
+"""What the plugin uses and changes of vLLM's insides: the one file to open when vLLM moves.
+
+Five changes, each of a function that vLLM looks up when it is called:
+
+- `VllmConfig.__post_init__`: a refactored checkpoint that cannot be served with two-level routing is refused before anything is loaded.
+- `create_fused_moe_router` and `MoERunner` (layers/fused_moe/layer.py): every MoE layer gets a `TwoLevelRouter`, and adds what the dropped
+  sub-experts are expected to add.
+- `BaseModelLoader.load_model`: says how many layers route so, and refuses a model of which some do not.
+- `GPUModelRunner._prepare_inputs` (model runner V1, which CPUs use) and `resolve_model_state_cls` (V2): write k of each token of a step.
+- `InputProcessor.process_inputs`: checks what a request asks for, and lets it share cached blocks only with requests of its k.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.utils import cached_file
+
+from prism_vllm.checkpoint import ROUTER_FILE, CheckpointError, RefactoredCheckpoint
+from prism_vllm.routing import ACTIVATIONS, SubRouter, route
+from prism_vllm.serving import K, Serving
+
+RELEASES = "0.30 to 0.33"
+_MOE, _WORKER = "vllm.model_executor.layers.fused_moe", "vllm.v1.worker"
+# What must be there, and the names that its parameters begin with.
+_USED = {
+    f"{_MOE}.layer:create_fused_moe_router": ("top_k", "global_num_experts"),
+    f"{_MOE}.layer:MoERunner.__init__": ("self", "layer_name", "moe_config", "router"),
+    f"{_MOE}.layer:MoERunner._apply_quant_method": ("self", "hidden_states", "router_logits"),
+    f"{_MOE}.layer:MoERunner.is_monolithic": None,
+    f"{_MOE}.layer:MoERunner._fused_output_is_reduced": None,
+    f"{_MOE}.router.base_router:BaseRouter.__init__": ("self", "top_k", "global_num_experts", "eplb_state"),
+    f"{_MOE}.router.base_router:BaseRouter._compute_routing": ("self", "hidden_states", "router_logits", "indices_type"),
+    f"{_MOE}.config:RoutingMethodType.Custom": None,
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model": ("self", "vllm_config", "model_config"),
+    f"{_WORKER}.gpu_model_runner:GPUModelRunner._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
+    f"{_WORKER}.gpu.model_states:resolve_model_state_cls": ("vllm_config", "model"),
+    f"{_WORKER}.gpu.model_states.interface:ModelState.add_request": ("self", "req_index", "new_req_data"),
+    f"{_WORKER}.gpu.model_states.interface:ModelState.prepare_inputs": ("self", "input_batch", "req_states"),
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
+    "vllm.exceptions:VLLMValidationError": None,
+}
+
+
+def _module(name: str) -> Any:
+    """A module of vLLM's, whose types are not known."""
+    return import_module(name)
+
+
+def mismatch() -> str | None:
+    """Return what this vLLM lacks of what the plugin uses; None if nothing."""
+    for place, expected in _USED.items():
+        module, _, path = place.partition(":")
+        try:
+            found: Any = functools.reduce(getattr, path.split("."), _module(module))
+        except (ImportError, AttributeError):
+            return f"has no {place}"
+        if expected is not None and tuple(inspect.signature(found).parameters)[: len(expected)] != expected:
+            return f"has another signature of {place}"
+    return None
+
+
+class StepK:
+    """k of each token of the running step, for all layers of a worker process.
+
+    Attributes:
+        tokens: int64 [largest number of tokens of a step], on the device. Its address never changes: CUDA graphs read it. Numbers behind
+            the step's tokens are of earlier steps.
+        default: k of a request that notes none, as those that warm vLLM up do.
+        widest: the largest k of the step.
+    """
+
+    def __init__(self, config: Any, default: int):
+        self.tokens = torch.full((config.scheduler_config.max_num_batched_tokens,), default, device=torch.get_default_device())
+        self.default = self.widest = default
+
+    def fill(self, ks: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> None:
+        """Note k of each request of a step, and its number of tokens, in the order of the batch."""
+        self.widest = int(ks.max())
+        values = torch.from_numpy(np.repeat(ks, counts))
+        if self.tokens.is_cuda:
+            values = values.pin_memory()
+        self.tokens[: len(values)].copy_(values, non_blocking=True)
+
+
+# Of this process, while it has a refactored model; vLLM runs one model in a process.
+_step: StepK | None = None
+
+
+@functools.cache
+def _checkpoint(folder: str, revision: str | None) -> Callable[[str], str | None]:
+    return lambda name: cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def serving_of(config: Any) -> Serving | None:
+    """How the model of a `VllmConfig` is served; None where it is not refactored, or has no sub-expert router.
+
+    Raises:
+        CheckpointError: the config's options cannot work.
+    """
+    model: Any = getattr(config, "model_config", None)
+    text = getattr(model, "hf_text_config", None)
+    prism = getattr(text, "prism", None)
+    if not prism or prism["router"] == "replicate":
+        return None
+    path = _checkpoint(str(model.model), model.revision)
+    extra = config.additional_config if isinstance(config.additional_config, dict) else {}
+    return Serving.of(RefactoredCheckpoint(prism, getattr(text, prism["top_k"]), path), extra)
+
+
+def obstacle(config: Any) -> str | None:
+    """Return what of a server's options two-level routing cannot work with; None if nothing."""
+    parallel, speculative = config.parallel_config, config.speculative_config
+    on_cpu = config.device_config.device_type == "cpu"
+    found = {
+        "data_parallel_size > 1": parallel.data_parallel_size > 1,
+        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
+        "enable_dbo": parallel.use_ubatching,
+        "enable_expert_parallel on a CPU, whose kernel ignores it": on_cpu and parallel.enable_expert_parallel,
+        "enable_eplb": parallel.enable_eplb,
+        "enable_lora": config.lora_config is not None,
+        "enable_sleep_mode": config.model_config.enable_sleep_mode,
+        "speculative decoding with another method than ngram": speculative is not None and speculative.method != "ngram",
+    }
+    return next((option for option, given in found.items() if given), None)
+
+
+def install_checks(problem: str | None) -> None:
+    """Refuse, when the engine is configured, what would end in wrong or stock routing.
+
+    Args:
+        problem: what `mismatch` has found.
+    """
+    config_class = _module("vllm.config").VllmConfig
+    post_init = config_class.__post_init__
+
+    @functools.wraps(post_init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        try:
+            serving = serving_of(self)
+            if serving is None:
+                return
+            if problem is not None:
+                version = _module("vllm").__version__
+                raise CheckpointError(f"this plugin was made for vLLM {RELEASES}; {version} {problem}; install one of these")
+            refused = obstacle(self)
+            if refused is not None:
+                raise CheckpointError(
+                    f"two-level routing does not work with {refused}; leave it out, or set PRISM_VLLM=0 for stock routing"
+                )
+            if not serving.checkpoint.blocks:
+                raise CheckpointError(f"its {ROUTER_FILE} holds no layer; refactor again")
+        except CheckpointError as error:
+            raise CheckpointError(f"prism-vllm: {self.model_config.model}: {error}") from None
+
+    config_class.__post_init__ = checked
+
+
+def _router_class() -> Any:
+    base = _module(f"{_MOE}.router.base_router").BaseRouter
+    custom = _module(f"{_MOE}.config").RoutingMethodType.Custom
+
+    class TwoLevelRouter(base):  # type: ignore[misc, valid-type]
+        """Routes the tokens of one MoE layer to sub-experts.
+
+        Args:
+            original: vLLM's own router of the family, for the original's experts.
+            serving: of the model.
+            top_k: as config.json says.
+            global_num_experts, eplb_state: of the layer.
+        """
+
+        # No kernel that routes by itself knows it: vLLM takes one that is told experts and weights.
+        routing_method_type = custom
+
+        def __init__(self, original: Any, serving: Serving, top_k: int, global_num_experts: int, eplb_state: Any):
+            super().__init__(top_k, global_num_experts, eplb_state)
+            self.original, self.factor = original, int(serving.checkpoint.config["factor"])
+            self.missing: torch.Tensor | None = None
+
+        def load(self, config: Any, serving: Serving, layer: int, activation: str) -> None:
+            """Read the tensors of decoder layer `layer`."""
+            assert _step is not None
+            if activation not in ACTIVATIONS:
+                raise CheckpointError(f"prism-vllm: no gating function for the activation {activation}")
+            self.activation, self.step = activation, _step
+            tensors = {name: value.to(_step.tokens.device) for name, value in serving.checkpoint.tensors(layer).items()}
+            self.gate, self.gate_bias = tensors["original.weight"], tensors.get("original.bias")
+            self._correct(tensors)
+            self.sub_router = SubRouter.of(tensors)
+            # Where shapes may change from step to step, slots that no token of the step uses are cut off.
+            self.may_cut, self.width, self.fixed_k = bool(config.model_config.enforce_eager), self.top_k, None
+            if serving.per_layer is not None:
+                place = [number for number, _ in serving.checkpoint.blocks].index(layer)
+                self.width = serving.per_layer[place]
+                self.fixed_k, self.may_cut = torch.full_like(_step.tokens, self.width), False
+            self.route = route if config.model_config.enforce_eager else torch.compile(route)
+
+        def _correct(self, tensors: dict[str, torch.Tensor]) -> None:
+            """Give the family's router the original correction of its scores, where the family has one."""
+            found = [value for name, value in tensors.items() if name.endswith(("correction", "e_score_correction_bias"))]
+            if found:
+                own = self.original.e_score_correction_bias
+                self.original.e_score_correction_bias = found[0].flatten().to(own.dtype)
+
+        def _compute_routing(
+            self, hidden_states: torch.Tensor, router_logits: torch.Tensor, indices_type: torch.dtype | None, **_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            # A kernel may have padded the inputs.
+            hidden = hidden_states[:, : self.gate.shape[1]]
+            if self.gate.dtype != router_logits.dtype:
+                self.gate = self.gate.to(router_logits.dtype)
+            bias = None if self.gate_bias is None else self.gate_bias.to(self.gate.dtype)
+            weights, experts = self.original._compute_routing(hidden, F.linear(hidden.to(self.gate.dtype), self.gate, bias), None)
+            k = (self.step.tokens if self.fixed_k is None else self.fixed_k)[: len(hidden)]
+            weights, chosen, self.missing = self.route(self.sub_router, hidden, weights, experts, k, self.factor, self.activation)
+            width = self.step.widest if self.may_cut else self.width
+            return weights[:, :width].contiguous(), chosen[:, :width].to(indices_type or torch.int32).contiguous()
+
+    return TwoLevelRouter
+
+
+def install_routing() -> None:
+    """Route the MoE layers of refactored models by two levels."""
+    layer_module = _module(f"{_MOE}.layer")
+    current_config = _module("vllm.config").get_current_vllm_config
+    make, two_level = layer_module.create_fused_moe_router, _router_class()
+
+    @functools.wraps(make)
+    def create_fused_moe_router(top_k: int, global_num_experts: int, eplb_state: Any = None, **kwargs: Any) -> Any:
+        serving = serving_of(current_config())
+        if serving is None:
+            return make(top_k=top_k, global_num_experts=global_num_experts, eplb_state=eplb_state, **kwargs)
+        if kwargs.get("num_fused_shared_experts"):
+            raise CheckpointError("prism-vllm: the kernel runs shared experts as routed ones; switch that off")
+        experts = kwargs.get("num_logical_experts") or global_num_experts
+        original = make(
+            top_k=serving.checkpoint.top_k, global_num_experts=experts // int(serving.checkpoint.config["sub_experts"]), **kwargs
+        )
+        return two_level(original, serving, top_k, global_num_experts, eplb_state)
+
+    class PrismRunner(layer_module.MoERunner):  # type: ignore[name-defined]
+        """Gives its router the tensors of its layer, and adds what the dropped sub-experts are expected to add."""
+
+        def __init__(self, layer_name: str, moe_config: Any, router: Any, *args: Any, **kwargs: Any):
+            super().__init__(layer_name, moe_config, router, *args, **kwargs)
+            if not isinstance(router, two_level):
+                return
+            global _step  # noqa: PLW0603  (one model in a process)
+            config = current_config()
+            serving = serving_of(config)
+            found = re.search(r"layers\.(\d+)\.", layer_name)
+            assert serving is not None
+            assert found is not None, layer_name
+            _step = _step or StepK(config, serving.default)
+            router.load(config, serving, int(found[1]), moe_config.activation.value)
+
+        def _apply_quant_method(self, *args: Any, **kwargs: Any) -> Any:
+            shared, routed = super()._apply_quant_method(*args, **kwargs)
+            if isinstance(self.router, two_level) and self.router.missing is not None:
+                missing, self.router.missing = self.router.missing, None
+                # Where ranks hold parts that are summed afterwards, each adds its part.
+                if not self._fused_output_is_reduced:
+                    missing = missing / max(self.moe_config.tp_size, self.moe_config.ep_size)
+                routed[..., : missing.shape[-1]] += missing.to(routed.dtype)
+            return shared, routed
+
+    layer_module.create_fused_moe_router, layer_module.MoERunner = create_fused_moe_router, PrismRunner
+    _install_report(two_level, layer_module.MoERunner)
+
+
+def _install_report(two_level: Any, runner: Any) -> None:
+    """Say after loading how the model routes; refuse one that does not as it should."""
+    loader = _module("vllm.model_executor.model_loader.base_loader").BaseModelLoader
+    logger = _module("vllm.logger").init_logger("vllm.prism")
+    load = loader.load_model
+
+    @functools.wraps(load)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, vllm_config, model_config, *args, **kwargs)
+        serving = serving_of(vllm_config)
+        if serving is None:
+            return model
+        where = f"prism-vllm: {model_config.model}"
+        layers = [module for module in model.modules() if isinstance(module, runner) and isinstance(module.router, two_level)]
+        expected = len(serving.checkpoint.blocks)
+        if not layers or (len(layers) != expected and vllm_config.parallel_config.pipeline_parallel_size == 1):
+            raise CheckpointError(f"{where}: vLLM's {type(model).__name__} routes {len(layers)} of {expected} MoE layers by two levels")
+        alone = next((module for module in layers if module.is_monolithic), None)
+        if alone is not None:
+            kernel = type(alone.routed_experts.quant_method).__name__
+            raise CheckpointError(f"{where}: the kernel {kernel} routes by itself; choose another with --moe-backend")
+        point = f"an operating point of mean k = {np.mean(serving.per_layer):.1f}" if serving.per_layer else f"k = {serving.default}"
+        logger.info("two-level routing on %d layers, %s of %d", len(layers), point, serving.checkpoint.full)
+        return model
+
+    loader.load_model = load_model
+
+
+def install_runners() -> None:
+    """Write k of each token before a step, in both of vLLM's model runners."""
+    runner = _module(f"{_WORKER}.gpu_model_runner").GPUModelRunner
+    prepare = runner._prepare_inputs
+
+    @functools.wraps(prepare)
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        if _step is not None:
+            params = (self.requests[name].sampling_params for name in self.input_batch.req_ids)
+            _step.fill(np.array([_noted_k(each) for each in params]), num_scheduled_tokens)
+        return prepare(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+
+    runner._prepare_inputs = _prepare_inputs
+
+    states = _module(f"{_WORKER}.gpu.model_states")
+    resolve = states.resolve_model_state_cls
+
+    @functools.wraps(resolve)
+    def resolve_model_state_cls(vllm_config: Any, model: Any) -> Any:
+        base = resolve(vllm_config, model)
+
+        class PrismModelState(base):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, **kwargs)
+                self.slot_k = np.ones(self.max_num_reqs, dtype=np.int64)
+
+            def add_request(self, req_index: int, new_req_data: Any) -> None:
+                super().add_request(req_index, new_req_data)
+                self.slot_k[req_index] = _noted_k(new_req_data.sampling_params)
+
+            def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
+                assert _step is not None
+                _step.fill(self.slot_k[input_batch.idx_mapping_np], input_batch.num_scheduled_tokens)
+                return super().prepare_inputs(input_batch, req_states)
+
+        return base if _step is None else PrismModelState
+
+    states.resolve_model_state_cls = resolve_model_state_cls
+
+
+def _noted_k(params: Any) -> int:
+    """k that `install_requests` has noted in a request's parameters."""
+    assert _step is not None
+    return int((getattr(params, "extra_args", None) or {}).get(K, _step.default))
+
+
+def install_requests() -> None:
+    """In the front end: note k of each request, refuse one that cannot be served, and separate the cached blocks of each k."""
+    processor = _module("vllm.v1.engine.input_processor").InputProcessor
+    refusal = _module("vllm.exceptions").VLLMValidationError
+    process = processor.process_inputs
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        serving = serving_of(self.vllm_config)
+        if serving is None or request.sampling_params is None:
+            return request
+        asked = request.sampling_params.extra_args or {}
+        try:
+            k = serving.k_of(asked)
+        except ValueError as error:
+            raise refusal(str(error)) from None
+        # The request has its own copy of the parameters, but not of their dicts.
+        request.sampling_params.extra_args = asked | {K: k}
+        if k != serving.default:
+            request.cache_salt = f"{request.cache_salt or ''}|{K}={k}"
+        return request
+
+    processor.process_inputs = process_inputs
+
+
+def install_models() -> None:
+    """Register the model classes that repair one of vLLM's own."""
+    _module("vllm").ModelRegistry.register_model("OlmoeForCausalLM", "prism_vllm.olmoe:TiedOlmoeForCausalLM")

@@ -1,0 +1,117 @@
+"""The two-level routing of one MoE layer: functions of tensors, which know nothing of vLLM.
+
+The mathematics is that of `modeling_prism.TwoLevelRouter`, in a form for serving: every token has its own k, no branch depends on a
+tensor's values, and shapes depend on the number of tokens alone. So it can be compiled, and captured in a CUDA graph.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# Below every weight that counts; its logarithm is finite.
+SMALLEST = 1e-30
+# Of gpt-oss' activation function.
+_CLAMP, _ALPHA = 7.0, 1.702
+
+
+class SubRouter(NamedTuple):
+    """The sub-expert router of one layer: E experts of N sub-experts, of which a token uses K experts; hidden size H.
+
+    Attributes:
+        weight: of the router 'linear' float32 [E, N, H], which predicts the log size of each sub-expert's output; of the router 'proxy'
+            [E, N, 2, r, H] in the model's type: the gate and up rows of r neurons of each sub-expert.
+        bias: [E, N] or [E, N, 2, r]; None where there is none.
+        ceiling: float32 [E, N], the largest log size that may be predicted; None for the router 'proxy'.
+        expected: float32 [2 * E * N, H], the mean output of every sub-expert, then its mean direction; None without compensation.
+        scale: float32 [K * N + 1], what the kept weights are multiplied with, by k; 1 at full k. None without compensation.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    ceiling: torch.Tensor | None
+    expected: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> "SubRouter":
+        """Return the sub-router of one layer's tensors in the router file, and of `rows` and `row_bias` for the router 'proxy'."""
+        expected = tensors["compensation"].float().flatten(0, 2).contiguous() if "compensation" in tensors else None
+        scale = None
+        if "scale" in tensors:
+            # Position 0 is no k; at full k nothing is dropped, so nothing is rescaled.
+            one = torch.ones(1, device=tensors["scale"].device)
+            scale = torch.cat([one, tensors["scale"].float()[:-1], one])
+        if "rows" in tensors:
+            halves = {name: tensors[name].unflatten(2, (2, -1)) for name in ("rows", "row_bias") if name in tensors}
+            return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale)
+        return cls(tensors["weight"].float(), tensors["bias"].float(), tensors["ceiling"].float(), expected, scale)
+
+    @property
+    def sub_experts(self) -> int:
+        """N."""
+        return self.weight.shape[1]
+
+
+def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
+    return (up + 1) * gate * torch.sigmoid(gate * _ALPHA)
+
+
+# Gating functions of (gate, up), by the name that vLLM gives the activation.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swigluoai": _swigluoai,
+}
+
+
+def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch.Tensor:
+    """Predict the log size of the output of every sub-expert: float32 [T, E, N] for inputs [T, H]."""
+    if router.ceiling is not None and router.bias is not None:
+        predicted = F.linear(hidden.float(), router.weight.flatten(0, 1), router.bias.flatten())
+        return torch.minimum(predicted.view(-1, *router.ceiling.shape), router.ceiling)
+    bias = None if router.bias is None else router.bias.flatten().to(hidden.dtype)
+    both = F.linear(hidden, router.weight.flatten(0, 3).to(hidden.dtype), bias)
+    gate, up = both.view(-1, *router.weight.shape[:-1]).unbind(3)
+    return ACTIVATIONS[activation](gate, up).abs().float().mean(-1).clamp_min(SMALLEST).log()
+
+
+def route(
+    router: SubRouter, hidden: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, k: torch.Tensor, factor: int, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rank the sub-experts of each token's chosen experts; the best k of each token are to run.
+
+    Args:
+        router: of the layer.
+        hidden: MoE inputs [T, H].
+        weights: [T, K], of the chosen experts in the original model.
+        experts: [T, K], the chosen experts of the original model.
+        k: int64 [T], sub-experts of each token, 1 to K * N.
+        factor: what `down_proj` is multiplied with.
+        activation: of the experts, a key of `ACTIVATIONS`; only the router 'proxy' uses it.
+
+    Returns:
+        (weights float32 [T, K * N], sub-experts int64 [T, K * N], what the others are expected to add, float32 [T, H] or None). A
+        token's best sub-expert comes first. Places from its k on hold its best sub-expert again, with weight 0.
+    """
+    size = router.sub_experts
+    weights, experts = weights.float(), experts.long()
+    predicted = log_sizes(router, hidden, activation).gather(1, experts[..., None].expand(-1, -1, size))
+    value = (predicted + weights.clamp_min(SMALLEST).log()[..., None]).flatten(1)
+    value, order = value.sort(dim=1, descending=True)
+    place = order // size
+    ids = experts.gather(1, place) * size + order % size
+    shares = weights.gather(1, place)
+    dropped = torch.arange(order.shape[1], device=order.device) >= k[:, None]
+    kept = shares / factor
+    if router.scale is not None:
+        kept = kept * router.scale[k][:, None]
+    missing = None
+    if router.expected is not None:
+        amounts = torch.cat([shares * dropped, value.exp() * dropped], 1)
+        both = torch.cat([ids, ids + len(router.expected) // 2], 1)
+        missing = F.embedding_bag(both, router.expected, per_sample_weights=amounts, mode="sum")
+    return kept.masked_fill(dropped, 0), torch.where(dropped, ids[:, :1], ids), missing
