@@ -1,0 +1,259 @@
+"""The plugin in a real vLLM, against the product's own model in transformers. `make test-vllm` runs it; a start of vLLM takes a minute."""
+
+import http.client
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from vllm_server import VERSION, last_lines, prepare, refusal, serving
+
+import prism_refactor
+from prism_refactor.calibration.settings import Calibration
+from prism_refactor.evaluation.windows import read_windows
+from prism_refactor.models.checkpoint import Checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLE = REPOSITORY / "examples" / "olmoe-tiny"
+CHOICES = (4, 8, 12, 16)
+# Of a log probability, float32.
+TOLERANCE = 2e-5
+PROMPTS = (
+    "The history of the city begins in the",
+    "In mathematics, a group is a set",
+    "def read(path):\n    with open(path) as file:\n",
+    "She opened the door and saw that",
+)
+EAGER = "--enforce-eager"
+
+
+@pytest.fixture(scope="session")
+def python():
+    return prepare(REPOSITORY / f".venv-vllm-{VERSION}")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    target = tmp_path_factory.mktemp("refactored") / "out"
+    prism_refactor.refactor(EXAMPLE, target, num_samples=96, max_seq_length=256, tokens_per_expert=512)
+    points = [{"k": k, "perplexity": perplexity} for k, perplexity in ((4, 50.0), (8, 45.0), (12, 42.0), (16, 40.0))]
+    (target / "evaluation.json").write_text(json.dumps({"refactored": [{"router": "two-level", "points": points}]}))
+    manifest = json.loads((target / "prism.json").read_text())
+    manifest["operating_points"] = {"points": [{"mean_k": 5, "k": [7, 3, 4, 6]}]}
+    (target / "prism.json").write_text(json.dumps(manifest))
+    return target
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Two texts of 300 tokens."""
+    windows = read_windows(Calibration(max_seq_length=300), Checkpoint(EXAMPLE), 300, 2000)
+    return windows.rows[1:3].tolist()
+
+
+class Reference:
+    """The product's model in transformers."""
+
+    def __init__(self, folder):
+        self.model, self.tokenizer = prism_refactor.load(folder).float(), AutoTokenizer.from_pretrained(folder)
+        self.model.generation_config.eos_token_id = None
+
+    @torch.inference_mode()
+    def log_probabilities(self, tokens, k):
+        prism_refactor.set_active(self.model, k)
+        logits = self.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+    @torch.inference_mode()
+    def tokens(self, prompt, k, count=24):
+        prism_refactor.set_active(self.model, k)
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        return self.model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="session")
+def reference(folder):
+    return Reference(folder)
+
+
+@pytest.fixture(scope="session")
+def server(python, folder):
+    with serving(python, folder, EAGER, "--max-num-seqs", "64", "--trust-request-chat-template") as running:
+        yield running
+
+
+def largest_difference(server, reference, texts, asked=CHOICES, given=lambda k: k):
+    """Of any log probability, over texts and k; `given`: what a request is sent for a k."""
+    pairs = [(text, k) for text in texts for k in asked]
+    found = server.all(lambda text, k: server.log_probabilities(text, given(k)), pairs)
+    expected = [reference.log_probabilities(*pair) for pair in pairs]
+    return max((torch.tensor(one) - other).abs().max().item() for one, other in zip(found, expected, strict=True))
+
+
+def check_all(server, reference, texts, asked=CHOICES):
+    """Log probabilities and greedy tokens at every k, all k in one batch."""
+    assert largest_difference(server, reference, texts, asked) < TOLERANCE
+    pairs = [(prompt, k) for prompt in PROMPTS for k in asked]
+    assert server.all(server.tokens, pairs) == [reference.tokens(*pair) for pair in pairs]
+
+
+def test_says_at_start_that_it_routes(server):
+    assert "two-level routing on 4 layers, k = 16 of 16" in server.log.read_text()
+
+
+def test_a_batch_of_mixed_k_is_what_each_is_in_transformers(server, reference, texts):
+    check_all(server, reference, texts)
+
+
+def test_without_k_a_request_gets_the_default(server, reference, texts):
+    assert largest_difference(server, reference, texts, (16,), lambda _: None) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_batches_of_any_size_equal_single_runs(server, size):
+    pairs = [(PROMPTS[number % 4] + " x" * (number // 4), 1 + number % 16) for number in range(size)]
+    alone = [server.tokens(*pair) for pair in pairs]
+    assert server.all(server.tokens, pairs) == alone
+
+
+def test_quality_picks_the_least_k_that_reaches_it(server, reference):
+    for quality, k in ((0.8, 4), (0.88, 8), (1.0, 16)):
+        assert server.tokens(PROMPTS[0], vllm_xargs={"prism_quality": quality}) == reference.tokens(PROMPTS[0], k)
+
+
+@pytest.mark.parametrize(
+    ("xargs", "said"),
+    [
+        ({"prism_k": 0}, "0 is not a whole number from 1 to 16"),
+        ({"prism_k": 17}, "17 is not a whole number from 1 to 16"),
+        ({"prism_k": "8"}, "'8' is not a whole number from 1 to 16"),
+        ({"prism_k": [8]}, "[8] is not a whole number from 1 to 16"),
+        ({"prism_k": 2.5}, "2.5 is not a whole number from 1 to 16"),
+        ({"prism_quality": 2}, "2 is not a number above 0 and at most 1"),
+        ({"prism_k": 4, "prism_quality": 0.9}, "write one of them"),
+        ({"prism_kk": 4}, "prism_kk: unknown"),
+    ],
+)
+def test_bad_values_are_answered_with_the_range(server, xargs, said):
+    for path, prompt in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
+        body = {"model": "prism", "max_tokens": 1, "vllm_xargs": xargs} | prompt
+        if "chat" in path:
+            body["chat_template"] = "{{ messages[0].content }}"
+        code, answer = server.ask(path, body)
+        assert (code, said in json.dumps(answer)) == (400, True), answer
+
+
+def test_cached_blocks_are_shared_between_equal_k_alone(server, reference, texts):
+    """Without the salt the second k would run on keys and values of the first."""
+    prompt = texts[0][:256]
+    tails = {4: [], 16: []}
+    for k in (4, 16, 4, 16):
+        code, answer = server.ask(
+            "/v1/completions",
+            {"model": "prism", "prompt": prompt, "max_tokens": 1, "logprobs": 1, "temperature": 0, "vllm_xargs": {"prism_k": k}},
+        )
+        assert code == 200
+        tails[k].append((answer["choices"][0]["logprobs"]["token_logprobs"][0], server.metric("vllm:prefix_cache_hits_total")))
+    for k, ((first, hits), (second, more)) in tails.items():
+        prism_refactor.set_active(reference.model, k)
+        expected = reference.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).max().item()
+        assert abs(first - expected) < TOLERANCE
+        assert abs(second - expected) < TOLERANCE
+        assert more > hits, "the second request of a k uses what the first has cached"
+
+
+def test_a_client_that_leaves_leaks_nothing(server):
+    address = server.address.removeprefix("http://")
+    body = {"model": "prism", "prompt": "a", "max_tokens": 400, "stream": True, "ignore_eos": True, "vllm_xargs": {"prism_k": 3}}
+    for _ in range(8):
+        connection = http.client.HTTPConnection(address, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection.getresponse().read(20)
+        connection.close()
+    end = time.monotonic() + 30
+    while server.metric("vllm:num_requests_running") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_compiled_and_in_pieces_of_prompts(python, folder, reference, texts):
+    options = ["--max-num-batched-tokens", "192", "--max-num-seqs", "32", "--additional-config", '{"prism_k": 8}']
+    with serving(python, folder, *options) as server:
+        assert "k = 8 of 16" in server.log.read_text()
+        check_all(server, reference, texts)
+        assert largest_difference(server, reference, texts, (8,), lambda _: None) < TOLERANCE
+
+
+def test_two_ranks_of_tensor_parallel(python, folder, reference, texts):
+    with serving(python, folder, EAGER, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+        check_all(server, reference, texts)
+
+
+def test_two_stages_of_a_pipeline(python, folder, reference, texts):
+    with serving(python, folder, EAGER, "--pipeline-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+        check_all(server, reference, texts, (4, 16))
+
+
+def test_static_k_is_also_the_most(python, folder, reference, texts):
+    with serving(python, folder, EAGER, "--hf-overrides", '{"num_experts_per_tok": 6}') as server:
+        assert largest_difference(server, reference, texts, (6,), lambda _: None) < TOLERANCE
+        assert largest_difference(server, reference, texts, (3,)) < TOLERANCE
+        code, answer = server.ask("/v1/completions", {"model": "prism", "prompt": "a", "vllm_xargs": {"prism_k": 7}})
+        assert (code, "from 1 to 6" in json.dumps(answer)) == (400, True)
+
+
+def test_a_stored_operating_point(python, folder, reference, texts):
+    with serving(python, folder, "--additional-config", '{"prism_operating_point": 5}') as server:
+        assert "an operating point of mean k = 5.0 of 16" in server.log.read_text()
+        found = server.log_probabilities(texts[0], None)
+        difference = (torch.tensor(found) - reference.log_probabilities(texts[0], [7, 3, 4, 6])).abs().max()
+        assert difference < TOLERANCE
+        code, answer = server.ask("/v1/completions", {"model": "prism", "prompt": "a", "vllm_xargs": {"prism_k": 4}})
+        assert (code, "runs an operating point" in json.dumps(answer)) == (400, True)
+
+
+def test_drafts_from_the_prompt(python, folder, reference):
+    drafts = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+    with serving(python, folder, EAGER, "--speculative-config", drafts) as server:
+        pairs = [(prompt, k) for prompt in PROMPTS for k in (4, 16)]
+        assert server.all(server.tokens, pairs) == [reference.tokens(*pair) for pair in pairs]
+
+
+def test_switched_off_it_is_the_stock_router(python, folder, reference, texts):
+    with serving(python, folder, EAGER, PRISM_VLLM="0") as server:
+        assert "two-level" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--enable-expert-parallel"], "two-level routing does not work with enable_expert_parallel on a CPU"),
+        (["--hf-overrides", '{"num_experts_per_tok": 17}'], "num_experts_per_tok 17: choose 1 to 16"),
+        (["--additional-config", '{"prism_k": 99}'], "prism_k: 99 is not a whole number from 1 to 16"),
+        (["--additional-config", '{"prism_operating_point": 6}'], "has no operating point 6; stored are 5"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_start(python, folder, options, said):
+    line = refusal(python, folder, EAGER, *options)
+    assert f"prism-vllm: {folder}: " in line
+    assert said in line
+
+
+def test_a_checkpoint_without_its_router_file_is_not_served_stock(python, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "sub_expert_router.safetensors").unlink()
+    assert "has no sub_expert_router.safetensors; copy it" in refusal(python, broken, EAGER)
+
+
+def test_a_release_that_is_not_known_stops_a_refactored_checkpoint_alone(python, folder, tmp_path):
+    """A vLLM whose router factory has another signature."""
+    (tmp_path / "sitecustomize.py").write_text("import prism_vllm.engine as e\ne._USED['vllm.exceptions:VLLMNothing'] = None\n")
+    line = refusal(python, folder, EAGER, PYTHONPATH=str(tmp_path))
+    assert "was made for vLLM 0.30 to 0.33" in line
+    assert "has no vllm.exceptions:VLLMNothing" in line
+    with serving(python, EXAMPLE, EAGER, PYTHONPATH=str(tmp_path)) as server:
+        assert server.ask("/v1/completions", {"model": "prism", "prompt": "a", "max_tokens": 2})[0] == 200, last_lines(server.log)
