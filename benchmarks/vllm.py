@@ -1,0 +1,254 @@
+"""vLLM with the plugin prism-vllm against transformers: quality, equality in mixed batches, every family, and what routing costs.
+
+    python benchmarks/vllm.py [--venv DIR] [--parts quality,families,cost] [REFACTORED_DIR]
+
+Without REFACTORED_DIR refactors examples/olmoe-tiny with the default options. vLLM gets a virtual environment of its own, DIR or
+.venv-vllm-VERSION; see vllm_plugin/tests/vllm_server.py. Every figure of vLLM comes from `vllm serve` over HTTP, in float32.
+"""
+
+import argparse
+import math
+import re
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import EXAMPLE, markdown, print_provenance
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import prism_refactor
+from prism_refactor.calibration.settings import Calibration
+from prism_refactor.evaluation.windows import read_windows
+from prism_refactor.models.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests"), str(ROOT / "vllm_plugin" / "tests"), str(ROOT / "vllm_plugin")]
+
+from conftest import FAMILIES, build
+from prism_vllm.routing import SubRouter, route
+from vllm_server import VERSION, Server, prepare, serving
+
+CHOICES, TOKENS, WINDOWS, LENGTH = (4, 8, 12, 16), 24, 8, 511
+PROMPTS = (
+    "The history of the city begins in the",
+    "In mathematics, a group is a set",
+    "def read(path):\n    with open(path) as file:\n",
+    "She opened the door and saw that",
+)
+EAGER = "--enforce-eager"
+WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "eager": ([EAGER, "--max-num-seqs", "64"], {}),
+    "compiled": (["--max-num-seqs", "64"], {}),
+    "prompts in pieces of 192": ([EAGER, "--max-num-batched-tokens", "192", "--max-num-seqs", "64"], {}),
+    "tensor parallel, 2 ranks": ([EAGER, "--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+}
+# vLLM's attention for CPUs takes heads of 32 and more.
+WIDER: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 512}
+HEADS = {"deepseek_v2": {"q_lora_rank": 32}, "deepseek_v3": {"q_lora_rank": 32}}
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, text: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([text])).logits[0].log_softmax(-1)
+    return logits[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    return model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+
+
+class Reference:
+    """What transformers computes with the two-level router and with the stock one: {k: ...}."""
+
+    def __init__(self, folder: Path):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        windows = read_windows(Calibration(max_seq_length=LENGTH), Checkpoint(EXAMPLE), LENGTH)
+        self.texts = windows.rows[torch.linspace(0, len(windows.rows) - 1, WINDOWS).long()].tolist()
+        self.prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+        self.two_level, self.stock, self.greedy = {}, {}, {}
+        model = prism_refactor.load(folder).float()
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.generation_config.eos_token_id = None
+        for k in CHOICES:
+            prism_refactor.set_active(model, k)
+            prism_refactor.set_active(plain, k)
+            self.two_level[k] = [log_probabilities(model, text) for text in self.texts]
+            self.stock[k] = [log_probabilities(plain, text) for text in self.texts]
+            self.greedy[k] = [greedy(model, prompt) for prompt in self.prompts]
+
+
+def perplexity(found: list[torch.Tensor]) -> str:
+    return f"{math.exp(-torch.cat(found).double().mean().item()):.5f}"
+
+
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max((one - other).abs().max().item() for one, other in zip(found, expected, strict=True))
+
+
+def mixed_equal(server: Server, requests: int) -> str:
+    """How many of some concurrent requests of all k get what they get alone."""
+    pairs = [(PROMPTS[number % len(PROMPTS)] + " x" * (number // len(PROMPTS)), 1 + number % CHOICES[-1]) for number in range(requests)]
+    alone = [server.tokens(*pair) for pair in pairs]
+    return f"{sum(one == other for one, other in zip(server.all(server.tokens, pairs), alone, strict=True))} / {requests}"
+
+
+def quality(python: Path, folder: Path) -> None:
+    """All k of a text in one batch, against transformers."""
+    reference, rows, mixed = Reference(folder), [], []
+    for name, (options, environment) in WAYS.items():
+        with serving(python, folder, *options, **environment) as server:
+            pairs = [(text, k) for k in CHOICES for text in reference.texts]
+            found = [torch.tensor(each) for each in server.all(server.log_probabilities, pairs)]
+            tokens = server.all(server.tokens, [(prompt, k) for k in CHOICES for prompt in reference.prompts])
+            for number, k in enumerate(CHOICES):
+                own = found[number * WINDOWS : (number + 1) * WINDOWS]
+                same = zip(tokens[number * len(PROMPTS) : (number + 1) * len(PROMPTS)], reference.greedy[k], strict=True)
+                expected = reference.two_level[k]
+                compared = [perplexity(own), f"{difference(own, expected):.1e}", f"{sum(a == b for a, b in same)} / {len(PROMPTS)}"]
+                rows.append([name, k, perplexity(reference.stock[k]), perplexity(expected), *compared])
+            mixed.append([name, *(mixed_equal(server, requests) for requests in (1, 3, 64)), f"{server.seconds:.0f}"])
+    scored = WINDOWS * (LENGTH - 1)
+    print(f"{scored} tokens in {WINDOWS} windows, all k in one batch; {len(PROMPTS)} prompts of {TOKENS} greedy tokens\n")
+    columns = ["", "k", "stock, transformers", "two-level, transformers", "two-level, vLLM", "largest difference of a log probability"]
+    print(markdown([*columns, "equal greedy tokens"], rows))
+    print("\nrequests of mixed k at once, and how many get what they get alone\n")
+    print(markdown(["", "1", "3", "64", "start, s"], mixed))
+
+
+def family_row(python: Path, family: str, router: str, scratch: Path) -> list[Any]:
+    """A random model of a family, refactored: vLLM against transformers at full k, three quarters, half and 1."""
+    changes = WIDER | HEADS.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
+    changes |= MLA if "kv_lora_rank" in FAMILIES[family] else {}
+    source, folder = build(family, scratch / family, **changes), scratch / f"{family}-{router}"
+    options = {"num_samples": 8, "max_seq_length": 64, "tokens_per_expert": 64, "solver": "ascent", "workers": 1, "router": router}
+    prism_refactor.refactor(source, folder, **options)
+    model = prism_refactor.load(folder).float()
+    full = max(model.prism_active.per_layer)
+    text = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    choices, expected = sorted({full, full * 3 // 4, full // 2, 1}, reverse=True), []
+    for k in choices:
+        prism_refactor.set_active(model, k)
+        expected.append(log_probabilities(model, text))
+    try:
+        with serving(python, folder, EAGER) as server:
+            found = server.all(server.log_probabilities, [(text, k) for k in choices])
+    except AssertionError as error:
+        lines = [line for line in str(error).splitlines() if "Error: " in line]
+        return [family, router, "-", (lines[-1] if lines else str(error)[-200:]).partition("] ")[2][-200:]]
+    return [family, router, f"{difference([torch.tensor(one) for one in found], expected):.1e}", f"k = {', '.join(map(str, choices))}"]
+
+
+def families(python: Path) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for family in FAMILIES:
+            for router in ("linear", "proxy"):
+                try:
+                    rows.append(family_row(python, family, router, Path(scratch) / router))
+                except Exception:
+                    rows.append([family, router, "-", traceback.format_exc().splitlines()[-1]])
+                print(*rows[-1], file=sys.stderr)
+    print(markdown(["family", "router", "largest difference of a log probability", ""], rows))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something: not views, not what makes an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += not (isinstance(result, torch.Tensor) and result._is_view())
+        return result
+
+
+def routing_cost() -> None:
+    """Operations and microseconds of one layer's routing function, of OLMoE-1B-7B's size, before and after compiling."""
+    experts, parts, top_k, hidden = 64, 4, 8, 2048
+    tensors = {
+        "weight": torch.randn(experts, parts, hidden) / 40,
+        "bias": torch.randn(experts, parts),
+        "ceiling": torch.randn(experts, parts) + 3,
+        "compensation": torch.randn(2, experts, parts, hidden),
+        "scale": torch.rand(top_k * parts),
+    }
+    router, compiled = SubRouter.of(tensors), torch.compile(route)
+    kernel = re.compile(r"^\s+(?:cpp_fused\w*\(|extern_kernels\.|buf\d+ = torch\.ops\.aten\.)", re.MULTILINE)
+    rows, kernels = [], 0
+    for tokens in (1, 8, 64, 512):
+        weights, chosen = torch.rand(tokens, experts).topk(top_k)
+        arguments = (router, torch.randn(tokens, hidden), weights, chosen, torch.randint(1, top_k * parts + 1, (tokens,)), parts, "silu")
+        with torch.inference_mode(), Operations() as operations:
+            route(*arguments)
+        torch._inductor.metrics.reset()
+        with torch.inference_mode():
+            _, code = run_and_get_code(compiled, *arguments)
+        # Nothing is compiled, and there is no code, where a number of tokens is like the last.
+        kernels = sum(len(kernel.findall(text)) for text in code[:1]) or kernels
+        times = []
+        for function in (route, compiled):
+            with torch.inference_mode():
+                for _ in range(3):
+                    function(*arguments)
+                spent = []
+                for _ in range(30):
+                    start = time.perf_counter()
+                    function(*arguments)
+                    spent.append(time.perf_counter() - start)
+            times.append(f"{sorted(spent)[15] * 1e6:.0f}")
+        rows.append([tokens, operations.count, kernels, *times])
+    print(markdown(["tokens", "operations, eager", "kernels, compiled", "us, eager", "us, compiled"], rows))
+
+
+def cost(python: Path, folder: Path) -> None:
+    """What two-level routing costs where everything else costs nothing: in a model of 14.7M parameters."""
+    routing_cost()
+    rows = []
+    for name, options in (("eager", [EAGER]), ("compiled", [])):
+        speeds = []
+        for off in ("0", "1"):
+            with serving(python, folder, *options, PRISM_VLLM=off) as server:
+                spent = []
+                for _ in range(5):
+                    start = time.perf_counter()
+                    server.tokens(PROMPTS[0], max_tokens=200)
+                    spent.append((time.perf_counter() - start) / 200)
+                speeds.append(sorted(spent)[2])
+        stock, ours = speeds
+        rows.append([name, f"{stock * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{(ours - stock) / ours:.0%}"])
+    print("\none request, milliseconds per token at full k\n")
+    print(markdown(["", "stock router", "two-level router", "share of it in a step"], rows))
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / f".venv-vllm-{VERSION}", help="virtual environment of vLLM")
+    parser.add_argument("--parts", default="quality,families,cost", help="which of the parts to run")
+    parser.add_argument("refactored_dir", type=Path, nargs="?", help="default: examples/olmoe-tiny, refactored")
+    given = parser.parse_args()
+    print_provenance()
+    interpreter = prepare(given.venv.absolute())
+    print(f"vllm-cpu {VERSION}, transformers {transformers.__version__}, torch {torch.__version__}\n")
+    with tempfile.TemporaryDirectory() as root:
+        refactored = given.refactored_dir or Path(root) / "refactored"
+        if not given.refactored_dir:
+            prism_refactor.refactor(EXAMPLE, refactored)
+        for part in given.parts.split(","):
+            print(f"\n## {part}\n")
+            if part == "families":
+                families(interpreter)
+            else:
+                {"quality": quality, "cost": cost}[part](interpreter, refactored.absolute())
