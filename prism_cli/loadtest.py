@@ -72,7 +72,7 @@ def _trace(full_k: int | None, options: dict[str, Any]) -> list["Arrival"]:
         # A server that knows no k gets requests without one; vLLM does not say which it takes.
         mix = floors(None if options["api"] == "vllm" else full_k or 1, options["mix"])
     except ValueError as error:
-        raise UsageError(f"--mix {options['mix'] or ''}: {error}") from None
+        raise UsageError(f"--mix {options['mix'] or 'is missing'}: {error}") from None
     sizes = options["prompt_tokens"], options["max_tokens"]
     return poisson(options["requests"], options["rate"], sizes, mix, options["seed"])
 

@@ -18,6 +18,7 @@ from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks, moe_gates, router_tensors, set_active
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring import verify
+from prism_refactor.refactoring.engines import engine_notes
 from prism_refactor.refactoring.plan import make_plan
 from prism_refactor.routing.output import relative_error
 from prism_refactor.routing.proxy import gate_neurons
@@ -310,12 +311,34 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, models, command):
     result = command("prism-refactor", models["olmoe"], tmp_path / "out", "--dry-run")
     assert result.code == 0
     assert list(tmp_path.iterdir()) == []
-    for line in ("num_experts       6      24", "tensors", "disk:", "memory:", "time:"):
+    for line in (
+        "num_experts       6      24",
+        "tensors",
+        "disk:",
+        "memory:",
+        "time:",
+        "vLLM: runs it",
+        "neurons do not fill a tile of 64",
+    ):
         assert line in result.out
     out = refactored(command, models["olmoe"], tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert """"vllm_xargs": {"prism_k": 8}""" in card
+    assert "- vLLM: runs it" in card
     tensors = sum(len(load_file(path)) for path in out.glob("model-*.safetensors"))
     planned = next(line for line in result.out.splitlines() if line.strip().startswith("tensors"))
     assert int(planned.split()[-1]) == tensors
+
+
+@pytest.mark.parametrize(
+    ("experts", "width", "vllm", "llama", "narrow"),
+    [(992, 128, True, True, False), (1024, 64, False, True, False), (2048, 48, False, False, True), (64, 8, True, True, True)],
+)
+def test_engines_that_can_run_a_result_are_named(experts, width, vllm, llama, narrow):
+    notes = engine_notes("olmoe", {"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width})
+    assert ["runs it" in note for note in notes[:2]] == [vllm, llama]
+    assert all(("lower --sub-experts" in note) != ("runs it" in note) for note in notes[:2])
+    assert any(f"of {width} neurons do not fill" in note for note in notes[2:]) == narrow
 
 
 def test_experts_without_tokens_are_reported_or_refused(tmp_path, command, models):

@@ -17,6 +17,7 @@ import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import aiohttp
@@ -526,6 +527,40 @@ def test_loadtest_against_a_server(url, site, command, tmp_path):
     assert "1/2" in outcome.out
     assert "status 400" in outcome.out
     assert idle(site)
+
+
+def test_loadtest_sends_floors_as_vllm_takes_them(command, tmp_path):
+    bodies = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def respond(self, text):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self):
+            self.respond('{"data": [{"id": "m"}]}')
+
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.respond('data: {"usage": {"completion_tokens": 2}}\n\ndata: [DONE]\n\n')
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        trace = tmp_path / "trace.jsonl"
+        trace.write_text('{"at": 0, "prompt_tokens": 5, "max_tokens": 2, "k": 4}\n{"at": 0.3, "prompt_tokens": 5, "max_tokens": 2}\n')
+        assert command("prism-loadtest", url, "--api", "vllm", "--trace", trace, "--json").code == 0
+        assert command("prism-loadtest", url, "--api", "vllm", "--mix", "7:1", "--requests", 2, "--rate", 100, "--json").code == 0
+        outcome = command("prism-loadtest", url, "--api", "vllm")
+        server.shutdown()
+    assert [body.get("vllm_xargs") for body in bodies] == [{"prism_k": 4}, None, {"prism_k": 7}, {"prism_k": 7}]
+    assert not any("prism" in body for body in bodies)
+    assert (outcome.code, "write K:WEIGHT" in outcome.err) == (2, True)
 
 
 @pytest.mark.long

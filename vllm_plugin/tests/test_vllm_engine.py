@@ -193,11 +193,6 @@ def test_two_ranks_of_tensor_parallel(python, folder, reference, texts):
         check_all(server, reference, texts)
 
 
-def test_two_stages_of_a_pipeline(python, folder, reference, texts):
-    with serving(python, folder, EAGER, "--pipeline-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
-        check_all(server, reference, texts, (4, 16))
-
-
 def test_static_k_is_also_the_most(python, folder, reference, texts):
     with serving(python, folder, EAGER, "--hf-overrides", '{"num_experts_per_tok": 6}') as server:
         assert largest_difference(server, reference, texts, (6,), lambda _: None) < TOLERANCE
