@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# The script beside this one is named vllm.py, and is not vLLM.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
 CHOICES = (4, 8, 12, 16)
 BATCHES, DECODE, PREFILL = (1, 8, 64, 256), 64, 1024
 SUB_EXPERTS = 4
@@ -45,16 +48,16 @@ ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"
 def prepare(folder: Path) -> None:
     """Refactor examples/olmoe-tiny, and note the log probabilities that transformers gives a text at several k."""
     import torch
-    from common import EXAMPLE
 
     import prism_refactor
     from prism_refactor.calibration.settings import Calibration
     from prism_refactor.evaluation.windows import read_windows
     from prism_refactor.models.checkpoint import Checkpoint
 
+    example = Path(__file__).parents[1] / "examples" / "olmoe-tiny"
     folder.mkdir(parents=True)
-    prism_refactor.refactor(EXAMPLE, folder / "checkpoint")
-    text = read_windows(Calibration(max_seq_length=400), Checkpoint(EXAMPLE), 400, 4000).rows[1].tolist()
+    prism_refactor.refactor(example, folder / "checkpoint")
+    text = read_windows(Calibration(max_seq_length=400), Checkpoint(example), 400, 4000).rows[1].tolist()
     model, found = prism_refactor.load(folder / "checkpoint").float(), {}
     for k in CHOICES:
         prism_refactor.set_active(model, k)

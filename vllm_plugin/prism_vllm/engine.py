@@ -12,8 +12,8 @@ Five changes, each of a function that vLLM looks up when it is called:
 
 import functools
 import inspect
+import json
 import re
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -94,8 +94,16 @@ _step: StepK | None = None
 
 
 @functools.cache
-def _checkpoint(folder: str, revision: str | None) -> Callable[[str], str | None]:
-    return lambda name: cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+def _serving(folder: str, revision: str | None, prism: str, most: int, additional: str) -> Serving:
+    """That of a checkpoint; `prism` and `additional` are JSON. Cached: every request asks for it."""
+
+    def path(name: str) -> str | None:
+        try:
+            return cached_file(folder, name, revision=revision)
+        except OSError:
+            return None
+
+    return Serving.of(RefactoredCheckpoint(json.loads(prism), most, path), json.loads(additional))
 
 
 def serving_of(config: Any) -> Serving | None:
@@ -109,9 +117,9 @@ def serving_of(config: Any) -> Serving | None:
     prism = getattr(text, "prism", None)
     if not prism or prism["router"] == "replicate":
         return None
-    path = _checkpoint(str(model.model), model.revision)
     extra = config.additional_config if isinstance(config.additional_config, dict) else {}
-    return Serving.of(RefactoredCheckpoint(prism, getattr(text, prism["top_k"]), path), extra)
+    ours = {key: value for key, value in extra.items() if key.startswith("prism_")}
+    return _serving(str(model.model), model.revision, json.dumps(prism), getattr(text, prism["top_k"]), json.dumps(ours))
 
 
 def obstacle(config: Any) -> str | None:
@@ -211,9 +219,12 @@ def _router_class() -> Any:
         def _correct(self, tensors: dict[str, torch.Tensor]) -> None:
             """Give the family's router the original correction of its scores, where the family has one."""
             found = [value for name, value in tensors.items() if name.endswith(("correction", "e_score_correction_bias"))]
-            if found:
-                own = self.original.e_score_correction_bias
-                self.original.e_score_correction_bias = found[0].flatten().to(own.dtype)
+            if not found:
+                return
+            own = getattr(self.original, "e_score_correction_bias", None)
+            if own is None:
+                raise CheckpointError(f"prism-vllm: vLLM's {type(self.original).__name__} does not correct scores as this checkpoint does")
+            self.original.e_score_correction_bias = found[0].flatten().to(own.dtype)
 
         def _compute_routing(
             self, hidden_states: torch.Tensor, router_logits: torch.Tensor, indices_type: torch.dtype | None, **_: Any
