@@ -177,7 +177,7 @@ def optima() -> str:
 
 def defaults() -> str:
     """`genetic` with one default changed at a time: dropped share (mean of `SEEDS` seeds) in so many seconds."""
-    module = importlib.import_module("solvers.genetic")
+    module = importlib.import_module("prism_refactor.solvers.genetic")
     problems = {
         "real 16/8": (real(), 16, 8),
         "clustered 4/1": (generated("clustered", 1024), 4, 1),

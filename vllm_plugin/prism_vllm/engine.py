@@ -255,6 +255,8 @@ def install_routing() -> None:
         if kwargs.get("num_fused_shared_experts"):
             raise CheckpointError("prism-vllm: the kernel runs shared experts as routed ones; switch that off")
         experts = kwargs.get("num_logical_experts") or global_num_experts
+        # vLLM's OLMoE does not look at it.
+        kwargs["renormalize"] = getattr(current_config().model_config.hf_text_config, "norm_topk_prob", kwargs.get("renormalize", True))
         original = make(
             top_k=serving.checkpoint.top_k, global_num_experts=experts // int(serving.checkpoint.config["sub_experts"]), **kwargs
         )
