@@ -145,8 +145,9 @@ def family_row(python: Path, family: str, router: str, scratch: Path) -> list[An
         with serving(python, folder, EAGER) as server:
             found = server.all(server.log_probabilities, [(text, k) for k in choices])
     except AssertionError as error:
-        lines = [line for line in str(error).splitlines() if "Error: " in line]
-        return [family, router, "-", (lines[-1] if lines else str(error)[-200:]).partition("] ")[2][-200:]]
+        # The first is the cause, the others say that the engine has failed.
+        lines = [line.rpartition("] ")[2].strip() for line in str(error).splitlines() if re.search(r"\w+Error: ", line)]
+        return [family, router, "-", (lines or ["did not start"])[0][:200]]
     return [family, router, f"{difference([torch.tensor(one) for one in found], expected):.1e}", f"k = {', '.join(map(str, choices))}"]
 
 

@@ -68,31 +68,32 @@ class RefactoredCheckpoint:
         with safe_open(self._router_file, "pt") as file:
             found = {match[3]: file.get_tensor(name) for name in file.keys() if (match := _ROUTER.fullmatch(name)) and match[1] == block}  # noqa: SIM118
         neurons = found.pop("gate_neurons", None)
-        return found if neurons is None else found | self._rows(block, neurons)
+        return found if neurons is None else found | self._rows(layer, neurons)
 
-    def _rows(self, block: str, neurons: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The gate rows, then the up rows, of the gate neurons [E, N, r] of a block: `rows` [E, N, 2r, H], perhaps `row_bias`."""
-        parts = [self._expert_rows(block, number, own) for number, own in enumerate(neurons.flatten(0, 1))]
+    def _rows(self, layer: int, neurons: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The gate rows, then the up rows, of the gate neurons [E, N, r] of a layer: `rows` [E, N, 2r, H], perhaps `row_bias`."""
+        # Files may call a block otherwise than the model does, so it is known by its layer.
+        names = {name.split(f"layers.{layer}.")[-1].partition(".")[2]: name for name in self._shards if f"layers.{layer}." in name}
+        parts = [self._expert_rows(names, number, own) for number, own in enumerate(neurons.flatten(0, 1))]
         found = {"rows": torch.stack([rows for rows, _ in parts])}
         if parts[0][1] is not None:
             found["row_bias"] = torch.stack([bias for _, bias in parts if bias is not None])
         return {name: value.unflatten(0, neurons.shape[:2]) for name, value in found.items()}
 
-    def _expert_rows(self, block: str, number: int, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Those of one sub-expert: ([2r, H], [2r] or None)."""
-        for gate, up in _PROJECTIONS:
-            names = [f"{block}.experts.{number}.{projection}.weight" for projection in (gate, up)]
-            if names[0] in self._shards:
-                return torch.cat([self._read(name)[neurons] for name in names]), None
-        for name in (f"{block}.{fused}" for fused in _FUSED):
-            if name not in self._shards:
-                continue
-            matrix, bias = self._read(name, number), f"{block}.{_INTERLEAVED}"
-            if bias in self._shards:
-                places = torch.cat([2 * neurons, 2 * neurons + 1])
-                return matrix[:, places].T, self._read(bias, number)[places]
-            return matrix[torch.cat([neurons, neurons + len(matrix) // 2])], None
-        raise CheckpointError(f"{block}: the experts of this family have names that this plugin does not know; use the router 'linear'")
+    def _expert_rows(self, names: dict[str, str], number: int, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of one sub-expert: ([2r, H], [2r] or None). `names`: of the layer's tensors, by what follows the block's name."""
+        for projections in _PROJECTIONS:
+            own = [f"experts.{number}.{projection}.weight" for projection in projections]
+            if own[0] in names:
+                return torch.cat([self._read(names[name])[neurons] for name in own]), None
+        fused = next((names[name] for name in _FUSED if name in names), None)
+        if fused is None:
+            raise CheckpointError("its experts' tensors have names that this plugin does not know; use the router 'linear'")
+        matrix = self._read(fused, number)
+        if _INTERLEAVED in names:
+            places = torch.cat([2 * neurons, 2 * neurons + 1])
+            return matrix[:, places].T, self._read(names[_INTERLEAVED], number)[places]
+        return matrix[torch.cat([neurons, neurons + len(matrix) // 2])], None
 
     @cached_property
     def _shards(self) -> dict[str, str]:
