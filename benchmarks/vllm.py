@@ -34,16 +34,9 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "vllm_plugin" / "tests"), str(ROOT 
 
 from conftest import FAMILIES, build
 from prism_vllm.routing import SubRouter, route
-from vllm_server import VERSION, Server, prepare, serving
+from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, Server, prepare, serving
 
-CHOICES, TOKENS, WINDOWS, LENGTH = (4, 8, 12, 16), 24, 8, 511
-PROMPTS = (
-    "The history of the city begins in the",
-    "In mathematics, a group is a set",
-    "def read(path):\n    with open(path) as file:\n",
-    "She opened the door and saw that",
-)
-EAGER = "--enforce-eager"
+TOKENS, WINDOWS, LENGTH = 24, 8, 511
 WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
     "eager": ([EAGER, "--max-num-seqs", "64"], {}),
     "compiled": (["--max-num-seqs", "64"], {}),
@@ -127,19 +120,12 @@ def quality(python: Path, folder: Path) -> None:
     print(markdown(["", "1", "3", "64", "start, s"], mixed))
 
 
-def family_row(python: Path, family: str, router: str, scratch: Path) -> list[Any]:
-    """A random model of a family, refactored: vLLM against transformers at full k, three quarters, half and 1."""
-    changes = WIDER | HEADS.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
-    changes |= MLA if "kv_lora_rank" in FAMILIES[family] else {}
-    source, folder = build(family, scratch / family, **changes), scratch / f"{family}-{router}"
-    options = {"num_samples": 8, "max_seq_length": 64, "tokens_per_expert": 64, "solver": "ascent", "workers": 1, "router": router}
-    prism_refactor.refactor(source, folder, **options)
-    model = prism_refactor.load(folder).float()
-    full = max(model.prism_active.per_layer)
-    text = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
-    choices, expected = sorted({full, full * 3 // 4, full // 2, 1}, reverse=True), []
+def compare(python: Path, folder: Path, model: Any, text: list[int], choices: list[int | None]) -> str:
+    """Largest difference of a log probability between vLLM and a model in transformers at some k, or why vLLM does not run it."""
+    expected = []
     for k in choices:
-        prism_refactor.set_active(model, k)
+        if k is not None:
+            prism_refactor.set_active(model, k)
         expected.append(log_probabilities(model, text))
     try:
         with serving(python, folder, EAGER) as server:
@@ -147,21 +133,38 @@ def family_row(python: Path, family: str, router: str, scratch: Path) -> list[An
     except AssertionError as error:
         # The first is the cause, the others say that the engine has failed.
         lines = [line.rpartition("] ")[2].strip() for line in str(error).splitlines() if re.search(r"\w+Error: ", line)]
-        return [family, router, "-", (lines or ["did not start"])[0][:200]]
-    return [family, router, f"{difference([torch.tensor(one) for one in found], expected):.1e}", f"k = {', '.join(map(str, choices))}"]
+        return (lines or ["did not start"])[0][:200]
+    return f"{difference([torch.tensor(one) for one in found], expected):.1e}"
 
 
-def families(python: Path) -> None:
+def family_row(python: Path, family: str, scratch: Path) -> list[Any]:
+    """A random model of a family, as it is and refactored with both routers, at full k, three quarters, half and 1."""
+    changes = WIDER | HEADS.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
+    changes |= MLA if "kv_lora_rank" in FAMILIES[family] else {}
+    source = build(family, scratch / family, **changes)
+    text = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    row = [family, compare(python, source, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), text, [None])]
+    options = {"num_samples": 8, "max_seq_length": 64, "tokens_per_expert": 64, "solver": "ascent", "workers": 1}
+    for router in ("linear", "proxy"):
+        folder = scratch / f"{family}-{router}"
+        prism_refactor.refactor(source, folder, router=router, **options)
+        model = prism_refactor.load(folder).float()
+        full = max(model.prism_active.per_layer)
+        row.append(compare(python, folder, model, text, [full, full * 3 // 4, full // 2, 1]))
+    return row
+
+
+def families(python: Path, names: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for family in FAMILIES:
-            for router in ("linear", "proxy"):
-                try:
-                    rows.append(family_row(python, family, router, Path(scratch) / router))
-                except Exception:
-                    rows.append([family, router, "-", traceback.format_exc().splitlines()[-1]])
-                print(*rows[-1], file=sys.stderr)
-    print(markdown(["family", "router", "largest difference of a log probability", ""], rows))
+        for family in names:
+            try:
+                rows.append(family_row(python, family, Path(scratch)))
+            except Exception:
+                rows.append([family, traceback.format_exc().splitlines()[-1]])
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    print("largest difference of a log probability between vLLM and transformers, or why vLLM does not run it\n")
+    print(markdown(["family", "original", "two-level, linear", "two-level, proxy"], rows))
 
 
 class Operations(TorchDispatchMode):
@@ -240,6 +243,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / f".venv-vllm-{VERSION}", help="virtual environment of vLLM")
     parser.add_argument("--parts", default="quality,families,cost", help="which of the parts to run")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="which families")
     parser.add_argument("refactored_dir", type=Path, nargs="?", help="default: examples/olmoe-tiny, refactored")
     given = parser.parse_args()
     print_provenance()
@@ -252,6 +256,6 @@ if __name__ == "__main__":
         for part in given.parts.split(","):
             print(f"\n## {part}\n")
             if part == "families":
-                families(interpreter)
+                families(interpreter, given.families.split(","))
             else:
                 {"quality": quality, "cost": cost}[part](interpreter, refactored.absolute())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer
-from vllm_server import VERSION, last_lines, prepare, refusal, serving
+from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, last_lines, prepare, refusal, serving
 
 import prism_refactor
 from prism_refactor.calibration.settings import Calibration
@@ -18,16 +18,8 @@ from prism_refactor.models.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "examples" / "olmoe-tiny"
-CHOICES = (4, 8, 12, 16)
 # Of a log probability, float32.
 TOLERANCE = 2e-5
-PROMPTS = (
-    "The history of the city begins in the",
-    "In mathematics, a group is a set",
-    "def read(path):\n    with open(path) as file:\n",
-    "She opened the door and saw that",
-)
-EAGER = "--enforce-eager"
 
 
 @pytest.fixture(scope="session")

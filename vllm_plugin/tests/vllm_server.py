@@ -28,6 +28,14 @@ from typing import Any
 PLUGIN = Path(__file__).parents[1]
 # The release that is tested unless another is named.
 VERSION = os.environ.get("VLLM_VERSION", "0.32.0")
+CHOICES = (4, 8, 12, 16)
+PROMPTS = (
+    "The history of the city begins in the",
+    "In mathematics, a group is a set",
+    "def read(path):\n    with open(path) as file:\n",
+    "She opened the door and saw that",
+)
+EAGER = "--enforce-eager"
 START_SECONDS, STOP_SECONDS = 400, 30
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
