@@ -45,7 +45,13 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 # vLLM's attention for CPUs takes heads of 32 and more.
 WIDER: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 512}
-HEADS = {"deepseek_v2": {"q_lora_rank": 32}, "deepseek_v3": {"q_lora_rank": 32}}
+# Keys that vLLM reads, which published checkpoints have and transformers does not write.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "q_lora_rank": 32},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": 32},
+    # Of this activation vLLM's kernel for CPUs takes widths that are multiples of 32.
+    "gpt_oss": {"intermediate_size": 256},
+}
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
 
@@ -139,7 +145,7 @@ def compare(python: Path, folder: Path, model: Any, text: list[int], choices: li
 
 def family_row(python: Path, family: str, scratch: Path) -> list[Any]:
     """A random model of a family, as it is and refactored with both routers, at full k, three quarters, half and 1."""
-    changes = WIDER | HEADS.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
+    changes = WIDER | PUBLISHED.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
     changes |= MLA if "kv_lora_rank" in FAMILIES[family] else {}
     source = build(family, scratch / family, **changes)
     text = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
