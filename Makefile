@@ -6,7 +6,7 @@ DEMO := demo-output
 .PHONY: help setup demo test test-all test-vllm test-vllm-releases docs lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 setup: $(VENV)/.installed ## create .venv and install into it
 
