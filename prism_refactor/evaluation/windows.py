@@ -60,6 +60,8 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
     texts: dict[str, list[int]] = defaultdict(list)
     read = 0
     for name in calibration.datasets or [EVALUATION_TEXT]:
+        if read == most:
+            break
         for record in Source.parse(name).records(calibration.text_column, calibration.seed):
             ids = tokenizer(record[calibration.text_column] or "", add_special_tokens=False)["input_ids"]
             if not ids:
