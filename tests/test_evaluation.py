@@ -104,6 +104,14 @@ def test_costs_count_the_parameters_of_the_model(elastic):
     assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 + 64 + 16) * 256
 
 
+def test_text_ends_at_its_limit_whatever_follows(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"domain": name, "text": "one two three four five six seven eight"}) + "\n")
+    datasets = tuple(str(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+    found = read_windows(Calibration(datasets, max_seq_length=8), Checkpoint(EXAMPLE), most=5)
+    assert (found.domains, found.tokens) == (["a"], 4)
+
+
 def test_allocation_takes_the_steepest_layer_first_and_looks_past_plateaus():
     errors = torch.tensor([[8.0, 4.0, 2.0, 0.0], [1.0, 0.9, 0.8, 0.0], [9.0, 9.0, 0.0, 0.0]], dtype=torch.float64)
     assert allocate(errors, [1, 2, 3, 4]) == {1: (1, 1, 1), 2: (2, 1, 3), 3: (4, 2, 3), 4: (4, 4, 4)}

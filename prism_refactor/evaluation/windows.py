@@ -57,9 +57,10 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
         raise UsageError(f"`stride` {stride}: must be at most the window of {length} tokens")
     tokenizer = load_tokenizer(checkpoint.path)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    datasets = list(calibration.datasets) or [EVALUATION_TEXT]
     texts: dict[str, list[int]] = defaultdict(list)
     read = 0
-    for name in calibration.datasets or [EVALUATION_TEXT]:
+    for name in datasets:
         if read == most:
             break
         for record in Source.parse(name).records(calibration.text_column, calibration.seed):
@@ -80,7 +81,7 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
             scored.append(counted)
             domains.append(domain)
     if not any(any(row) for row in scored):
-        raise InputError(f"`datasets` {', '.join(calibration.datasets)}: holds no text to score")
+        raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
     return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
 
 
