@@ -28,8 +28,10 @@ def engine_notes(model_type: str, sizes: dict[str, int]) -> list[str]:
         ("vLLM", VLLM_EXPERTS, "two-level router with the plugin prism-vllm, else the stock router"),
         ("llama.cpp", LLAMA_CPP_EXPERTS, "the stock router"),
     ):
-        runs = f"runs it: {how}" if experts <= most else f"cannot run it: {experts} sub-experts in a layer, its limit is {most}"
-        notes.append(f"{name}: {runs}" + ("" if experts <= most else "; lower --sub-experts"))
+        if experts <= most:
+            notes.append(f"{name}: runs it: {how}")
+        else:
+            notes.append(f"{name}: cannot run it: {experts} sub-experts in a layer, its limit is {most}; lower --sub-experts")
     if width % TILE:
         notes.append(f"GPU kernels: sub-experts of {width} neurons do not fill a tile of {TILE}; fewer --sub-experts waste less")
     return notes

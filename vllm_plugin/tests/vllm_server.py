@@ -105,12 +105,12 @@ class Server:
             return code, text
 
     def complete(self, prompt: str | list[int], k: int | None = None, **options: Any) -> dict[str, Any]:
-        """The first choice of a greedy completion that does not stop before its last token, at k; with its usage."""
+        """The first choice of a greedy completion that does not stop before its last token, at k."""
         body = {"model": "prism", "prompt": prompt, "temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_tokens": 24}
         body |= {"vllm_xargs": {"prism_k": k}} if k is not None else {}
         code, answer = self.ask("/v1/completions", body | options)
         assert code == 200, f"vLLM answered {code}: {answer}\n{last_lines(self.log)}"
-        return answer["choices"][0] | {"usage": answer["usage"]}
+        return answer["choices"][0]
 
     def tokens(self, prompt: str | list[int], k: int | None = None, **options: Any) -> list[int]:
         """The tokens of `complete`."""
