@@ -106,8 +106,17 @@ class RefactoredCheckpoint:
 
     def _read(self, name: str, number: int | None = None) -> torch.Tensor:
         """A tensor, or one entry of it."""
-        with safe_open(str(self.path(self._shards[name])), "pt") as file:
-            return file.get_tensor(name) if number is None else file.get_slice(name)[number]
+        shard = self._shards[name]
+        if shard not in self._open:
+            # Opened once: a layer of the router 'proxy' reads every sub-expert.
+            self._open[shard] = safe_open(str(self.path(shard)), "pt")
+        file = self._open[shard]
+        return file.get_tensor(name) if number is None else file.get_slice(name)[number]
+
+    @cached_property
+    def _open(self) -> dict[str, Any]:
+        """The shards that were read from."""
+        return {}
 
     @cached_property
     def quality(self) -> dict[int, float] | None:

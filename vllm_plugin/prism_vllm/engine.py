@@ -305,9 +305,14 @@ def _install_report(two_level: Any, runner: Any) -> None:
         if serving is None:
             return model
         where = f"prism-vllm: {model_config.model}"
-        layers = [module for module in model.modules() if isinstance(module, runner) and isinstance(module.router, two_level)]
+        runners = [module for module in model.modules() if isinstance(module, runner)]
+        layers = [module for module in runners if isinstance(module.router, two_level)]
         expected = len(serving.checkpoint.blocks)
-        if not layers or (len(layers) != expected and vllm_config.parallel_config.pipeline_parallel_size == 1):
+        if (
+            not layers
+            or len(layers) < len(runners)
+            or (len(layers) != expected and vllm_config.parallel_config.pipeline_parallel_size == 1)
+        ):
             raise CheckpointError(f"{where}: vLLM's {type(model).__name__} routes {len(layers)} of {expected} MoE layers by two levels")
         alone = next((module for module in layers if module.is_monolithic), None)
         if alone is not None:
