@@ -86,12 +86,12 @@ def histories(used: np.ndarray) -> np.ndarray:
     """What `activation` has seen then: last uses, then its windows; float32 [T, l, 1 + windows, L, E]."""
     tokens, layers, experts = used.shape
     rows = []
-    last = np.zeros((1, layers, experts))
+    last, past_requests = np.zeros((1, layers, experts)), np.zeros((0, layers, experts))
     for token in range(tokens):
         if token % TOKENS == 0:
-            seen, last = _Activations(layers, experts), np.zeros((1, layers, experts))
+            seen, last = _Activations(layers, experts, past_requests), np.zeros((1, layers, experts))
         for layer in range(layers):
-            seen.add(layer, used[token, layer].astype(float))
+            seen.add(layer, used[token, layer].astype(float), past_requests)
             last[0, layer] = used[token, layer]
             rows.append(np.concatenate([last, seen.windows()]).astype(np.float32))
     return np.stack(rows).reshape(tokens, layers, *rows[0].shape)

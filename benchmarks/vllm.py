@@ -30,40 +30,19 @@ from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "vllm_plugin" / "tests"), str(ROOT / "vllm_plugin")]
+sys.path += [str(ROOT / "vllm_plugin" / "tests"), str(ROOT / "vllm_plugin")]
 
-from conftest import FAMILIES, build
 from prism_vllm.routing import SubRouter, route
+from reference import FAMILIES, QUICK, difference, greedy, log_probabilities, random_model, random_text
 from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, Server, prepare, serving
 
-TOKENS, WINDOWS, LENGTH = 24, 8, 511
+WINDOWS, LENGTH = 8, 511
 WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
     "eager": ([EAGER, "--max-num-seqs", "64"], {}),
     "compiled": (["--max-num-seqs", "64"], {}),
     "prompts in pieces of 192": ([EAGER, "--max-num-batched-tokens", "192", "--max-num-seqs", "64"], {}),
     "tensor parallel, 2 ranks": ([EAGER, "--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
 }
-# vLLM's attention for CPUs takes heads of 32 and more.
-WIDER: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 512}
-# Keys that vLLM reads, which published checkpoints have and transformers does not write.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "q_lora_rank": 32},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": 32},
-    # Of this activation vLLM's kernel for CPUs takes widths that are multiples of 32.
-    "gpt_oss": {"intermediate_size": 256},
-}
-MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-
-
-@torch.inference_mode()
-def log_probabilities(model: Any, text: list[int]) -> torch.Tensor:
-    logits = model(torch.tensor([text])).logits[0].log_softmax(-1)
-    return logits[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-
-
-@torch.inference_mode()
-def greedy(model: Any, prompt: list[int]) -> list[int]:
-    return model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].tolist()
 
 
 class Reference:
@@ -92,10 +71,6 @@ def perplexity(found: list[torch.Tensor]) -> str:
     return f"{math.exp(-torch.cat(found).double().mean().item()):.5f}"
 
 
-def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    return max((one - other).abs().max().item() for one, other in zip(found, expected, strict=True))
-
-
 def mixed_equal(server: Server, requests: int) -> str:
     """How many of some concurrent requests of all k get what they get alone."""
     pairs = [(PROMPTS[number % len(PROMPTS)] + " x" * (number // len(PROMPTS)), 1 + number % CHOICES[-1]) for number in range(requests)]
@@ -119,7 +94,7 @@ def quality(python: Path, folder: Path) -> None:
                 rows.append([name, k, perplexity(reference.stock[k]), perplexity(expected), *compared])
             mixed.append([name, *(mixed_equal(server, requests) for requests in (1, 3, 64)), f"{server.seconds:.0f}"])
     scored = WINDOWS * (LENGTH - 1)
-    print(f"{scored} tokens in {WINDOWS} windows, all k in one batch; {len(PROMPTS)} prompts of {TOKENS} greedy tokens\n")
+    print(f"{scored} tokens in {WINDOWS} windows, all k in one batch; {len(PROMPTS)} prompts of 24 greedy tokens\n")
     columns = ["", "k", "stock, transformers", "two-level, transformers", "two-level, vLLM", "largest difference of a log probability"]
     print(markdown([*columns, "equal greedy tokens"], rows))
     print("\nrequests of mixed k at once, and how many get what they get alone\n")
@@ -140,20 +115,16 @@ def compare(python: Path, folder: Path, model: Any, text: list[int], choices: li
         # The first is the cause, the others say that the engine has failed.
         lines = [line.rpartition("] ")[2].strip() for line in str(error).splitlines() if re.search(r"\w+Error: ", line)]
         return (lines or ["did not start"])[0][:200]
-    return f"{difference([torch.tensor(one) for one in found], expected):.1e}"
+    return f"{difference(found, expected):.1e}"
 
 
 def family_row(python: Path, family: str, scratch: Path) -> list[Any]:
     """A random model of a family, as it is and refactored with both routers, at full k, three quarters, half and 1."""
-    changes = WIDER | PUBLISHED.get(family, {}) | ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {})
-    changes |= MLA if "kv_lora_rank" in FAMILIES[family] else {}
-    source = build(family, scratch / family, **changes)
-    text = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    source, text = random_model(family, scratch / family), random_text()
     row = [family, compare(python, source, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), text, [None])]
-    options = {"num_samples": 8, "max_seq_length": 64, "tokens_per_expert": 64, "solver": "ascent", "workers": 1}
     for router in ("linear", "proxy"):
         folder = scratch / f"{family}-{router}"
-        prism_refactor.refactor(source, folder, router=router, **options)
+        prism_refactor.refactor(source, folder, router=router, **QUICK)
         model = prism_refactor.load(folder).float()
         full = max(model.prism_active.per_layer)
         row.append(compare(python, folder, model, text, [full, full * 3 // 4, full // 2, 1]))

@@ -33,4 +33,4 @@ def register() -> None:
         engine.install_routing()
         engine.install_runners()
         engine.install_requests()
-        engine.install_models()
+        engine.install_repairs()

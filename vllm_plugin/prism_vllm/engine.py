@@ -8,6 +8,9 @@ Five changes, each of a function that vLLM looks up when it is called:
 - `BaseModelLoader.load_model`: says how many layers route so, and refuses a model of which some do not.
 - `GPUModelRunner._prepare_inputs` (model runner V1, which CPUs use) and `resolve_model_state_cls` (V2): write k of each token of a step.
 - `InputProcessor.process_inputs`: checks what a request asks for, and lets it share cached blocks only with requests of its k.
+
+Three faults of vLLM's own are repaired, for all models: OLMoE's tied embeddings (olmoe.py), and on CPUs the rotation of queries by head
+(`RotaryEmbedding.forward_cpu`) and the correction of scores (`create_fused_moe_router`).
 """
 
 import functools
@@ -45,6 +48,7 @@ _USED = {
     f"{_WORKER}.gpu.model_states.interface:ModelState.prepare_inputs": ("self", "input_batch", "req_states"),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
     "vllm.exceptions:VLLMValidationError": None,
+    "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu": ("self", "positions", "query", "key"),
 }
 
 
@@ -245,10 +249,15 @@ def install_routing() -> None:
     """Route the MoE layers of refactored models by two levels."""
     layer_module = _module(f"{_MOE}.layer")
     current_config = _module("vllm.config").get_current_vllm_config
+    on_cpu = _module("vllm.platforms").current_platform.is_cpu()
     make, two_level = layer_module.create_fused_moe_router, _router_class()
 
     @functools.wraps(make)
     def create_fused_moe_router(top_k: int, global_num_experts: int, eplb_state: Any = None, **kwargs: Any) -> Any:
+        scored = kwargs.get("e_score_correction_bias") is not None or kwargs.get("scoring_func") == "sigmoid"
+        if on_cpu and scored and not kwargs.get("use_grouped_topk") and kwargs.get("custom_routing_function") is None:
+            # Without groups vLLM's router for CPUs ignores corrections, and knows no sigmoid; one group of all experts is the same.
+            kwargs |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
         serving = serving_of(current_config())
         if serving is None:
             return make(top_k=top_k, global_num_experts=global_num_experts, eplb_state=eplb_state, **kwargs)
@@ -397,6 +406,16 @@ def install_requests() -> None:
     processor.process_inputs = process_inputs
 
 
-def install_models() -> None:
-    """Register the model classes that repair one of vLLM's own."""
+def install_repairs() -> None:
+    """Repair OLMoE's tied embeddings, and on CPUs the rotation of queries [T, heads, size], as DeepSeek and LFM2 have them."""
+    rotary = _module("vllm.model_executor.layers.rotary_embedding.base").RotaryEmbedding
+    forward = rotary.forward_cpu
+
+    @functools.wraps(forward)
+    def forward_cpu(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        # The kernel takes the distance between a token's heads for that between tokens.
+        flat = forward(self, positions, query.flatten(1), None if key is None else key.flatten(1))
+        return flat[0].view(query.shape), None if key is None else flat[1].view(key.shape)
+
+    rotary.forward_cpu = forward_cpu
     _module("vllm").ModelRegistry.register_model("OlmoeForCausalLM", "prism_vllm.olmoe:TiedOlmoeForCausalLM")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from reference import QUICK, difference, greedy, log_probabilities, random_model, random_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, last_lines, prepare, refusal, serving
 
 import prism_refactor
@@ -53,17 +54,13 @@ class Reference:
         self.model, self.tokenizer = prism_refactor.load(folder).float(), AutoTokenizer.from_pretrained(folder)
         self.model.generation_config.eos_token_id = None
 
-    @torch.inference_mode()
     def log_probabilities(self, tokens, k):
         prism_refactor.set_active(self.model, k)
-        logits = self.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        return log_probabilities(self.model, tokens)
 
-    @torch.inference_mode()
-    def tokens(self, prompt, k, count=24):
+    def tokens(self, prompt, k):
         prism_refactor.set_active(self.model, k)
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        return self.model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
+        return greedy(self.model, self.tokenizer(prompt).input_ids)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +79,7 @@ def largest_difference(server, reference, texts, asked=CHOICES, given=lambda k: 
     pairs = [(text, k) for text in texts for k in asked]
     found = server.all(lambda text, k: server.log_probabilities(text, given(k)), pairs)
     expected = [reference.log_probabilities(*pair) for pair in pairs]
-    return max((torch.tensor(one) - other).abs().max().item() for one, other in zip(found, expected, strict=True))
+    return difference(found, expected)
 
 
 def check_all(server, reference, texts, asked=CHOICES):
@@ -197,8 +194,7 @@ def test_a_stored_operating_point(python, folder, reference, texts):
     with serving(python, folder, "--additional-config", '{"prism_operating_point": 5}') as server:
         assert "an operating point of mean k = 5.0 of 16" in server.log.read_text()
         found = server.log_probabilities(texts[0], None)
-        difference = (torch.tensor(found) - reference.log_probabilities(texts[0], [7, 3, 4, 6])).abs().max()
-        assert difference < TOLERANCE
+        assert difference([found], [reference.log_probabilities(texts[0], [7, 3, 4, 6])]) < TOLERANCE
         code, answer = server.ask("/v1/completions", {"model": "prism", "prompt": "a", "vllm_xargs": {"prism_k": 4}})
         assert (code, "runs an operating point" in json.dumps(answer)) == (400, True)
 
@@ -228,6 +224,22 @@ def test_what_cannot_be_served_is_refused_at_start(python, folder, options, said
     line = refusal(python, folder, EAGER, *options)
     assert f"prism-vllm: {folder}: " in line
     assert said in line
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "lfm2_moe", "minimax_m2"])
+def test_what_vllm_computes_wrong_on_a_cpu_is_repaired(python, tmp_path, family):
+    """Without the plugin the first log probability after the first differs by 0.1 and more, or vLLM fails."""
+    source, text = random_model(family, tmp_path / "source"), random_text()
+    folder = tmp_path / "out"
+    prism_refactor.refactor(source, folder, **QUICK)
+    with serving(python, source, EAGER) as server:
+        original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        assert difference([server.log_probabilities(text, None)], [log_probabilities(original, text)]) < 1e-4
+    with serving(python, folder, EAGER) as server:
+        model = prism_refactor.load(folder).float()
+        for k in (1, 4, 8):
+            prism_refactor.set_active(model, k)
+            assert difference([server.log_probabilities(text, k)], [log_probabilities(model, text)]) < 1e-4
 
 
 def test_a_checkpoint_without_its_router_file_is_not_served_stock(python, folder, tmp_path):

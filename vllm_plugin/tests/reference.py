@@ -1,0 +1,59 @@
+"""What transformers computes, to compare vLLM with, and small random models of every family that vLLM can run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+
+from conftest import FAMILIES, build
+
+# vLLM's attention for CPUs takes heads of 32 and more.
+_WIDER: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 512}
+# The one size of latent attention that vLLM takes on a CPU.
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+# Keys that vLLM reads, which published checkpoints have and transformers does not write.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "q_lora_rank": 32},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": 32},
+    # Of this activation vLLM's kernel for CPUs takes widths that are multiples of 32.
+    "gpt_oss": {"intermediate_size": 256},
+    # vLLM ties this one's output matrix whatever the config says.
+    "lfm2_moe": {"tie_word_embeddings": True},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+}
+# So little calibration that the sub-routers are bad; equal they are all the same.
+QUICK: dict[str, Any] = {"num_samples": 8, "max_seq_length": 64, "tokens_per_expert": 64, "solver": "ascent", "workers": 1}
+
+
+def random_model(family: str, folder: Path) -> Path:
+    """Save a small random model of a family, of sizes that vLLM takes on a CPU."""
+    sizes = _WIDER | _PUBLISHED.get(family, {})
+    sizes |= {"head_dim": 32} if "head_dim" in FAMILIES[family] else {}
+    sizes |= _LATENT if "kv_lora_rank" in FAMILIES[family] else {}
+    return build(family, folder, **sizes)
+
+
+def random_text(length: int = 60) -> list[int]:
+    """Tokens that every such model has."""
+    return torch.randint(2, 4000, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
+    """That of each token but the first, given those before it."""
+    logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], count: int = 24) -> list[int]:
+    """The tokens that follow a prompt."""
+    return model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def difference(found: list[Any], expected: list[torch.Tensor]) -> float:
+    """The largest one, between two lists of log probabilities."""
+    return max((torch.as_tensor(one) - other).abs().max().item() for one, other in zip(found, expected, strict=True))
