@@ -93,7 +93,8 @@ class PrismConfig:
         factor: what `down_proj` is multiplied with.
         router: kind of sub-expert router, one of `recipe.ROUTERS`.
         top_k: the config key of the number of active experts.
-        source: the sizes of the original, by config key.
+        source: the sizes of the original, by config key: number of experts, top-k, width, then others that were multiplied with N.
+        groups: of experts, among which the family's router chooses, in the original; 1 where it does not. See `modeling_prism.places`.
     """
 
     sub_experts: int
@@ -101,6 +102,7 @@ class PrismConfig:
     router: str
     top_k: str
     source: dict[str, int]
+    groups: int = 1
 
     @property
     def max_active(self) -> int:
@@ -130,7 +132,7 @@ class PrismConfig:
             return None
         try:
             found = cls(**known)
-            if min(found.sub_experts, found.factor, found.max_active) < 1:
+            if min(found.sub_experts, found.factor, found.max_active, found.groups) < 1:
                 raise ValueError("a size is not above 0")
         except (TypeError, ValueError, LookupError) as error:
             raise InputError(f"config.json has a damaged 'prism' ({type(error).__name__}: {one_line(error)}); refactor again") from None

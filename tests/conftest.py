@@ -70,6 +70,8 @@ FAMILIES = {
     # Dense first layers, shared experts, groups of experts of which some are chosen.
     "deepseek_v2": LATENT | SHARED | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
     "deepseek_v3": LATENT | SHARED | {"n_group": 1, "topk_group": 1, "q_lora_rank": 12, "norm_topk_prob": True},
+    # Groups are chosen by the sum of their two best experts.
+    "deepseek_v3-grouped": LATENT | SHARED | {"model_type": "deepseek_v3", "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
     "dots1": SHARED | {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "head_dim": 8},
     # Its sigmoid scores are used as they are: no factor N.
     "dots1-unnormalised": SHARED | {"model_type": "dots1", "norm_topk_prob": False, "routed_scaling_factor": 0.7, "head_dim": 8},

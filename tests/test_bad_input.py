@@ -131,7 +131,7 @@ BROKEN = {
         "q_proj.weight is not stored as floating point",
     ),
     "half expert": (lambda folder: replace(folder, EXPERT, torch.Tensor.half), f"{EXPERT} is stored in float16 and"),
-    "no experts": (lambda folder: edit(folder, num_experts=0), "num_experts 0 and num_experts_per_tok 2 make no router"),
+    "no experts": (lambda folder: edit(folder, num_experts=0), "0 experts, of which a token uses 2, make no router"),
     "experts without end": (lambda folder: edit(folder, num_experts=10**12), "no tensor has a row for each"),
     "layers without end": (lambda folder: edit(folder, num_hidden_layers=10**12), "the shards hold 2 layers"),
     "top 0": (lambda folder: edit(folder, num_experts_per_tok=0), "make no router"),

@@ -15,6 +15,7 @@ from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.modeling_prism import places
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.models.writer import BLOCK, ShardWriter
@@ -57,15 +58,16 @@ def test_sub_experts_add_up_to_the_expert(models, family):
         total, hidden, neurons = FusedExperts(experts).shape
         generator = torch.Generator().manual_seed(0)
         order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(total)])
-        factor = layered.checkpoint.architecture.factor(layered.checkpoint.config, 4)
+        architecture = layered.checkpoint.architecture
+        factor, held = architecture.factor(4), places(total, 4, architecture.groups(layered.checkpoint.config))
         parts = copy.deepcopy(experts)
-        for name, value in FusedExperts(experts).split(order, 4, factor).items():
+        for name, value in FusedExperts(experts).split(order, held, factor).items():
             setattr(parts, name, torch.nn.Parameter(value))
         inputs = torch.randn(7, hidden, generator=generator)
         parts.num_experts = 4 * total
         for expert in range(total):
             whole = experts_forward(experts, inputs, torch.full((7, 1), expert), torch.ones(7, 1))
-            chosen = (4 * expert + torch.arange(4)).expand(7, 4)
+            chosen = held[expert].expand(7, 4)
             split = experts_forward(parts, inputs, chosen, torch.full((7, 4), 1 / factor))
             torch.testing.assert_close(split, whole)
 
@@ -77,7 +79,7 @@ def test_fp16_overflow_is_refused(tmp_path):
         experts = moe_block(layered.layers[0])[1].experts
         experts.down_proj.data.fill_(4e4)
         with pytest.raises(InputError, match="overflows"):
-            FusedExperts(experts).split(torch.arange(32).repeat(4, 1), 2, 2)
+            FusedExperts(experts).split(torch.arange(32).repeat(4, 1), places(4, 2), 2)
 
 
 def truncate(folder):
@@ -122,7 +124,7 @@ DAMAGE = [
     ),
     (
         lambda folder: change_config(folder, model_type="llama"),
-        "model_type 'llama' is not a supported Mixture-of-Experts; supported: deepseek_v2, deepseek_v3",
+        "model_type 'llama' cannot be split: it has no experts",
     ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
@@ -130,7 +132,7 @@ DAMAGE = [
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
     (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),
     (lambda folder: change_config(folder, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
-    (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build this model"),
+    (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build a causal language model of it"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
 ]
 

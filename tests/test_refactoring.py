@@ -335,7 +335,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, models, command):
     [(992, 128, True, True, False), (1024, 64, False, True, False), (2048, 48, False, False, True), (64, 8, True, True, True)],
 )
 def test_engines_that_can_run_a_result_are_named(experts, width, vllm, llama, narrow):
-    notes = engine_notes("olmoe", {"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width})
+    notes = engine_notes({"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width})
     assert ["runs it" in note for note in notes[:2]] == [vllm, llama]
     assert all(("lower --sub-experts" in note) != ("runs it" in note) for note in notes[:2])
     assert any(f"of {width} neurons do not fill" in note for note in notes[2:]) == narrow

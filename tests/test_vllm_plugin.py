@@ -14,7 +14,8 @@ from prism_vllm.routing import ACTIVATIONS, SubRouter, route
 from prism_vllm.serving import Serving
 
 from prism_refactor.models import modeling_prism
-from prism_refactor.models.architectures import ARCHITECTURES
+from prism_refactor.models.architectures import original_routing
+from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import TwoLevelRouter, moe_blocks, router_of
 from prism_refactor.server.quality import QualityCurve
 
@@ -53,14 +54,17 @@ def activations_like(block, gate, up):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     model = load(models[family])
-    block, key = moe_blocks(model)[0], ARCHITECTURES[model.config.model_type]
+    block, key = moe_blocks(model)[0], Checkpoint(models[family]).architecture
     experts, top_k = getattr(model.config, key.num_experts), getattr(model.config, key.top_k)
     torch.manual_seed(0)
     (activation,) = activations_like(block, torch.randn(5, 8), torch.randn(5, 8))
     tensors = random_tensors(kind, experts, top_k, model.config.hidden_size, block.experts.has_bias)
-    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, block.experts._apply_gate)
-    if key.correction and "." not in key.correction:
-        reference.register_buffer("correction", getattr(block, key.correction))
+    groups = key.groups(model.config)
+    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, block.experts._apply_gate, groups)
+    if groups > 1:
+        tensors["places"] = modeling_prism.places(experts, SUB_EXPERTS, groups).flatten()
+    if "correction" in original_routing(block):
+        reference.register_buffer("correction", original_routing(block)["correction"])
     if kind == "proxy" and not block.experts.is_concatenated:
         # `modeling_prism` keeps rows in the order of the experts' own; the plugin has gate rows first.
         order = torch.tensor([0, 2, 4, 1, 3, 5])
@@ -106,7 +110,7 @@ def local():
     return open_checkpoint
 
 
-@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss"))
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss", "deepseek_v3-grouped"))
 def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", "--router", "proxy", *FAST).code == 0
     model = load(tmp_path / "out")
@@ -115,7 +119,7 @@ def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, t
     assert len(checkpoint.blocks) == len(blocks)
     for block, (layer, name) in zip(blocks, checkpoint.blocks, strict=True):
         found = checkpoint.tensors(layer)
-        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"])
+        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"], model.config.prism["groups"])
         assert ("row_bias" in found) == block.experts.has_bias
         for key, value in expected.items():
             places = slice(None)

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from prism_refactor.formats import Curve, Evaluation, LayerReport, Manifest, OperatingPoint
-from prism_refactor.models.architectures import ARCHITECTURES
 
 # Of a chart, in inches of 72 units.
 SIZE = (4.6, 3.0)
@@ -114,15 +113,15 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _counts(manifest: Manifest, sizes: dict[str, int]) -> tuple[int, int]:
-    """(experts, active per token) of the original or the result under whatever names the architecture gives them."""
-    architecture = ARCHITECTURES[manifest.source.model_type]
-    return sizes[architecture.num_experts], sizes[architecture.top_k]
+def _counts(sizes: dict[str, int]) -> tuple[int, int]:
+    """(experts, active per token) of the original or the result under whatever names their family gives them."""
+    experts, top_k, *_ = sizes.values()
+    return experts, top_k
 
 
 def _head(manifest: Manifest, evaluation: Evaluation | None) -> dict[str, Any]:
-    experts, top_k = _counts(manifest, manifest.source.sizes)
-    sub_experts, most = _counts(manifest, manifest.result)
+    experts, top_k = _counts(manifest.source.sizes)
+    sub_experts, most = _counts(manifest.result)
     before, after = manifest.dropped
     figures = [
         (f"{experts} → {sub_experts}", "experts → sub-experts in each MoE layer"),
@@ -254,7 +253,7 @@ def _operating(manifest: Manifest) -> dict[str, Any] | None:
     found = manifest.operating_points
     if found is None:
         return None
-    _, most = _counts(manifest, manifest.result)
+    _, most = _counts(manifest.result)
     rows = []
     for point in found.points:
         gain = point.perplexity - point.uniform

@@ -1,4 +1,4 @@
-"""What transformers does not tell about a Mixture-of-Experts family: which config keys hold its sizes and how its router scores."""
+"""How the experts of a Mixture-of-Experts model are split: which config keys change, and what becomes of its routing tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,45 +6,54 @@ from typing import Any
 import torch
 from torch import nn
 
-from prism_refactor.errors import InputError, UsageError
-from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
+from prism_refactor.errors import UsageError
+from prism_refactor.formats import PrismConfig
+from prism_refactor.models.transformers_models import MoeBlock
 
-SOFTMAX, SIGMOID, CHOSEN = "softmax over all experts", "sigmoid", "softmax over the chosen experts"
 ROUTER_NAMES = ("gate", "router")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family.
+    """How one kind of model is split; `discovery.discover` finds it.
 
     Attributes:
         model_type: as in config.json.
-        num_experts, top_k, width: keys of config.json for its sizes.
-        scores: how its router makes scores of its rows' products: `SOFTMAX`, `SIGMOID` or `CHOSEN`.
-        shared: key of config.json for the number of shared experts, where their common width is that many times `width`: it is multiplied
-            by N.
-        correction: tensor of the block that is added to the scores when experts are chosen, one number per expert.
+        num_experts, top_k, width: config keys of its sizes.
+        multiplied: further config keys that are multiplied with N: of shared experts, whose common width is that many times `width`.
+        shared_weight: whether the N copies of a chosen expert share its weight; else each has all of it.
+        divided: routing tensors, by their names in the block, that are divided by N: corrections of scores that copies share.
+        grouped: config key of the number of groups of experts, where the router chooses among groups by more than their best expert; it is
+            one of `multiplied`, and sub-experts lie as `modeling_prism.places` says.
     """
 
     model_type: str
     num_experts: str
     top_k: str
     width: str
-    scores: str = SOFTMAX
-    shared: str | None = None
-    correction: str | None = None
+    multiplied: tuple[str, ...] = ()
+    shared_weight: bool = True
+    divided: tuple[str, ...] = ()
+    grouped: str | None = None
+
+    @classmethod
+    def of_refactored(cls, model_type: str, prism: PrismConfig) -> "Architecture":
+        """Return what a refactored checkpoint says about its original; `divided` is not known."""
+        num_experts, top_k, width, *multiplied = prism.source
+        return cls(model_type, num_experts, top_k, width, tuple(multiplied), prism.factor > 1)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All config keys that change."""
+        return (self.num_experts, self.top_k, self.width, *self.multiplied)
 
     def sizes(self, config: Any) -> dict[str, int]:
-        """The sizes that change, as {config key: value}, from a transformers config: `num_experts`, `top_k`, `width`, perhaps `shared`.
+        """Return the sizes that change, as {config key: value}, from a transformers config, in the order of `keys`."""
+        return {key: int(getattr(config, key)) for key in self.keys}
 
-        Raises:
-            InputError: one of them is not there.
-        """
-        keys = [self.num_experts, self.top_k, self.width] + ([self.shared] if self.shared else [])
-        missing = [key for key in keys if getattr(config, key, None) is None]
-        if missing:
-            raise InputError(f"has no {missing[0]}, which a {self.model_type} needs; complete it")
-        return {key: int(getattr(config, key)) for key in keys}
+    def groups(self, config: Any) -> int:
+        """Return how many groups of experts a transformers config of the original has; 1 where they do not matter."""
+        return int(getattr(config, self.grouped)) if self.grouped else 1
 
     def refactored_sizes(self, config: Any, sub_experts: int) -> dict[str, int]:
         """The sizes after splitting every expert into `sub_experts`.
@@ -63,84 +72,9 @@ class Architecture:
             )
         return {key: value // sub_experts if key == self.width else value * sub_experts for key, value in sizes.items()}
 
-    def factor(self, config: Any, sub_experts: int) -> int:
-        """What `down_proj` must be multiplied with: N where the weights of N copies of an expert share its weight, else 1.
-
-        A softmax shares by itself; sigmoid scores are shared only where the family divides the chosen ones by their sum.
-        """
-        return sub_experts if self.scores != SIGMOID or getattr(config, "norm_topk_prob", True) else 1
-
-    def correction_divisor(self, sub_experts: int) -> int:
-        """What the correction must be divided by: as much as copies of a row shrink the scores that it is added to."""
-        return sub_experts if self.scores == SOFTMAX else 1
-
-    def obstacle(self, config: Any) -> str | None:
-        """Why a model of this family cannot be split exactly; None if it can."""
-        if self.scores == SIGMOID and (getattr(config, "n_group", None) or 1) > 1:
-            return (
-                f"n_group {config.n_group}: its router adds the two best experts of every group to choose among groups, "
-                "and copies of an expert change that sum"
-            )
-        return None
-
-
-_MOE_WIDTH = "moe_intermediate_size"
-_GATE_CORRECTION = "gate.e_score_correction_bias"
-ARCHITECTURES = {
-    architecture.model_type: architecture
-    for architecture in (
-        Architecture("deepseek_v2", "n_routed_experts", "num_experts_per_tok", _MOE_WIDTH, shared="n_shared_experts"),
-        Architecture("deepseek_v3", "n_routed_experts", "num_experts_per_tok", _MOE_WIDTH, SIGMOID, "n_shared_experts", _GATE_CORRECTION),
-        Architecture("dots1", "n_routed_experts", "num_experts_per_tok", _MOE_WIDTH, SIGMOID, "n_shared_experts", _GATE_CORRECTION),
-        Architecture(
-            "ernie4_5_moe",
-            "moe_num_experts",
-            "moe_k",
-            _MOE_WIDTH,
-            shared="moe_num_shared_experts",
-            correction="gate.moe_statics.e_score_correction_bias",
-        ),
-        Architecture("flex_olmo", "num_experts", "num_experts_per_tok", "intermediate_size"),
-        Architecture("glm4_moe", "n_routed_experts", "num_experts_per_tok", _MOE_WIDTH, SIGMOID, "n_shared_experts", _GATE_CORRECTION),
-        Architecture("gpt_oss", "num_local_experts", "num_experts_per_tok", "intermediate_size", CHOSEN),
-        Architecture("granitemoe", "num_local_experts", "num_experts_per_tok", "intermediate_size", CHOSEN),
-        Architecture("lfm2_moe", "num_experts", "num_experts_per_tok", _MOE_WIDTH, SIGMOID, correction="expert_bias"),
-        Architecture(
-            "minimax_m2", "num_local_experts", "num_experts_per_tok", "intermediate_size", SIGMOID, correction="e_score_correction_bias"
-        ),
-        Architecture("mixtral", "num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        Architecture("olmoe", "num_experts", "num_experts_per_tok", "intermediate_size"),
-        Architecture("qwen2_moe", "num_experts", "num_experts_per_tok", _MOE_WIDTH),
-        Architecture("qwen3_moe", "num_experts", "num_experts_per_tok", _MOE_WIDTH),
-    )
-}
-# Families that were looked at, and why they cannot be split into a native checkpoint.
-REFUSED = {
-    "hunyuan_v1_moe": "its shared MLP takes its width from the same key of config.json as its experts (intermediate_size)",
-    "phimoe": "its router is hard-wired to two experts",
-}
-
-
-def describe(config: Any, where: str) -> Architecture:
-    """The architecture of a transformers config.
-
-    Raises:
-        InputError: not a supported Mixture-of-Experts; the message says why, or lists what is supported.
-    """
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        supported = ", ".join(ARCHITECTURES)
-        reason = REFUSED.get(config.model_type)
-        what = f"cannot be split: {reason}" if reason else f"is not a supported Mixture-of-Experts; supported: {supported}"
-        raise InputError(f"{where}: model_type '{config.model_type}' {what}")
-    try:
-        architecture.sizes(config)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    obstacle = architecture.obstacle(config)
-    if obstacle:
-        raise InputError(f"{where}: this {config.model_type} cannot be split: {obstacle}")
-    return architecture
+    def factor(self, sub_experts: int) -> int:
+        """Return what `down_proj` must be multiplied with."""
+        return sub_experts if self.shared_weight else 1
 
 
 def moe_block(layer: nn.Module) -> tuple[str, Any] | None:
@@ -169,15 +103,32 @@ def replaced_parts(name: str, block: MoeBlock) -> list[str]:
     return [f"{name}.{part}" for part in (router_name(block), "experts", *own)]
 
 
-def repeat_routing(block: MoeBlock, architecture: Architecture, sub_experts: int) -> dict[str, torch.Tensor]:
-    """The router's tensors for the sub-experts, by their names in the block: everything there is per expert, N times in a row.
+def original_routing(block: MoeBlock) -> dict[str, torch.Tensor]:
+    """Return what the router file keeps of the original block: its router's state as 'original.*', and the 'correction' it holds itself."""
+    router = f"{router_name(block)}."
+    return {
+        f"original.{name.removeprefix(router)}" if name.startswith(router) else "correction": value.detach()
+        for name, value in routing_state(block).items()
+    }
 
-    With every row repeated the N copies of a chosen expert are all chosen, and share its weight where `Architecture.factor` says so.
+
+def repeat_routing(source: MoeBlock, target: MoeBlock, architecture: Architecture, held: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the routing tensors of the refactored block, by their names in it: what is there per expert, for each of its sub-experts.
+
+    With every row repeated the N copies of a chosen expert are all chosen.
+
+    Args:
+        source, target: the block before and after; of the latter only shapes are read.
+        architecture: of the model.
+        held: int64 [E, N], where each sub-expert lies, see `modeling_prism.places`.
     """
-    total = FusedExperts(block.experts).shape[0]
-    repeated = {}
-    for name, value in routing_state(block).items():
-        repeated[name] = value.detach().repeat_interleave(sub_experts, list(value.shape).index(total))
-    if architecture.correction in repeated:
-        repeated[architecture.correction] = repeated[architecture.correction] / architecture.correction_divisor(sub_experts)
+    sub_experts = held.shape[1]
+    # Of which expert each place holds a part.
+    experts = held.flatten().argsort() // sub_experts
+    repeated, shapes = {}, {name: value.shape for name, value in routing_state(target).items()}
+    for name, value in routing_state(source).items():
+        grown = [axis for axis, size in enumerate(value.shape) if shapes[name][axis] != size]
+        # Not per expert: the same before and after.
+        copies = value.detach().index_select(grown[0], experts.to(value.device)) if grown else value.detach()
+        repeated[name] = copies / sub_experts if name in architecture.divided else copies
     return repeated

@@ -15,7 +15,9 @@ from transformers import AutoConfig
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
-from prism_refactor.models.architectures import Architecture, describe
+from prism_refactor.formats import PrismConfig
+from prism_refactor.models.architectures import Architecture
+from prism_refactor.models.discovery import discover
 from prism_refactor.models.modeling_prism import ROUTER_FILE
 
 SINGLE_FILE = "model.safetensors"
@@ -34,7 +36,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: its transformers config. No code from the folder is ever run.
-        architecture: its family.
+        architecture: how its experts are split, or were.
         weight_map: tensor name -> shard file name.
         sizes: tensor name -> size in bytes.
         dtypes: tensor name -> torch dtype (None for a type this tool only passes through).
@@ -53,9 +55,9 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
-        self.architecture: Architecture = describe(self.config, str(self.path / "config.json"))
         if self.config_json.get("quantization_config"):
             raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
+        self.architecture = self._architecture()
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
@@ -66,6 +68,15 @@ class Checkpoint:
         if missing:
             raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
         self._check_config()
+
+    def _architecture(self) -> Architecture:
+        model_type, prism = self.config.model_type, PrismConfig.of(self.config)
+        if prism is not None:
+            return Architecture.of_refactored(model_type, prism)
+        try:
+            return discover(self.config).architecture
+        except InputError as error:
+            raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}") from None
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():

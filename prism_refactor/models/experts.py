@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from prism_refactor.formats import PrismConfig
+from prism_refactor.models.modeling_prism import places
 from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts, register_experts
 
 EXPERTS = "prism"
@@ -89,10 +90,18 @@ def _rising(experts: list[int]) -> list[tuple[int, int]]:
     return sorted(enumerate(experts), key=lambda pair: pair[1])
 
 
-def sub_expert_activations(experts: ExpertsModule, expert: int, sub_experts: int, inputs: torch.Tensor) -> torch.Tensor:
+def _held(experts: ExpertsModule, expert: int) -> Any:
+    """Index of one original expert's sub-experts in the refactored experts module."""
+    prism = PrismConfig.required(experts.config, "the refactored model")
+    if prism.groups == 1:
+        # A slice: no copy.
+        return slice(expert * prism.sub_experts, (expert + 1) * prism.sub_experts)
+    return places(experts.num_experts // prism.sub_experts, prism.sub_experts, prism.groups)[expert]
+
+
+def sub_expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
-    own = slice(expert * sub_experts, (expert + 1) * sub_experts)
-    fused = FusedExperts(experts)
+    own, fused = _held(experts, expert), FusedExperts(experts)
     rows, bias = fused.projection("gate_up_proj", own, inputs.dtype)
     both = F.linear(inputs, rows.flatten(0, 1), None if bias is None else bias.flatten())
     return fused.activate(both.unflatten(-1, rows.shape[:2]))
@@ -100,9 +109,7 @@ def sub_expert_activations(experts: ExpertsModule, expert: int, sub_experts: int
 
 def sub_expert_outputs(experts: ExpertsModule, expert: int, activations: torch.Tensor) -> torch.Tensor:
     """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
-    sub_experts = activations.shape[1]
-    own = slice(expert * sub_experts, (expert + 1) * sub_experts)
-    down, bias = FusedExperts(experts).projection("down_proj", own, activations.dtype)
+    down, bias = FusedExperts(experts).projection("down_proj", _held(experts, expert), activations.dtype)
     outputs = torch.einsum("tnc,nhc->tnh", activations, down)
     return (outputs if bias is None else outputs + bias) / PrismConfig.required(experts.config, "the refactored model").factor
 

@@ -37,9 +37,10 @@ class TwoLevelRouter(nn.Module):
             [K * N]. 'proxy', the paper's gate neurons: their rows [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where
             those have biases. Where the family corrects scores by a tensor outside its router: correction [E].
         activation: the experts' gating function, for the proxy.
+        groups: see `places`.
     """
 
-    def __init__(self, original, sub_experts, factor, kind, tensors, activation=None):
+    def __init__(self, original, sub_experts, factor, kind, tensors, activation=None, groups=1):
         super().__init__()
         for module in original.modules():
             for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -48,6 +49,10 @@ class TwoLevelRouter(nn.Module):
         self.original, self.sub_experts, self.factor, self.kind, self.activation = original, sub_experts, factor, kind, activation
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+        self.groups = groups
+        if groups > 1:
+            held = places(original.weight.shape[0], sub_experts, groups).flatten().to(original.weight.device)
+            self.register_buffer("places", held, persistent=False)
         # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, k of
         # each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
         self.choose = None
@@ -113,22 +118,23 @@ class TwoLevelRouter(nn.Module):
         compensated = hasattr(self, "compensation")
         order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
         slots = order // self.sub_experts
-        indices = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
+        numbers = experts.gather(1, slots) * self.sub_experts + order % self.sub_experts
+        indices = self._placed(numbers)
         if self.choose is not None:
             asked = token_k if token_k is not None else torch.full(order.shape[:1], k, device=order.device)
             chosen = self.choose(indices, asked)
             if chosen is not None:
                 positions, token_k = chosen
-                order, indices, slots = (part.gather(1, positions) for part in (order, indices, slots))
+                order, numbers, indices, slots = (part.gather(1, positions) for part in (order, numbers, indices, slots))
             elif everything:
                 return self._everything(weights, experts)
         shares = weights.gather(1, slots)
         if token_k is not None:
-            return self._ragged(hidden_states, k, token_k, value.gather(1, order), indices, shares)
+            return self._ragged(hidden_states, k, token_k, value.gather(1, order), (numbers, indices), shares)
         kept, missing = shares[:, :k] / self.factor, None
         if compensated:
             size = value.gather(1, order[:, k:]).exp()
-            missing = self.expected(indices[:, k:], shares[:, k:], size).to(hidden_states.dtype)
+            missing = self.expected(numbers[:, k:], shares[:, k:], size).to(hidden_states.dtype)
             kept = (kept * self.scale[k - 1]).to(weights.dtype)
         if value.requires_grad:
             # Straight-through: forward as above; backward as if a sub-expert ran in proportion to how clearly it is chosen.
@@ -139,27 +145,32 @@ class TwoLevelRouter(nn.Module):
 
     def _everything(self, weights, experts):
         """The end of `forward` at full k, from the original routing."""
-        indices = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
-        return weights.repeat_interleave(self.sub_experts, 1) / self.factor, indices.flatten(1), None
+        numbers = experts[..., None] * self.sub_experts + torch.arange(self.sub_experts, device=experts.device)
+        return weights.repeat_interleave(self.sub_experts, 1) / self.factor, self._placed(numbers.flatten(1)), None
 
-    def _ragged(self, hidden_states, k, token_k, value, indices, shares):
-        """The end of `forward` for tokens with a k each; value, indices and shares [T, k or all], best sub-expert first."""
+    def _placed(self, numbers):
+        """Where the experts module holds sub-experts that are numbered e N + n."""
+        return self.places[numbers] if self.groups > 1 else numbers
+
+    def _ragged(self, hidden_states, k, token_k, value, chosen, shares):
+        """The end of `forward` for tokens with a k each, best sub-expert first; chosen: (numbers, indices), all [T, k or all]."""
+        numbers, indices = chosen
         own = token_k[:, None]
         dropped = torch.arange(indices.shape[1], device=indices.device) >= own
         kept, missing = shares[:, :k] / self.factor, None
         if hasattr(self, "compensation"):
             absent = shares.float() * dropped, value.exp() * dropped
-            missing = self.expected(indices, *absent).to(hidden_states.dtype)
+            missing = self.expected(numbers, *absent).to(hidden_states.dtype)
             whole = own == self.original.top_k * self.sub_experts
             kept = torch.where(whole, kept, (kept * self.scale[own - 1]).to(kept.dtype))
         skipped = self.original.weight.shape[0] * self.sub_experts
         return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped), missing
 
-    def expected(self, indices, shares, size):
-        """Expected output [T, H] of some sub-experts: sum of share x (mean output) + size x (mean direction); all arguments [T, m]."""
+    def expected(self, numbers, shares, size):
+        """Expected output [T, H] of sub-experts e N + n: sum of share x (mean output) + size x (mean direction); arguments [T, m]."""
         mean, direction = self.compensation.flatten(1, 2)
-        constant = F.embedding_bag(indices, mean, per_sample_weights=shares.float(), mode="sum")
-        return constant + F.embedding_bag(indices, direction, per_sample_weights=size, mode="sum")
+        constant = F.embedding_bag(numbers, mean, per_sample_weights=shares.float(), mode="sum")
+        return constant + F.embedding_bag(numbers, direction, per_sample_weights=size, mode="sum")
 
 
 class ActiveK:
@@ -195,18 +206,29 @@ def _original_router(router, config, state):
     return original.eval()
 
 
-def _gate_neuron_rows(experts, neurons):
+def places(experts, sub_experts, groups=1):
+    """Where the experts module of a refactored model holds each sub-expert: int64 [E, N].
+
+    Sub-expert n of expert e is number e N + n, and lies there: but where the family's router chooses among groups of experts, every group
+    of J experts becomes N groups, the first of which has the first sub-experts of the J.
+    """
+    numbers = torch.arange(experts * sub_experts)
+    return numbers.view(groups, sub_experts, -1).transpose(1, 2).reshape(experts, sub_experts) if groups > 1 else numbers.view(experts, -1)
+
+
+def _gate_neuron_rows(experts, neurons, groups):
     """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, in the order of the experts' own: [E, N, 2r, H]."""
     rows = experts.gate_up_proj.detach()
     rows = rows.transpose(1, 2) if experts.is_transposed else rows
     neurons = neurons.to(rows.device)
+    held = places(*neurons.shape[:2], groups).to(rows.device)
     # A neuron's gate and up rows are C / N apart, or neighbours.
     index = torch.cat([neurons, neurons + rows.shape[1] // 2], -1)
     if not experts.is_concatenated:
         index = torch.stack([2 * neurons, 2 * neurons + 1], -1).flatten(2)
-    found = {"rows": rows.unflatten(0, neurons.shape[:2]).gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))}
+    found = {"rows": rows[held].gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))}
     if experts.has_bias:
-        found["row_bias"] = experts.gate_up_proj_bias.detach().unflatten(0, neurons.shape[:2]).gather(2, index)
+        found["row_bias"] = experts.gate_up_proj_bias.detach()[held].gather(2, index)
     return found
 
 
@@ -219,12 +241,13 @@ def two_level_router(block, config, tensors):
         tensors: the block's entries of the router file.
     """
     router, recipe = router_of(block), config.prism
+    groups = recipe.get("groups", 1)
     state = {name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")}
     parts = {name: value.to(router.weight.device) for name, value in tensors.items() if name in _SUB_ROUTER}
     if "gate_neurons" in tensors:
-        parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"])
+        parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"], groups)
     original = _original_router(router, config, state)
-    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, block.experts._apply_gate)
+    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, block.experts._apply_gate, groups)
 
 
 _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")

@@ -209,12 +209,12 @@ class FusedExperts:
         output_axis = 1 if self.module.is_transposed else 0
         return torch.stack([matrix.float().norm(dim=output_axis) for matrix in self.module.down_proj.data])
 
-    def split(self, order: torch.Tensor, sub_experts: int, factor: int) -> dict[str, torch.Tensor]:
-        """Reorder each expert's neurons and cut it into equal sub-experts; sub-expert n of expert e becomes expert e * N + n.
+    def split(self, order: torch.Tensor, held: torch.Tensor, factor: int) -> dict[str, torch.Tensor]:
+        """Reorder each expert's neurons and cut it into equal sub-experts.
 
         Args:
             order: int64 [E, C], each expert's neurons sorted by sub-expert.
-            sub_experts: N, a power of two.
+            held: int64 [E, N], which expert of the refactored module each sub-expert becomes; N is a power of two.
             factor: what `down_proj` is multiplied with, N or 1, see `Architecture.factor`; exact in binary floating point.
 
         Returns:
@@ -225,7 +225,7 @@ class FusedExperts:
         """
         experts = self.module
         result: dict[str, torch.Tensor] = {}
-        total = self.shape[0]
+        total, sub_experts = held.shape
         for expert in range(total):
             parts = {"gate_up_proj": self._cut_rows(experts.gate_up_proj[expert], order[expert], sub_experts, experts.is_transposed)}
             columns = experts.down_proj[expert].T if experts.is_transposed else experts.down_proj[expert]
@@ -243,9 +243,9 @@ class FusedExperts:
                 parts["down_proj_bias"] = (experts.down_proj_bias[expert] * (factor / sub_experts)).expand(sub_experts, -1)
             for name, value in parts.items():
                 if name not in result:
-                    result[name] = value.new_empty(total, *value.shape)
-                result[name][expert] = value
-        return {name: value.flatten(0, 1) for name, value in result.items()}
+                    result[name] = value.new_empty(total * sub_experts, *value.shape[1:])
+                result[name][held[expert]] = value
+        return result
 
     def _cut_rows(self, matrix: torch.Tensor, order: torch.Tensor, sub_experts: int, transposed: bool) -> torch.Tensor:
         """Return [N, 2C / N, H] (transposed like the source) of one expert's gate and up rows [2C, H]."""

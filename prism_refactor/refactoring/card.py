@@ -1,7 +1,6 @@
 """The model card of a refactored checkpoint."""
 
 from prism_refactor.formats import Manifest
-from prism_refactor.models.architectures import ARCHITECTURES
 from prism_refactor.refactoring.engines import engine_notes
 
 _STOCK = """## Load it
@@ -46,8 +45,7 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 def model_card(manifest: Manifest) -> str:
     """Return Markdown with the front matter that model hubs read."""
     source, recipe, tuned = manifest.source, manifest.recipe, manifest.finetuning
-    top_k = ARCHITECTURES[source.model_type].top_k
-    most = manifest.result[top_k]
+    _, (top_k, most), *_ = manifest.result.items()
     rows = {"two-level": "the sub-expert router", "stock": "the stock router"}
     trained = f"Only the rows of {rows[tuned.router]} were trained ({tuned.best_step} steps)." if tuned else "No weight was trained."
     exact = f"At {most} it computes what the original computes."
@@ -57,7 +55,7 @@ def model_card(manifest: Manifest) -> str:
         )
     values = {"model_type": source.model_type, "most": most, "half": most // 2}
     before, after = manifest.dropped
-    engines = "\n".join(f"- {note}" for note in engine_notes(source.model_type, manifest.result))
+    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result))
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]

@@ -4,26 +4,22 @@ vLLM: `padded_num_experts < 1024` in its kernel that sorts tokens by expert, rea
 vendored in llama-cpp-python 0.3.36.
 """
 
-from prism_refactor.models.architectures import ARCHITECTURES
-
 VLLM_EXPERTS, LLAMA_CPP_EXPERTS = 992, 1024
 # The least width of an expert that fills the tiles of GPU kernels.
 TILE = 64
 
 
-def engine_notes(model_type: str, sizes: dict[str, int]) -> list[str]:
+def engine_notes(sizes: dict[str, int]) -> list[str]:
     """Return a sentence for each engine, and one more where experts are narrow.
 
     Args:
-        model_type: the family.
-        sizes: the sizes after refactoring, by config key.
+        sizes: the sizes after refactoring, by config key: number of experts, top-k, width, perhaps others.
 
     Example:
-        >>> engine_notes("olmoe", {"num_experts": 1024, "intermediate_size": 64, "num_experts_per_tok": 128})[0]
+        >>> engine_notes({"num_experts": 1024, "num_experts_per_tok": 128, "intermediate_size": 64})[0]
         'vLLM: cannot run it: 1024 sub-experts in a layer, its limit is 992; lower --sub-experts'
     """
-    architecture, notes = ARCHITECTURES[model_type], []
-    experts, width = sizes[architecture.num_experts], sizes[architecture.width]
+    notes, (experts, _, width, *_) = [], sizes.values()
     for name, most, how in (
         ("vLLM", VLLM_EXPERTS, "two-level router with the plugin prism-vllm, else the stock router"),
         ("llama.cpp", LLAMA_CPP_EXPERTS, "the stock router"),

@@ -1,66 +1,135 @@
-"""Which families can be split, and why: `prism-refactor --list-architectures`, `prism-profile --explain`, docs/architectures.md.
+"""Which families can be split, and how: `prism-refactor --list-architectures`, `prism-profile --explain`, docs/architectures.md.
 
-python -m prism_refactor.refactoring.families > docs/architectures.md
+    python -m prism_refactor.refactoring.families
+
+tries every Mixture-of-Experts config class of the installed transformers, and writes what it finds to proven.json beside this file.
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+import transformers
+from transformers import CONFIG_MAPPING
 
-from prism_refactor.errors import UsageError
-from prism_refactor.models.architectures import ARCHITECTURES, REFUSED, Architecture
+from prism_refactor.errors import InputError, UsageError
+from prism_refactor.files import write_json
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.discovery import Proof, discover
 from prism_refactor.refactoring.plan import Splits, possible_splits
 from prism_refactor.tables import table
 
+PROVEN = Path(__file__).with_name("proven.json")
+# What a published config.json has and the class's defaults lack, or have wrong.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "norm_topk_prob": True},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+}
+
 _INTRODUCTION = """# Families
 
-Written by `make docs` from the table the product works with (`prism_refactor/models/architectures.py`). Everything else about a family
-(tensor names,
-layouts, shared experts, dense layers) comes from transformers' own model code and weight conversion. A test splits a small random model of
-each family and compares its logits at full k with the source's.
+Written by `make docs` with transformers {version}: {count} families of Mixture-of-Experts models can be split. No list decides. For every
+config, `prism-refactor` builds a small random model of the same kind, finds which config keys set the number of experts, their width and
+the number that a token uses, splits the experts, and compares. A family that is not in this table is tried in the same way.
+`prism-profile --explain MODEL_DIR` prints what is found for a checkpoint.
 
-Copies of an expert have equal rows in the router, so at full k all N of an expert that is chosen are chosen. What they weigh together
-depends on how scores are made:
+A split is accepted when logits and the outputs of all experts modules are equal at full k, for the stock router and for the two-level
+router, and when every other way to split is at least ten times further off. The differences below are the largest ones, in float32.
 
-- **softmax over all experts**, **softmax over the chosen experts**: N copies share the expert's weight, so `down_proj` is multiplied
-  with N.
-- **sigmoid**: the same where the chosen scores are divided by their sum (`norm_topk_prob`, or always). Where they are used as they are,
-  every copy has the whole weight and nothing is multiplied.
+How it is exact: copies of an expert have equal rows in the router, so at full k all N of an expert that is chosen are chosen.
 
-A correction is added to the scores when experts are chosen. It is repeated like a row, and divided by N where copies divide the scores.
-A number of shared experts is multiplied with N where their width is that many times the experts' width, which is divided by N.
-Layers that predict further tokens are copied byte for byte; `num_nextn_predict_layers` becomes 0, because the sizes are no longer theirs.
+- `down_proj` is multiplied with N where the N copies share the expert's weight, as a softmax makes them do. It is unchanged where every
+  copy has the whole weight.
+- A correction is added to the scores when experts are chosen. It is repeated like a row, and divided by N where copies divide the scores.
+- A number of shared experts is multiplied with N where their width is that many times the experts' width, which is divided by N.
+- Where the router chooses among groups of experts by the sum of their best, every group becomes N groups, which hold one sub-expert of
+  each expert: the sum stays what it was.
+- Layers that predict further tokens are copied byte for byte; `num_nextn_predict_layers` becomes 0, because the sizes are no longer theirs.
 """
+_HEADER = ["model_type", "config keys", "down_proj", "divided by N", "groups", "stock", "two-level"]
 
 
-def _row(architecture: Architecture) -> list[str]:
-    changed = f"{architecture.num_experts}, {architecture.top_k}, {architecture.width}"
-    return [architecture.model_type, architecture.scores, changed, architecture.shared or "-", architecture.correction or "-"]
+def _config_classes() -> Iterator[tuple[str, Any]]:
+    """(model_type, config) of every class of transformers whose config has experts."""
+    for model_type in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[model_type](**_PUBLISHED.get(model_type, {}))
+            keys = config.to_dict().keys()
+        except Exception:
+            continue
+        if any(word in key for key in keys for word in ("experts", "moe")):
+            yield model_type, config
 
 
-_HEADER = ["model_type", "scores", "sizes in config.json", "shared experts", "correction"]
+def survey() -> dict[str, Any]:
+    """Try every family; returns what proven.json holds."""
+    families: dict[str, Any] = {}
+    for model_type, config in _config_classes():
+        families[model_type] = try_family(config)
+        click.echo(f"{model_type}: {families[model_type].get('reason', 'proven')}", err=True)
+    return {"transformers": transformers.__version__, "families": dict(sorted(families.items()))}
+
+
+def try_family(config: Any) -> dict[str, Any]:
+    """Return what proven.json says about a family: how it is split, or the 'reason' why not."""
+    try:
+        proof = discover(config)
+    except InputError as error:
+        return {"reason": str(error)}
+    architecture = proof.architecture
+    return {
+        "keys": list(architecture.keys),
+        "shared_weight": architecture.shared_weight,
+        "divided": list(architecture.divided),
+        "grouped": architecture.grouped,
+        "stock": float(f"{proof.stock:.1e}"),
+        "two_level": float(f"{proof.two_level:.1e}"),
+    }
+
+
+def _row(model_type: str, found: dict[str, Any]) -> list[str]:
+    return [
+        model_type,
+        ", ".join(found["keys"]),
+        "x N" if found["shared_weight"] else "unchanged",
+        ", ".join(found["divided"]) or "-",
+        found["grouped"] or "-",
+        f"{found['stock']:.1e}",
+        f"{found['two_level']:.1e}",
+    ]
+
+
+def _parts(known: dict[str, Any]) -> tuple[list[list[str]], dict[str, str]]:
+    """Rows of the families that can be split, and the reasons why others cannot."""
+    families = known["families"]
+    rows = [_row(model_type, found) for model_type, found in families.items() if "reason" not in found]
+    return rows, {model_type: found["reason"] for model_type, found in families.items() if "reason" in found}
 
 
 def page() -> str:
     """docs/architectures.md."""
-    lines = [f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
-    lines += [
-        f"| {' | '.join(f'`{cell}`' if '_' in cell or index == 0 else cell for index, cell in enumerate(_row(architecture)))} |"
-        for architecture in ARCHITECTURES.values()
-    ]
-    refused = [f"- `{model_type}`: {reason}." for model_type, reason in REFUSED.items()]
-    refused.append("- `deepseek_v3`, `dots1`, `glm4_moe` with `n_group` > 1: the router adds the two best experts of every group to choose")
-    refused.append("  among groups, and copies of an expert change that sum. (`deepseek_v2` takes the best one: exact.)")
-    refused.append("- quantised checkpoints of any family (MXFP4, FP8, GPTQ, ...): start from the bf16, fp16 or fp32 one.")
-    return "\n".join([_INTRODUCTION, *lines, "", "## Refused", *refused])
+    known = json.loads(PROVEN.read_text())
+    rows, refused = _parts(known)
+    lines = [_INTRODUCTION.format(version=known["transformers"], count=len(rows))]
+    lines += [f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
+    lines += [f"| {' | '.join(f'`{cell}`' if '_' in cell or index == 0 else cell for index, cell in enumerate(row))} |" for row in rows]
+    lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
+    lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
+    lines.append("- quantised checkpoints of any family (MXFP4, FP8, GPTQ, ...): start from the bf16, fp16 or fp32 one")
+    return "\n".join(lines)
 
 
 def listing() -> str:
     """The families as a table, for `--list-architectures`."""
-    refused = "\n".join(f"not {model_type}: {reason}" for model_type, reason in REFUSED.items())
-    return f"{table(_HEADER, [_row(architecture) for architecture in ARCHITECTURES.values()])}\n{refused}"
+    known = json.loads(PROVEN.read_text())
+    rows, refused = _parts(known)
+    reasons = "\n".join(f"not {model_type}: {reason}" for model_type, reason in refused.items())
+    proven = f"proven with transformers {known['transformers']}; another family is tried when it comes: prism-profile --explain MODEL_DIR"
+    return f"{table(_HEADER, rows)}\n{reasons}\n{proven}"
 
 
 def explanation(folder: Path) -> str:
@@ -73,21 +142,31 @@ def explanation(folder: Path) -> str:
     splits = possible_splits(checkpoint)
     if not splits.possible:
         raise UsageError(f"{folder}: no number of sub-experts fits its expert width: {splits.reason}")
-    return _explanation(checkpoint, splits)
+    return _explanation(checkpoint, splits, discover(checkpoint.config))
 
 
-def _explanation(checkpoint: Checkpoint, splits: Splits) -> str:
-    architecture, config = checkpoint.architecture, checkpoint.config
-    factor = architecture.factor(config, 2) == 2
+def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
+    architecture, config = proof.architecture, checkpoint.config
+    copies = (
+        "multiplied with N, because N copies share an expert's weight"
+        if architecture.shared_weight
+        else "unchanged: copies keep the weight"
+    )
     facts: list[tuple[str, Any]] = [
         ("model_type", config.model_type),
         ("layers with experts", f"{len(splits.moe_layers)} of {splits.layers}"),
+        ("experts", proof.experts),
         *architecture.sizes(config).items(),
-        ("scores", architecture.scores),
-        ("down_proj", "multiplied with N, because N copies share an expert's weight" if factor else "unchanged: copies keep the weight"),
-        ("correction", architecture.correction or "none"),
+        ("down_proj", copies),
+        ("divided by N", ", ".join(architecture.divided) or "none"),
+        ("groups of experts", architecture.groups(config)),
         ("weights", splits.dtype),
         ("--sub-experts", ", ".join(map(str, splits.possible))),
+        (
+            "proof",
+            f"a small random model of its kind, split in two: largest difference {proof.stock:.1e} with the stock router, "
+            f"{proof.two_level:.1e} with the two-level one; of the next best split {proof.runner_up:.1e}",
+        ),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.rjust(width)}  {value}" for name, value in facts]
@@ -95,4 +174,5 @@ def _explanation(checkpoint: Checkpoint, splits: Splits) -> str:
 
 
 if __name__ == "__main__":
+    write_json(PROVEN, survey())
     click.echo(page())

@@ -13,8 +13,8 @@ from prism_refactor.calibration.statistics import LayerStatistics, coactive_mark
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.formats import ExpertReport, LayerReport, PrismConfig
-from prism_refactor.models.architectures import ARCHITECTURES, repeat_routing, router_name, routing_state
-from prism_refactor.models.modeling_prism import router_of, two_level_router
+from prism_refactor.models.architectures import Architecture, original_routing, repeat_routing, routing_state
+from prism_refactor.models.modeling_prism import places, router_of, two_level_router
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
@@ -36,6 +36,7 @@ class Run:
 
     Attributes:
         recipe: what to do.
+        architecture: of the model.
         workers: processes that partition experts and fit routers, entered.
         layers: decoder layers of the model.
         events: told of every expert that is partitioned.
@@ -43,6 +44,7 @@ class Run:
     """
 
     recipe: Recipe
+    architecture: Architecture
     workers: Workers
     layers: int
     events: Events = field(default_factory=Events)
@@ -120,11 +122,10 @@ class LayerRefactoring:
 
     def _split(self, order: torch.Tensor) -> Tensors:
         """Return the tensors of the refactored block."""
-        sub_experts = self.recipe.sub_experts
-        routing = repeat_routing(self.source, ARCHITECTURES[self.config.model_type], sub_experts)
-        split = FusedExperts(self.source.experts).split(
-            order, sub_experts, PrismConfig.required(self.config, "the refactored model").factor
-        )
+        prism = PrismConfig.required(self.config, "the refactored model")
+        held = places(len(order), prism.sub_experts, prism.groups)
+        routing = repeat_routing(self.source, self.target, self.run.architecture, held)
+        split = FusedExperts(self.source.experts).split(order, held, prism.factor)
         return routing | {f"experts.{name}": value for name, value in split.items()}
 
     def _fit_router(self, original: Tensors, labels: torch.Tensor, fitting: Routed) -> Tensors:
@@ -166,15 +167,6 @@ class LayerRefactoring:
             "after": self.statistics.coactivation_picture(expert, share, order[expert]),
             "expert": torch.tensor([expert]),
         }
-
-
-def original_routing(block: MoeBlock) -> Tensors:
-    """Return what the router file keeps of the original block: its router's state as 'original.*', and the 'correction' it holds itself."""
-    router = f"{router_name(block)}."
-    return {
-        f"original.{name.removeprefix(router)}" if name.startswith(router) else "correction": value.detach()
-        for name, value in routing_state(block).items()
-    }
 
 
 def _fill(block: MoeBlock, state: Tensors) -> None:

@@ -101,7 +101,7 @@ class _Writing:
         self.source = LayeredModel(job.checkpoint, None)
         self.target = build_meta_model(self.config, torch.float32)
         self.writer = ShardWriter(folder, job.recipe.max_shard_bytes)
-        self.layer_run = Run(job.recipe, workers, len(self.source.layers), job.events, job.timings)
+        self.layer_run = Run(job.recipe, job.checkpoint.architecture, workers, len(self.source.layers), job.events, job.timings)
         self.progress = Progress(folder)
         # Of the finished layers: tensors of the two files that are written at the end, and reports for the manifest.
         self.files: dict[str, dict[str, torch.Tensor]] = {"router": {}, "pictures": {}}
@@ -209,8 +209,10 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         # A size may be stored under another name that transformers accepts for it.
         names = {name for pair in checkpoint.config.attribute_map.items() if key in pair for name in pair} & values.keys()
         values |= dict.fromkeys(names or {key}, value)
-    factor = architecture.factor(checkpoint.config, recipe.sub_experts)
-    values["prism"] = asdict(PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before))
+    factor = architecture.factor(recipe.sub_experts)
+    values["prism"] = asdict(
+        PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before, architecture.groups(checkpoint.config))
+    )
     if recipe.has_router:
         values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
     # The layers that predict further tokens are copied as they are, and do not fit the sizes above.

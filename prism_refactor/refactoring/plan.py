@@ -34,7 +34,6 @@ class Plan:
     """The numbers `--dry-run` prints. Sizes in bytes.
 
     Attributes:
-        model_type: the family.
         before, after: the config keys that change, with their values.
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
@@ -45,7 +44,6 @@ class Plan:
         compute: multiply-adds of profiling, for the estimate of time.
     """
 
-    model_type: str
     before: dict[str, int]
     after: dict[str, int]
     moe_layers: list[int]
@@ -91,7 +89,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
     text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
-        model_type=config.model_type,
         before=before,
         after=after,
         moe_layers=layers,

@@ -9,15 +9,14 @@ import torch
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import ARCHITECTURES, moe_block, repeat_routing, replaced_parts, routing_state
+from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, router_tensors, two_level_router
+from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, places, router_tensors, two_level_router
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
 from prism_refactor.recipe import LOGIT_TOLERANCE
-from prism_refactor.refactoring.layer import original_routing
 from prism_refactor.refactoring.pipeline import copied_name
 from prism_refactor.refactoring.plan import MODELING_FILE, replaced_state
 
@@ -105,13 +104,13 @@ def _compare_experts(old: LayeredModel, new: LayeredModel, events: Events) -> li
         parts = replaced_parts(name, old.model.get_submodule(name))
         with old.loaded(*parts), new.loaded(*parts):
             before, after = old.model.get_submodule(name), new.model.get_submodule(name)
-            found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config)
+            found = _compare_block(before, after, routers.get(name, {}), new.checkpoint.config, old.checkpoint.architecture)
             problems += [f"layer {index}: {problem}" for problem in found]
         events.progress("tensors checked", 1, 1, (index, len(old.layers)))
     return problems
 
 
-def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any) -> list[str]:
+def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], config: Any, architecture: Architecture) -> list[str]:
     """What is wrong with one refactored MoE block and its entries of the router file."""
     prism = PrismConfig.required(config, ROUTER_FILE)
     sub_experts, kind = prism.sub_experts, prism.router
@@ -132,19 +131,19 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
     }:
         return [f"{ROUTER_FILE} does not hold the tensors of a '{kind}' router"]
     problems = []
-    stock = routing_state(after)
+    stock, held = routing_state(after), places(experts, sub_experts, prism.groups)
     if not all(torch.isfinite(value).all() for value in [*router.values(), *stock.values()]):
         problems.append(f"a router tensor of {ROUTER_FILE} or of the stock gate is not finite")
     if not all(torch.equal(value, router[name]) for name, value in original.items()):
         problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
-    repeated = repeat_routing(before, ARCHITECTURES[config.model_type], sub_experts)
+    repeated = repeat_routing(before, after, architecture, held)
     if not all(torch.equal(stock[name], value) for name, value in repeated.items()):
         problems.append("the stock gate is not the source's repeated")
     groups = router["neuron_sub_expert"]
     if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
         return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
     order = groups.argsort(dim=1, stable=True)
-    expected = FusedExperts(before.experts).split(order, sub_experts, prism.factor)
+    expected = FusedExperts(before.experts).split(order, held, prism.factor)
     if not all(torch.equal(value, getattr(after.experts, name)) for name, value in expected.items()):
         problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
     return problems

@@ -89,7 +89,7 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, inputs: tor
         full = torch.zeros_like(chunk)
         by_slot = dropped.view(len(choices), len(chunk), -1, sub_experts)
         for expert, tokens, slots in by_expert(chosen, total // sub_experts):
-            activations = sub_expert_activations(experts, expert, sub_experts, chunk[tokens])
+            activations = sub_expert_activations(experts, expert, chunk[tokens])
             outputs = sub_expert_outputs(experts, expert, activations) * weights[tokens, slots, None, None]
             full.index_add_(0, tokens, outputs.sum(1))
             missing.index_add_(1, tokens, torch.einsum("ktn,tnh->kth", by_slot[:, tokens, slots], outputs))

@@ -42,7 +42,7 @@ def fit_linear(experts: ExpertsModule, routed: Routed, num_experts: int, sub_exp
             tokens = routed.tokens_of(expert)
             target = torch.cat(
                 [
-                    log_sizes(sub_expert_outputs(experts, expert, sub_expert_activations(experts, expert, sub_experts, some)))
+                    log_sizes(sub_expert_outputs(experts, expert, sub_expert_activations(experts, expert, some)))
                     for some in routed.inputs[tokens].split(CHUNK)
                 ]
             )

@@ -30,7 +30,7 @@ class RefactoredCheckpoint:
 
     Attributes:
         config: the object `prism` of its config.json: `sub_experts`, `factor`, `router`, `top_k` (the key) and `source` (sizes of the
-            original).
+            original), where the router chooses among groups of experts `groups`.
         most: active sub-experts per token that config.json, perhaps overridden, allows.
         path: gives the local path of one of its files, None if it does not exist.
     """
@@ -48,6 +48,16 @@ class RefactoredCheckpoint:
     def full(self) -> int:
         """Sub-experts per token at which the model is the original."""
         return self.top_k * int(self.config["sub_experts"])
+
+    @property
+    def groups(self) -> int:
+        """Groups of experts of the original, where sub-experts lie group by group; else 1."""
+        return int(self.config.get("groups", 1))
+
+    def _places(self, experts: int) -> torch.Tensor:
+        """Which of the model's experts each sub-expert e N + n is: int64 [E * N], as `modeling_prism.places`."""
+        numbers = torch.arange(experts * int(self.config["sub_experts"]))
+        return numbers.view(self.groups, int(self.config["sub_experts"]), -1).transpose(1, 2).flatten() if self.groups > 1 else numbers
 
     @cached_property
     def blocks(self) -> list[tuple[int, str]]:
@@ -67,6 +77,8 @@ class RefactoredCheckpoint:
         block = dict(self.blocks)[layer]
         with safe_open(self._router_file, "pt") as file:
             found = {match[3]: file.get_tensor(name) for name in file.keys() if (match := _ROUTER.fullmatch(name)) and match[1] == block}  # noqa: SIM118
+        if self.groups > 1:
+            found["places"] = self._places(len(found["original.weight"]))
         neurons = found.pop("gate_neurons", None)
         return found if neurons is None else found | self._rows(layer, neurons)
 
@@ -74,7 +86,8 @@ class RefactoredCheckpoint:
         """The gate rows, then the up rows, of the gate neurons [E, N, r] of a layer: `rows` [E, N, 2r, H], perhaps `row_bias`."""
         # Files may call a block otherwise than the model does, so it is known by its layer.
         names = {name.split(f"layers.{layer}.")[-1].partition(".")[2]: name for name in self._shards if f"layers.{layer}." in name}
-        parts = [self._expert_rows(names, number, own) for number, own in enumerate(neurons.flatten(0, 1))]
+        places = self._places(len(neurons)).tolist()
+        parts = [self._expert_rows(names, place, own) for place, own in zip(places, neurons.flatten(0, 1), strict=True)]
         found = {"rows": torch.stack([rows for rows, _ in parts])}
         if parts[0][1] is not None:
             found["row_bias"] = torch.stack([bias for _, bias in parts if bias is not None])

@@ -266,6 +266,9 @@ def install_routing() -> None:
         experts = kwargs.get("num_logical_experts") or global_num_experts
         # vLLM's OLMoE does not look at it.
         kwargs["renormalize"] = getattr(current_config().model_config.hf_text_config, "norm_topk_prob", kwargs.get("renormalize", True))
+        if serving.checkpoint.groups > 1:
+            kept = int(kwargs["topk_group"]) * serving.checkpoint.groups // int(kwargs["num_expert_group"])
+            kwargs |= {"num_expert_group": serving.checkpoint.groups, "topk_group": kept}
         original = make(
             top_k=serving.checkpoint.top_k, global_num_experts=experts // int(serving.checkpoint.config["sub_experts"]), **kwargs
         )

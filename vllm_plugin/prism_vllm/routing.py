@@ -26,6 +26,7 @@ class SubRouter(NamedTuple):
         ceiling: float32 [E, N], the largest log size that may be predicted; None for the router 'proxy'.
         expected: float32 [2 * E * N, H], the mean output of every sub-expert, then its mean direction; None without compensation.
         scale: float32 [K * N + 1], what the kept weights are multiplied with, by k; 1 at full k. None without compensation.
+        places: int64 [E * N], which of the model's experts sub-expert e N + n is; None where it is number e N + n.
     """
 
     weight: torch.Tensor
@@ -33,6 +34,7 @@ class SubRouter(NamedTuple):
     ceiling: torch.Tensor | None
     expected: torch.Tensor | None
     scale: torch.Tensor | None
+    places: torch.Tensor | None
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> "SubRouter":
@@ -45,8 +47,9 @@ class SubRouter(NamedTuple):
             scale = torch.cat([one, tensors["scale"].float()[:-1], one])
         if "rows" in tensors:
             halves = {name: tensors[name].unflatten(2, (2, -1)) for name in ("rows", "row_bias") if name in tensors}
-            return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale)
-        return cls(tensors["weight"].float(), tensors["bias"].float(), tensors["ceiling"].float(), expected, scale)
+            return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale, tensors.get("places"))
+        weight, bias, ceiling = (tensors[name].float() for name in ("weight", "bias", "ceiling"))
+        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"))
 
     @property
     def sub_experts(self) -> int:
@@ -114,4 +117,5 @@ def route(
         amounts = torch.cat([shares * dropped, value.exp() * dropped], 1)
         both = torch.cat([ids, ids + len(router.expected) // 2], 1)
         missing = F.embedding_bag(both, router.expected, per_sample_weights=amounts, mode="sum")
-    return kept.masked_fill(dropped, 0), torch.where(dropped, ids[:, :1], ids), missing
+    chosen = torch.where(dropped, ids[:, :1], ids)
+    return kept.masked_fill(dropped, 0), chosen if router.places is None else router.places[chosen], missing

@@ -1,0 +1,425 @@
+"""How a Mixture-of-Experts model can be split: found from its modules and config, and proven on a small random model of the same kind.
+
+Nothing here knows a family by its name. `discover` makes the config small (`reduced`), finds which keys set the number of experts, their
+width and the number that a token uses, by building it with one key changed at a time, without weights. Then it fills a small model with
+random numbers, splits its experts, and accepts the one plan whose logits and experts' outputs are the source's.
+"""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from prism_refactor.errors import InputError, one_line
+from prism_refactor.formats import PrismConfig
+from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, router_name, routing_state
+from prism_refactor.models.modeling_prism import ActiveK, full_k, install, places, router_of, two_level_router, uninstall
+from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
+
+# The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
+TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
+_EXPERTS, _ACTIVE = 12, 2
+# What keys that many families share are made at most. All sizes differ, so that a tensor's shape tells which it has.
+_SMALL: dict[str, int] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), _ACTIVE),
+    **dict.fromkeys(("n_group", "num_expert_group", "zero_expert_num"), 4),
+    **dict.fromkeys(("topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("hidden_size", "d_model"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "d_ff"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"), 40),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 16),
+    **{"qk_head_dim": 32, "q_lora_rank": 28, "kv_lora_rank": 20, "vocab_size": 256, "max_position_embeddings": 512, "sliding_window": 16},
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_topk", "sliding_window_size"), 16),
+    **{"index_n_heads": 2, "index_head_dim": 32, "rel_extent": 64, "router_hidden_size": 36, "d_rel": 8},
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 16),
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Layers that predict further tokens are no part of the model that is split.
+_LEFT_OUT = ("num_nextn_predict_layers", "num_mtp_modules")
+_SHORTEST, _LONGEST = 4, 12
+_LARGEST = 10**8
+# Keys of the number of groups of experts, and of how many of them a token's experts are chosen from.
+_GROUPS, _KEPT_GROUPS = ("n_group", "num_expert_group"), "topk_group"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `discover` found.
+
+    Attributes:
+        architecture: how the model is split.
+        experts: class of the experts module.
+        stock: largest difference of a logit, or of an output of the experts, between the small model and its split, at full k; in units of
+            the standard deviation of what differs, where that is above 1.
+        two_level: the same with the two-level router.
+        runner_up: of the second best plan.
+    """
+
+    architecture: Architecture
+    experts: str
+    stock: float
+    two_level: float
+    runner_up: float
+
+
+def reduced(config: Any) -> Any:
+    """Return a config of the same kind with small sizes, the same flags, and a layer of every kind.
+
+    Raises:
+        InputError: transformers does not take the smaller sizes.
+    """
+    values = _values(config)
+    layers = values.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise InputError(f"num_hidden_layers is {layers}")
+    per_layer = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
+    kinds = [repr(kind) for kind in zip(*per_layer.values(), strict=True)]
+    kept = sorted({*range(min(layers, _SHORTEST)), *(kinds.index(kind) for kind in kinds)})[:_LONGEST]
+    values |= {key: [value[index] for index in kept] for key, value in per_layer.items()}
+    values |= {key: 0 for key in _LEFT_OUT if values.get(key)}
+    values["num_hidden_layers"] = len(kept)
+    for key, most in _SMALL.items():
+        if isinstance(values.get(key), int) and values[key] > most:
+            values[key] = most
+    values |= {key: token for key, token in _TOKENS.items() if values.get(key) is not None}
+    for key in ("mlp_only_layers", "moe_layers"):
+        if isinstance(values.get(key), list):
+            values[key] = [index for index in values[key] if index < len(kept)]
+    if isinstance(values.get("moe_layer_end_index"), int):
+        values["moe_layer_end_index"] = min(values["moe_layer_end_index"], len(kept) - 1)
+    rotary = values.get("rope_parameters")
+    if isinstance(rotary, dict) and any(isinstance(value, list) for value in rotary.values()):
+        # A factor for each pair of a head's dimensions; how positions are rotated is no matter here.
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": rotary.get("rope_theta", 1e4)}
+    return _with(config, values)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """A config as JSON values."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    for key in ("transformers_version", "dtype", "torch_dtype", "quantization_config", "auto_map", "architectures"):
+        values.pop(key, None)
+    return values
+
+
+def _with(config: Any, values: dict[str, Any]) -> Any:
+    """A config of the same class with some values changed."""
+    try:
+        return type(config).from_dict(copy.deepcopy(_values(config) | values))
+    except Exception as error:
+        raise InputError(f"transformers does not take the sizes of a small model of its kind: {one_line(error)}") from error
+
+
+class Sketch:
+    """A small model without weights, looked at.
+
+    Args:
+        config: of the model.
+
+    Attributes:
+        blocks: (name, MoE block) of every layer that has experts.
+        experts, width, top_k: E, C, and how many a token uses.
+
+    Raises:
+        InputError: it cannot be built, or its experts cannot be split; the message says why.
+    """
+
+    def __init__(self, config: Any):
+        try:
+            self.model = build_meta_model(config, torch.float32)
+        except Exception as error:
+            raise InputError(f"transformers cannot build a causal language model of it: {one_line(error)}") from error
+        size = sum(value.numel() for value in self.model.parameters())
+        if size > _LARGEST:
+            raise InputError(f"a small model of its kind has {size} parameters, because its config has sizes that are not known")
+        self.blocks = list(moe_blocks(self.model))
+        if not self.blocks:
+            raise InputError(_why_no_blocks(self.model))
+        for name, block in self.blocks:
+            obstacle = _obstacle(block)
+            if obstacle:
+                raise InputError(f"{name}: {obstacle}")
+        first = self.blocks[0][1]
+        self.experts, _, self.width = FusedExperts(first.experts).shape
+        self.top_k: int = router_of(first).top_k
+        if not 1 <= self.top_k <= self.experts:
+            raise InputError(f"{self.experts} experts, of which a token uses {self.top_k}, make no router; correct the config")
+        self._inside = {f"{name}.experts." for name, _ in self.blocks}
+        self.routing = {f"{name}.{leaf}" for name, block in self.blocks for leaf in routing_state(block)}
+
+    def outside(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that is not one of the experts'."""
+        state = self.model.state_dict()
+        return {name: tuple(value.shape) for name, value in state.items() if not name.startswith(tuple(self._inside))}
+
+
+def moe_blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, MoE block) of every decoder layer that has experts."""
+    for index, layer in enumerate(getattr(model.base_model, "layers", [])):
+        found = moe_block(layer)
+        if found is not None:
+            yield f"{model.base_model_prefix}.layers.{index}.{found[0]}", found[1]
+
+
+def _why_no_blocks(model: Any) -> str:
+    fused = [name for name, module in model.named_modules() if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3]
+    if fused:
+        return f"its experts, {fused[0]}, are not in a block with a router in a list of decoder layers"
+    classes = sorted({type(module).__name__ for module in model.modules() if "Expert" in type(module).__name__})
+    return f"its experts ({classes[0]}) are not one fused module" if classes else "it has no experts"
+
+
+def _obstacle(block: Any) -> str | None:
+    """Why the experts of a block cannot be split; None if they can."""
+    experts, router = block.experts, router_of(block)
+    if getattr(experts, "has_post_expert_norm", False):
+        return "a norm behind every expert: a sum of parts is not normed like the whole"
+    if not hasattr(experts, "gate_up_proj"):
+        return "its experts have no gate, or are not fused"
+    if not all(hasattr(experts, flag) for flag in ("has_bias", "is_transposed", "is_concatenated")):
+        return f"{type(experts).__name__} does not follow transformers' interface of experts"
+    if not isinstance(getattr(router, "top_k", None), int) or not hasattr(router, "weight"):
+        return f"its router, {type(router).__name__}, has no top_k and weight of its own"
+    if len(set(routing_state(block)) - set(router_state(block))) > 1:
+        return "more than one routing tensor outside its router"
+    return None
+
+
+def router_state(block: Any) -> list[str]:
+    """Names in the block of its router's tensors."""
+    return [name for name in routing_state(block) if name.startswith(f"{router_name(block)}.")]
+
+
+def _find_keys(config: Any, plain: Sketch, multiplied: tuple[str, ...]) -> tuple[list[str], Any]:
+    """The keys that change, and the config with experts split into `TRIED`: number, top-k, width, then others that are multiplied.
+
+    Some of the latter may be given.
+    """
+    wanted: list[tuple[str, int, int, Callable[[Sketch], bool]]] = [
+        ("experts", plain.experts, plain.experts * TRIED, lambda new: new.experts == plain.experts * TRIED),
+        ("experts of a token", plain.top_k, plain.top_k * TRIED, lambda new: new.top_k == plain.top_k * TRIED),
+        ("neurons of an expert", plain.width, plain.width // TRIED, lambda new: new.width == plain.width // TRIED),
+    ]
+    values, keys = _values(config), []
+    for what, old, new, fits in wanted:
+        key = next((key for key, value in values.items() if value == old and _is_size(value) and _fits(config, {key: new}, fits)), None)
+        if key is None:
+            raise InputError(f"no key of its config sets the number of {what} ({old} in the small model)")
+        keys.append(key)
+    changed = dict(zip(keys, [new for _, _, new, _ in wanted], strict=True)) | {key: values[key] * TRIED for key in multiplied}
+    shapes = plain.outside()
+    wrong = _unlike(_sketch(config, changed), plain, shapes)
+    for key, value in values.items():
+        if wrong and key not in changed and _is_size(value):
+            try:
+                left = _unlike(_sketch(config, changed | {key: value * TRIED}), plain, shapes)
+            except InputError:
+                continue
+            if len(left) < len(wrong):
+                wrong, changed[key] = left, value * TRIED
+    if wrong:
+        raise InputError(f"{wrong[0]} changes its shape with the sizes of the experts")
+    return list(changed), _with(config, changed)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _sketch(config: Any, values: dict[str, int]) -> Sketch:
+    return Sketch(_with(config, values))
+
+
+def _fits(config: Any, values: dict[str, int], fits: Callable[[Sketch], bool]) -> bool:
+    try:
+        return fits(_sketch(config, values))
+    except InputError:
+        return False
+
+
+def _unlike(split: Sketch, plain: Sketch, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Tensors outside the experts that are not as before, but for the routing's, which have a row for each expert."""
+    new = split.outside()
+
+    def follows(name: str) -> bool:
+        if name not in new or new[name] == shapes[name]:
+            return name in new
+        grown = tuple(size * TRIED if size == plain.experts else size for size in shapes[name])
+        return name in plain.routing and len(grown) == len(new[name]) and new[name] == grown
+
+    return [name for name in shapes if not follows(name)]
+
+
+def _random_model(config: Any) -> Any:
+    """A model with random weights: biases and corrections are not zero, norms not one, and the router's rows large."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        # It takes experts of any width.
+        model.set_experts_implementation("eager")
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            persistent = not isinstance(value, nn.Parameter) and name in model.state_dict()
+            if not value.is_floating_point() or not (persistent or isinstance(value, nn.Parameter)):
+                continue
+            if value.ndim >= 2 and min(value.shape) > 1:
+                value.data.normal_(std=0.1)
+            elif not name.endswith(("A_log", "dt_bias")):
+                value.data.add_(torch.randn_like(value), alpha=0.1)
+        for _, block in moe_blocks(model):
+            router_of(block).weight.data.mul_(4)
+    return model
+
+
+class _Run:
+    """One forward of a model over random text.
+
+    Attributes:
+        logits: [rows, T, V].
+        outputs: of every experts module that ran, [T, H].
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, layers: bool = False):
+        self.outputs: list[torch.Tensor] = []
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(1))
+        handles = [
+            block.experts.register_forward_hook(lambda module, given, output: self.outputs.append(output.flatten(0, -2)))
+            for _, block in moe_blocks(model)
+        ]
+        if layers:
+            handles += [layer.register_forward_hook(_check_layer, with_kwargs=True) for layer in model.base_model.layers]
+        try:
+            self.logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def difference(self, other: "_Run") -> float:
+        """The largest one of a logit or an expert's output; infinite where not the same blocks ran."""
+        if len(self.outputs) != len(other.outputs):
+            return float("inf")
+        pairs = zip([self.logits, *self.outputs], [other.logits, *other.outputs], strict=True)
+        return max(((one - two).abs().max() / two.std().clamp_min(1)).item() for one, two in pairs)
+
+
+def _check_layer(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    """A layer is run on its own: it must get the hidden states and named arguments, and give hidden states."""
+    if len(given) != 1 or not isinstance(output, torch.Tensor) or output.shape != given[0].shape:
+        raise InputError(f"its layers ({type(layer).__name__}) pass more than hidden states to the next")
+
+
+def _prove(config: Any) -> Proof:
+    """Split a random model of a small config in every way that may be right."""
+    source = _random_model(config)
+    try:
+        exact = _Run(source, layers=True)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
+    blocks = list(moe_blocks(source))
+    if len(exact.outputs) != len(blocks):
+        raise InputError("some of its MoE layers do not run on text")
+    values, best = _values(config), float("inf")
+    groups = [key for key in _GROUPS if (values.get(key) or 1) > 1]
+    # First without: a router that chooses groups by their best expert needs nothing for them.
+    for grouped in (None, *groups):
+        multiplied = (grouped, _KEPT_GROUPS) if grouped else ()
+        keys, split = _find_keys(config, Sketch(config), multiplied)
+        target = _random_model(split)
+        found = sorted(_differences(source, target, keys, grouped, exact), key=lambda pair: pair[0])
+        (difference, architecture), (second, _) = found[:2]
+        best = min(best, difference)
+        if difference < TOLERANCE and second > WORSE * difference:
+            _fill(source, target, architecture)
+            two_level = _two_level(source, target, architecture).difference(exact)
+            if not two_level < TOLERANCE:
+                raise InputError(f"with the two-level router its outputs change by {two_level:.2g}")
+            return Proof(architecture, type(blocks[0][1].experts).__name__, difference, two_level, second)
+    raise InputError(f"no way to split its experts leaves its outputs as they are; they change by {best:.2g}")
+
+
+def _differences(source: Any, target: Any, keys: list[str], grouped: str | None, exact: _Run) -> Iterator[tuple[float, Architecture]]:
+    """(difference from the source, plan) of every plan with some keys."""
+    routing = routing_state(next(moe_blocks(source))[1])
+    vectors = [name for name, value in routing.items() if value.ndim == 1 or min(value.shape) == 1]
+    subsets = [chosen for count in range(len(vectors) + 1) for chosen in itertools.combinations(vectors, count)]
+    experts, top_k, width, *multiplied = keys
+    for shared, divided in itertools.product((True, False), subsets[:8]):
+        architecture = Architecture(source.config.model_type, experts, top_k, width, tuple(multiplied), shared, divided, grouped)
+        _fill(source, target, architecture)
+        yield _Run(target).difference(exact), architecture
+
+
+def _fill(source: Any, target: Any, architecture: Architecture) -> None:
+    """Give the split model the source's weights: its experts' neurons in random order, its routing tensors repeated."""
+    generator, groups = torch.Generator().manual_seed(2), architecture.groups(source.config)
+    state = {name: value for name, value in source.state_dict().items() if ".experts." not in name}
+    for (name, before), (_, after) in zip(moe_blocks(source), moe_blocks(target), strict=True):
+        fused = FusedExperts(before.experts)
+        experts, _, width = fused.shape
+        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])
+        held = places(experts, TRIED, groups)
+        split = fused.split(order, held, architecture.factor(TRIED))
+        state |= {f"{name}.experts.{leaf}": value for leaf, value in split.items()}
+        state |= {f"{name}.{leaf}": value for leaf, value in repeat_routing(before, after, architecture, held).items()}
+    own = target.state_dict()
+    for name, value in state.items():
+        if name in own:
+            own[name].copy_(value)
+
+
+def _two_level(source: Any, target: Any, architecture: Architecture) -> _Run:
+    """The split model at full k with its two-level router."""
+    config = target.config
+    sizes = {key: getattr(source.config, key) for key in architecture.keys}
+    groups = architecture.groups(source.config)
+    config.prism = vars(PrismConfig(TRIED, architecture.factor(TRIED), "linear", architecture.top_k, sizes, groups))
+    active = ActiveK([full_k(config)])
+    blocks = list(zip(moe_blocks(source), moe_blocks(target), strict=True))
+    try:
+        for (_, before), (_, after) in blocks:
+            install(after, two_level_router(after, config, original_routing(before)), active, 0)
+        return _Run(target)
+    except Exception as error:
+        raise InputError(f"the two-level router does not run in it: {one_line(error)}") from error
+    finally:
+        for _, (_, after) in blocks:
+            if hasattr(after.experts, "two_level"):
+                uninstall(after)
+
+
+_known: dict[str, Proof] = {}
+
+
+def discover(config: Any) -> Proof:
+    """Find and prove how the experts of a transformers config can be split; about two seconds, the same config again takes none.
+
+    Raises:
+        InputError: they cannot be, and why.
+
+    Example:
+        >>> discover(AutoConfig.from_pretrained("OLMoE-1B-7B")).architecture.num_experts
+        'num_experts'
+    """
+    name = json.dumps([type(config).__name__, _values(config)], sort_keys=True)
+    if name not in _known:
+        small = reduced(config)
+        Sketch(small)
+        _known[name] = _prove(small)
+    return _known[name]
