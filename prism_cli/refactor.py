@@ -257,6 +257,7 @@ def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers:
     lines = [
         table(["", "source", "result"], rows),
         f"layers with experts: {len(plan.moe_layers)}",
+        *([f"weights: {plan.quantised} in the source, written as bfloat16: {gib(plan.bytes_out)}"] if plan.quantised else []),
         f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
         f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {shared}, besides fitting and writing",

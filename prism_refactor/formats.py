@@ -156,12 +156,14 @@ class Source:
         fingerprint: see `Checkpoint.fingerprint`.
         model_type: as in config.json.
         sizes: those that the refactoring changes, by config key.
+        quantised: how its weights are, as its config.json names it; None if they are not.
     """
 
     name: str
     fingerprint: str
     model_type: str
     sizes: dict[str, int]
+    quantised: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
@@ -138,6 +140,66 @@ def build(family: str, folder: Path, **changes) -> Path:
     for name in TOKENIZER_FILES:
         shutil.copy(EXAMPLE / name, folder / name)
     return folder
+
+
+FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def _quantised(source: Path, folder: Path, quantise, config: dict) -> Path:
+    """Save a checkpoint with some tensors quantised, and the bfloat16 one that it stands for beside it as 'twin'; returns the latter.
+
+    `quantise(name, tensor)` gives None or ({name on disk: tensor}, dequantised tensor).
+    """
+    twin = folder.with_name("twin")
+    for target in (folder, twin):
+        shutil.copytree(source, target)
+    stored, plain = {}, {}
+    for name, value in load_file(source / "model.safetensors").items():
+        parts, plain[name] = quantise(name, value.bfloat16()) or ({name: value.bfloat16()}, value.bfloat16())
+        stored |= parts
+    for target, tensors in ((folder, stored), (twin, plain)):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (twin / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+    return twin
+
+
+def quantise_fp8(source: Path, folder: Path, block: tuple[int, int] | None) -> Path:
+    """Every matrix of a layer but its router's in FP8, with a scale for each block, or row: see `_quantised`."""
+
+    def quantise(name, value):
+        if value.ndim != 2 or ".layers." not in name or name.endswith(("gate.weight", "router.weight")):
+            return None
+        size = block or (1, value.shape[1])
+        rows, columns = (-(-length // step) for length, step in zip(value.shape, size, strict=True))
+        scales, stored, plain = torch.empty(rows, columns), torch.empty_like(value, dtype=torch.float8_e4m3fn), torch.empty_like(value)
+        for row in range(rows):
+            for column in range(columns):
+                part = tuple(slice(at * step, (at + 1) * step) for at, step in zip((row, column), size, strict=True))
+                scales[row, column] = value[part].float().abs().max() / 448
+                stored[part] = (value[part].float() / scales[row, column]).to(torch.float8_e4m3fn)
+                plain[part] = (stored[part].float() * scales[row, column]).bfloat16()
+        return {name: stored, f"{name}_scale_inv": scales}, plain
+
+    return _quantised(source, folder, quantise, {"quant_method": "fp8", "weight_block_size": list(block) if block else None})
+
+
+def quantise_mxfp4(source: Path, folder: Path) -> Path:
+    """The experts of a gpt-oss in MXFP4: see `_quantised`."""
+    values = torch.tensor(FP4_VALUES)
+
+    def quantise(name, value):
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            return None
+        rows = value.float().transpose(1, 2).unflatten(2, (-1, 32))
+        exponents = rows.abs().amax(-1).clamp_min(1e-12).log2().floor() - 2
+        codes = (rows / exponents.exp2()[..., None]).unsqueeze(-1).sub(values).abs().argmin(-1)
+        plain = (values[codes] * exponents.exp2()[..., None]).flatten(2).transpose(1, 2).bfloat16()
+        blocks = (codes[..., 0::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": (exponents + 127).to(torch.uint8)}, plain
+
+    return _quantised(source, folder, quantise, {"quant_method": "mxfp4"})
 
 
 class Models(dict):

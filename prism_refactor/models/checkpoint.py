@@ -19,6 +19,7 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.discovery import discover
 from prism_refactor.models.modeling_prism import ROUTER_FILE
+from prism_refactor.models.quantised import DequantisedSlice, Stored, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +38,9 @@ class Checkpoint:
         path: the folder.
         config: its transformers config. No code from the folder is ever run.
         architecture: how its experts are split, or were.
+        quantised: how its weights are quantised, as config.json names it; None if they are not. Such tensors are read as bfloat16, and
+            what follows describes them so.
+        files: names of its shards.
         weight_map: tensor name -> shard file name.
         sizes: tensor name -> size in bytes.
         dtypes: tensor name -> torch dtype (None for a type this tool only passes through).
@@ -55,18 +59,21 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
-        if self.config_json.get("quantization_config"):
-            raise InputError(f"{self.path}: quantised checkpoints are not supported; start from the bf16, fp16 or fp32 one")
         self.architecture = self._architecture()
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self.weight_map.values())):
+        self.files = sorted(set(self.weight_map.values()))
+        self._file_of = dict(self.weight_map)
+        self._types: dict[str, str] = {}
+        for file in self.files:
             self._read_header(file)
         missing = sorted(set(self.weight_map) - set(self.sizes))
         if missing:
             raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
+        self._stored: dict[str, Stored] = {}
+        self.quantised = self._dequantise()
         self._check_config()
 
     def _architecture(self) -> Architecture:
@@ -77,6 +84,26 @@ class Checkpoint:
             return discover(self.config).architecture
         except InputError as error:
             raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}") from None
+
+    def _dequantise(self) -> str | None:
+        """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
+        found = self.config_json.get("quantization_config") or self.config_json.get("text_config", {}).get("quantization_config")
+        if not found:
+            return None
+        for config in (self.config, self.config.get_text_config()):
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+        try:
+            self._stored, hidden = stored_tensors(found, self.shapes, self._types)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        for name in hidden:
+            for known in (self.weight_map, self.sizes, self.dtypes, self.shapes):
+                del known[name]
+        for name, stored in self._stored.items():
+            self.weight_map[name], self.shapes[name], self.dtypes[name] = self._file_of[stored.parts[0]], stored.shape, torch.bfloat16
+            self.sizes[name] = _bytes("BF16", list(stored.shape))
+        return str(found["quant_method"])
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
@@ -151,6 +178,7 @@ class Checkpoint:
             for name in shard.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 if self.weight_map.get(name) == file:
                     part = shard.get_slice(name)
+                    self._types[name] = part.get_dtype()
                     self.dtypes[name] = DTYPES.get(part.get_dtype())
                     self.shapes[name] = tuple(part.get_shape())
                     self.sizes[name] = _bytes(part.get_dtype(), part.get_shape())
@@ -161,16 +189,21 @@ class Checkpoint:
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Lazy safetensors slices of some tensors; the shards are unmapped on exit."""
+        """Lazy safetensors slices of some tensors, dequantised where they are quantised; the shards are unmapped on exit."""
         with ExitStack() as stack:
             shards: dict[str, Any] = {}
-            slices = {}
-            for name in names:
-                file = self.weight_map[name]
+
+            def part(name: str) -> Any:
+                file = self._file_of[name]
                 if file not in shards:
                     shards[file] = stack.enter_context(self._shard(file))
-                slices[name] = shards[file].get_slice(name)
-            yield slices
+                return shards[file].get_slice(name)
+
+            found = {name: self._stored.get(name) for name in names}
+            yield {
+                name: part(name) if stored is None else DequantisedSlice(stored, *(part(each) for each in stored.parts))
+                for name, stored in found.items()
+            }
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and, for each file of tensors, its name, size and 16 evenly spaced 64 KiB samples.
@@ -179,7 +212,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         router = [ROUTER_FILE] if (self.path / ROUTER_FILE).exists() else []
-        for file in sorted({*self.weight_map.values(), *router}):
+        for file in sorted({*self.files, *router}):
             size = (self.path / file).stat().st_size
             digest.update(f"{file}:{size}".encode())
             with open(self.path / file, "rb") as stream:

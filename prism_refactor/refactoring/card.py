@@ -53,6 +53,8 @@ def model_card(manifest: Manifest) -> str:
         exact = (
             f"At {most} the two-level router computes what the original computes; the plain load differs, because its router was trained."
         )
+    if source.quantised:
+        exact += f" The original is quantised ({source.quantised}); it was read as bfloat16, and is not quantised here."
     values = {"model_type": source.model_type, "most": most, "half": most // 2}
     before, after = manifest.dropped
     engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result))

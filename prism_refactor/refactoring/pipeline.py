@@ -205,6 +205,8 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     """The source's config.json with the new sizes; `prism` tells the two-level router what the original was."""
     architecture = checkpoint.architecture
     values = dict(checkpoint.config_json)
+    # Its tensors are written as they were read: not quantised.
+    values.pop("quantization_config", None)
     for key, value in plan.after.items():
         # A size may be stored under another name that transformers accepts for it.
         names = {name for pair in checkpoint.config.attribute_map.items() if key in pair for name in pair} & values.keys()
@@ -224,7 +226,9 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
 
 def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[LayerReport]) -> Manifest:
     checkpoint = job.checkpoint
-    source = Source(checkpoint.path.resolve().name, checkpoint.fingerprint(), checkpoint.config.model_type, job.plan.before)
+    source = Source(
+        checkpoint.path.resolve().name, checkpoint.fingerprint(), checkpoint.config.model_type, job.plan.before, checkpoint.quantised
+    )
     recipe = replace(job.recipe, keep=job.recipe.kept)
     return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)
 

@@ -38,6 +38,7 @@ class Plan:
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
+        quantised: how the source's weights are; they are read and written as bfloat16. None if they are not.
         disk_needed, disk_free: at the output folder.
         memory_needed: estimate of the peak, see `memory_needed`.
         memory_free: available now.
@@ -50,6 +51,7 @@ class Plan:
     tensors_in: int
     tensors_out: int
     bytes_out: int
+    quantised: str | None
     disk_needed: int
     disk_free: int
     memory_needed: int
@@ -95,6 +97,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + extra_tensors,
         bytes_out=bytes_out,
+        quantised=checkpoint.quantised,
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
         disk_free=free_disk(target),
         memory_needed=memory_needed(layered, calibration, workers),

@@ -1,0 +1,177 @@
+"""Quantised checkpoints, read as bfloat16: every tensor is dequantised when it is read, so nothing else knows that it was quantised.
+
+Two formats: FP8 with a scale for each block, row or tensor (quant_method 'fp8', and 'compressed-tensors' of 8-bit floats), whose weights
+keep their names; and MXFP4, whose experts are stored as `NAME_blocks` and `NAME_scales`. transformers' own operation is not used for FP8:
+it takes the size of a block from the grid of scales, which is wrong where the last block is not whole (in 5.23).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prism_refactor.errors import InputError
+
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_SCALES = ("_scale_inv", "_scale")
+# Of inputs, which stay as they are in bfloat16.
+_UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
+_BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
+# The values of a 4-bit float (two bits of exponent, one of mantissa), negative ones from 8 on; and the bias of a scale's exponent.
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_EXPONENT_BIAS = 127
+_REMEDY = "dequantise it first (from_pretrained, model.dequantize(), save_pretrained), or start from the bf16 checkpoint"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is stored as others.
+
+    Attributes:
+        parts: their names: values, then scales.
+        shape: of the tensor.
+        dequantise: (values, scales) -> bfloat16 of that shape.
+    """
+
+    parts: tuple[str, str]
+    shape: tuple[int, ...]
+    dequantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DequantisedSlice:
+    """What a safetensors slice is, of a tensor that is dequantised when it is read.
+
+    Args:
+        stored: how it is stored.
+        values, scales: safetensors slices of its parts.
+    """
+
+    def __init__(self, stored: Stored, values: Any, scales: Any):
+        self.stored, self.values, self.scales = stored, values, scales
+
+    def get_shape(self) -> list[int]:
+        """The shape of the tensor."""
+        return list(self.stored.shape)
+
+    def get_dtype(self) -> str:
+        """Its type, as safetensors writes it."""
+        return "BF16"
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.stored.dequantise(self.values[...], self.scales[...])[index]
+
+
+def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
+    """Find what a quantised checkpoint stores in other tensors.
+
+    Args:
+        config: `quantization_config` of its config.json.
+        shapes, types: of every tensor on disk; types as safetensors writes them.
+
+    Returns:
+        ({tensor: how it is stored}, names of tensors on disk that are not the model's).
+
+    Raises:
+        InputError: the format is not one that is read here, or a scale is missing.
+    """
+    method = str(config.get("quant_method"))
+    if method == "mxfp4":
+        found = _mxfp4(shapes)
+    elif method in ("fp8", "compressed-tensors") and set(types.values()) & set(_FP8) and "I32" not in types.values():
+        found = _fp8(_block_size(config), shapes, types)
+    else:
+        raise InputError(f"quantised by '{method}', which is not read here (FP8 and MXFP4 are); {_REMEDY}")
+    parts = {part for stored in found.values() for part in stored.parts}
+    return found, (parts | {name for name in shapes if name.endswith(_UNUSED)}) - found.keys()
+
+
+def _block_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block that has one scale; None where scales are for rows or for the tensor."""
+    groups = config.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+    size = config.get("weight_block_size") or next((found["block_structure"] for found in weights if found.get("block_structure")), None)
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(value, int) and value > 0 for value in size)):
+        raise InputError(f"its quantization_config has a block of size {size}; correct it")
+    return size[0], size[1]
+
+
+def _fp8(block: tuple[int, int] | None, shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> dict[str, Stored]:
+    found = {}
+    for name, stored_type in types.items():
+        if stored_type not in _FP8:
+            continue
+        scales = next((name + end for end in _SCALES if name + end in shapes), None)
+        if scales is None:
+            raise InputError(f"tensor {name} is FP8 and has no {name}{_SCALES[0]}; complete the checkpoint")
+        size = _size_of_scales(name, shapes[name], shapes[scales], block)
+        found[name] = Stored((name, scales), shapes[name], functools.partial(dequantise_fp8, size=size))
+    return found
+
+
+def _size_of_scales(name: str, shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a weight that share a scale."""
+    rows, columns = shape[-2:] if len(shape) > 1 else (1, shape[0])
+    if math.prod(scales) == 1:
+        return rows, columns
+    *_, down, across = scales if len(scales) > 1 else (1, *scales)
+    size = block or (1, columns)
+    if len(shape) < 2 or scales[:-2] != shape[:-2] or (down, across) != (-(-rows // size[0]), -(-columns // size[1])):
+        raise InputError(f"tensor {name} of shape {list(shape)} has scales of shape {list(scales)}, not for blocks of {list(size)}")
+    return size
+
+
+def dequantise_fp8(values: torch.Tensor, scales: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return values x scales, bfloat16 [..., R, C].
+
+    Args:
+        values: FP8 [..., R, C].
+        scales: [..., ceil(R / size[0]), ceil(C / size[1])], or a single one; the last block of a row or column need not be whole.
+        size: rows and columns of a block.
+
+    Example:
+        >>> dequantise_fp8(torch.ones(3, 2).to(torch.float8_e4m3fn), torch.tensor([[2.0], [4.0]]), (2, 2))[2].tolist()
+        [4.0, 4.0]
+    """
+    if scales.numel() == 1:
+        return (values.float() * scales.float().flatten()[0]).bfloat16()
+    if values.ndim > 2:
+        # An expert at a time: float32 of all would be four times what is stored.
+        return torch.stack([dequantise_fp8(one, scale, size) for one, scale in zip(values, scales, strict=True)])
+    rows, columns = values.shape
+    every = scales.float().repeat_interleave(size[0], 0)[:rows].repeat_interleave(size[1], 1)[:, :columns]
+    return (values.float() * every).bfloat16()
+
+
+def _mxfp4(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    found = {}
+    for blocks, shape in shapes.items():
+        if not blocks.endswith(_BLOCKS):
+            continue
+        name = blocks.removesuffix(_BLOCKS)
+        scales = name + _BLOCK_SCALES
+        if shapes.get(scales) != shape[:-1] or len(shape) != 4:
+            raise InputError(f"tensor {blocks} of shape {list(shape)} has no {scales} of shape {list(shape[:-1])}; complete the checkpoint")
+        experts, rows, groups, pairs = shape
+        found[name] = Stored((blocks, scales), (experts, groups * pairs * 2, rows), dequantise_mxfp4)
+    return found
+
+
+def dequantise_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the experts' matrices as transformers holds them, bfloat16 [E, inputs, outputs]; exact.
+
+    Args:
+        blocks: uint8 [E, outputs, G, B]: two 4-bit floats in a byte, the first in its lower half; inputs = G x B x 2.
+        scales: uint8 [E, outputs, G], exponents of two with a bias of 127.
+    """
+    experts, rows, groups, pairs = blocks.shape
+    result = torch.empty(experts, groups * pairs * 2, rows, dtype=torch.bfloat16)
+    for expert in range(experts):
+        both = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], -1).long()
+        values = torch.ldexp(_FP4[both].flatten(2), scales[expert].int()[..., None] - _EXPONENT_BIAS)
+        result[expert] = values.flatten(1).T
+    return result
