@@ -167,7 +167,7 @@ def main(
     else:
         source = statistics
     refactoring = Refactoring(checkpoint, recipe, plan, pool, reporter, strict)
-    with Resumption(reporter, out_dir, checkpoint.config.num_hidden_layers):
+    with Resumption(reporter, out_dir, checkpoint.text_config.num_hidden_layers):
         manifest = refactoring.run(source, out_dir, resume)
     reporter.close()
     _warn_unrouted(manifest, reporter)

@@ -127,7 +127,7 @@ class PrismConfig:
     @classmethod
     def of(cls, config: Any) -> "PrismConfig | None":
         """Return that of a transformers config; None where the model is not refactored. Raises InputError where it is damaged."""
-        known = getattr(config, "prism", None)
+        known = getattr(config.get_text_config(), "prism", None)
         if not known:
             return None
         try:

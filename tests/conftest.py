@@ -12,11 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, set_seed
 from transformers.utils import logging
 
 from prism_refactor.cli import app as door
 from prism_refactor.cli import bench, evaluate, finetune, loadtest, profile, refactor, replay, run, serve, verify
+from prism_refactor.models.modeling_prism import auto_class
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -92,7 +93,31 @@ FAMILIES = {
         "intermediate_size": 48,
     },
     "minimax_m2": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 8},
+    # Linear attention and a full one, a shared expert.
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "head_dim": 8,
+    },
+    # A model of images and text: its language model is split, the rest is copied.
+    "qwen3_vl_moe": {
+        "num_experts": 4,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "vision": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4},
+    },
 }
+# Of a model of images and text: in the example's vocabulary.
+IMAGE_TOKENS = {"image_token_id": 4000, "video_token_id": 4001, "vision_start_token_id": 4002, "vision_end_token_id": 4003}
 # Enough calibration for a meaningful router, little enough for a test.
 FAST = ["--num-samples", "8", "--max-seq-length", "64", "--tokens-per-expert", "64", "--solver", "ascent", "--workers", "1"]
 
@@ -130,8 +155,12 @@ def build(family: str, folder: Path, **changes) -> Path:
     values = SMALL | FAMILIES[family] | {"initializer_range": 0.2} | changes
     model_type = values.pop("model_type", family)
     set_seed(0)
-    config = AutoConfig.for_model(model_type, **values)
-    model = AutoModelForCausalLM.from_config(config)
+    if "vision" in values:
+        vision = values.pop("vision") | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        config = AutoConfig.for_model(model_type, text_config=values, vision_config=vision, **IMAGE_TOKENS)
+    else:
+        config = AutoConfig.for_model(model_type, **values)
+    model = auto_class(config).from_config(config)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         # Zero in a new model, and then nothing would show what becomes of them.
         if name.endswith("bias"):
@@ -233,7 +262,7 @@ def elastic(tmp_path_factory):
 
 
 def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
 
 
 @torch.inference_mode()

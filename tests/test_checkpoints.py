@@ -132,7 +132,7 @@ DAMAGE = [
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
     (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),
     (lambda folder: change_config(folder, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
-    (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build a causal language model of it"),
+    (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build a language model of it"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
 ]
 

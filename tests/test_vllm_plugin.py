@@ -55,11 +55,12 @@ def activations_like(block, gate, up):
 def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     model = load(models[family])
     block, key = moe_blocks(model)[0], Checkpoint(models[family]).architecture
-    experts, top_k = getattr(model.config, key.num_experts), getattr(model.config, key.top_k)
+    config = model.config.get_text_config()
+    experts, top_k, *_ = key.sizes(config).values()
     torch.manual_seed(0)
     (activation,) = activations_like(block, torch.randn(5, 8), torch.randn(5, 8))
-    tensors = random_tensors(kind, experts, top_k, model.config.hidden_size, block.experts.has_bias)
-    groups = key.groups(model.config)
+    tensors = random_tensors(kind, experts, top_k, config.hidden_size, block.experts.has_bias)
+    groups = key.groups(config)
     reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, block.experts._apply_gate, groups)
     if groups > 1:
         tensors["places"] = modeling_prism.places(experts, SUB_EXPERTS, groups).flatten()
@@ -69,7 +70,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
         # `modeling_prism` keeps rows in the order of the experts' own; the plugin has gate rows first.
         order = torch.tensor([0, 2, 4, 1, 3, 5])
         tensors = {name: value[:, :, order] for name, value in tensors.items()}
-    hidden = torch.randn(TOKENS, model.config.hidden_size)
+    hidden = torch.randn(TOKENS, config.hidden_size)
     full = top_k * SUB_EXPERTS
     with torch.inference_mode():
         weights, chosen = reference.route(hidden)
@@ -104,6 +105,7 @@ def local():
 
     def open_checkpoint(folder):
         config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config", config)
         prism = config["prism"]
         return RefactoredCheckpoint(prism, config[prism["top_k"]], lambda name: str(folder / name) if (folder / name).exists() else None)
 
@@ -119,7 +121,7 @@ def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, t
     assert len(checkpoint.blocks) == len(blocks)
     for block, (layer, name) in zip(blocks, checkpoint.blocks, strict=True):
         found = checkpoint.tensors(layer)
-        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"], model.config.prism["groups"])
+        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"], model.config.get_text_config().prism["groups"])
         assert ("row_bias" in found) == block.experts.has_bias
         for key, value in expected.items():
             places = slice(None)

@@ -7,7 +7,7 @@ from prism_refactor.formats import Cost, Manifest, PrismConfig
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock, layers_of
 
 
 class CostModel:
@@ -24,12 +24,12 @@ class CostModel:
         is_proxy = router == "two-level" and self.prism is not None and self.prism.router == "proxy"
         self.gate_neurons = Manifest.read(checkpoint.path).recipe.gate_neurons if is_proxy else 0
         model: Any = LayeredModel(checkpoint, None).model
-        self.blocks = [found[1] for layer in model.base_model.layers if (found := moe_block(layer))]
+        self.blocks = [found[1] for layer in layers_of(model)[1] if (found := moe_block(layer))]
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
         self.dense = sum(parameter.numel() for parameter in model.parameters()) - experts
         embedding = model.get_input_embeddings().weight
         tied = model.get_output_embeddings().weight is embedding
-        config = checkpoint.config
+        config = checkpoint.text_config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Keys and values of latent attention have sizes of their own.
         widths = config.qk_head_dim + config.v_head_dim if hasattr(config, "qk_head_dim") else 2 * head

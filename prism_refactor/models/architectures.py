@@ -49,11 +49,11 @@ class Architecture:
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Return the sizes that change, as {config key: value}, from a transformers config, in the order of `keys`."""
-        return {key: int(getattr(config, key)) for key in self.keys}
+        return {key: int(getattr(config.get_text_config(), key)) for key in self.keys}
 
     def groups(self, config: Any) -> int:
         """Return how many groups of experts a transformers config of the original has; 1 where they do not matter."""
-        return int(getattr(config, self.grouped)) if self.grouped else 1
+        return int(getattr(config.get_text_config(), self.grouped)) if self.grouped else 1
 
     def refactored_sizes(self, config: Any, sub_experts: int) -> dict[str, int]:
         """The sizes after splitting every expert into `sub_experts`.

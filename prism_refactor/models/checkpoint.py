@@ -37,6 +37,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: its transformers config. No code from the folder is ever run.
+        text_config: that of its language model: the same, but in a model that takes images, too.
         architecture: how its experts are split, or were.
         quantised: how its weights are quantised, as config.json names it; None if they are not. Such tensors are read as bfloat16, and
             what follows describes them so.
@@ -59,6 +60,7 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+        self.text_config: Any = self.config.get_text_config()
         self.architecture = self._architecture()
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
@@ -81,7 +83,7 @@ class Checkpoint:
         if prism is not None:
             return Architecture.of_refactored(model_type, prism)
         try:
-            return discover(self.config).architecture
+            return discover(self.text_config).architecture
         except InputError as error:
             raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}") from None
 
@@ -90,7 +92,7 @@ class Checkpoint:
         found = self.config_json.get("quantization_config") or self.config_json.get("text_config", {}).get("quantization_config")
         if not found:
             return None
-        for config in (self.config, self.config.get_text_config()):
+        for config in (self.config, self.text_config):
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
         try:
@@ -148,16 +150,16 @@ class Checkpoint:
     def _check_config(self) -> None:
         """Sizes that no model can have, and those that the tensors do not bear out: building such a model could take for ever."""
         path, architecture = self.path / "config.json", self.architecture
-        experts, active = (getattr(self.config, key, None) for key in (architecture.num_experts, architecture.top_k))
+        experts, active = (getattr(self.text_config, key, None) for key in (architecture.num_experts, architecture.top_k))
         if not isinstance(experts, int) or not isinstance(active, int) or not 1 <= active <= experts:
             raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
         if not any(experts in shape for shape in self.shapes.values()):
             raise InputError(f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; one is of another model")
         stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
-        layers = self.config.num_hidden_layers
+        layers = self.text_config.num_hidden_layers
         if not isinstance(layers, int) or not 1 <= layers <= len(stored):
             raise InputError(f"{path}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint")
-        length = getattr(self.config, "max_position_embeddings", None)
+        length = getattr(self.text_config, "max_position_embeddings", None)
         if length is not None and (not isinstance(length, int) or length < 2):
             raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, router_name, routing_state
 from prism_refactor.models.modeling_prism import ActiveK, full_k, install, places, router_of, two_level_router, uninstall
-from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
+from prism_refactor.models.transformers_models import FusedExperts, build_meta_model, build_model, layers_of
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
 TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
@@ -37,13 +36,17 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"), 40),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads"), 4),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 16),
-    **{"qk_head_dim": 32, "q_lora_rank": 28, "kv_lora_rank": 20, "vocab_size": 256, "max_position_embeddings": 512, "sliding_window": 16},
+    **{"q_lora_rank": 28, "kv_lora_rank": 20, "vocab_size": 256, "max_position_embeddings": 512, "sliding_window": 16},
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_topk", "sliding_window_size"), 16),
     **{"index_n_heads": 2, "index_head_dim": 32, "rel_extent": 64, "router_hidden_size": 36, "d_rel": 8},
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 16),
+}
+# Of a head; kept where positions have a factor for each of its dimensions.
+_HEAD: dict[str, int] = {
+    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_head_dim"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 16),
 }
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Layers that predict further tokens are no part of the model that is split.
@@ -81,16 +84,22 @@ def reduced(config: Any) -> Any:
         InputError: transformers does not take the smaller sizes.
     """
     values = _values(config)
-    layers = values.get("num_hidden_layers")
+    layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    layers = values.get(layers_key)
     if not isinstance(layers, int) or layers < 1:
-        raise InputError(f"num_hidden_layers is {layers}")
+        raise InputError(f"{layers_key} is {layers}")
     per_layer = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
     kinds = [repr(kind) for kind in zip(*per_layer.values(), strict=True)]
     kept = sorted({*range(min(layers, _SHORTEST)), *(kinds.index(kind) for kind in kinds)})[:_LONGEST]
     values |= {key: [value[index] for index in kept] for key, value in per_layer.items()}
     values |= {key: 0 for key in _LEFT_OUT if values.get(key)}
-    values["num_hidden_layers"] = len(kept)
-    for key, most in _SMALL.items():
+    values[layers_key] = len(kept)
+    own = values.get("per_layer_config")
+    if isinstance(own, dict):
+        values["per_layer_config"] = {str(new): own[str(old)] for new, old in enumerate(kept) if str(old) in own}
+    rotary = values.get("rope_parameters")
+    by_dimension = isinstance(rotary, dict) and any(isinstance(value, list) for value in rotary.values())
+    for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
         if isinstance(values.get(key), int) and values[key] > most:
             values[key] = most
     values |= {key: token for key, token in _TOKENS.items() if values.get(key) is not None}
@@ -99,10 +108,6 @@ def reduced(config: Any) -> Any:
             values[key] = [index for index in values[key] if index < len(kept)]
     if isinstance(values.get("moe_layer_end_index"), int):
         values["moe_layer_end_index"] = min(values["moe_layer_end_index"], len(kept) - 1)
-    rotary = values.get("rope_parameters")
-    if isinstance(rotary, dict) and any(isinstance(value, list) for value in rotary.values()):
-        # A factor for each pair of a head's dimensions; how positions are rotated is no matter here.
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": rotary.get("rope_theta", 1e4)}
     return _with(config, values)
 
 
@@ -138,9 +143,9 @@ class Sketch:
 
     def __init__(self, config: Any):
         try:
-            self.model = build_meta_model(config, torch.float32)
+            self.model = build_meta_model(config, torch.float32, text_only=True)
         except Exception as error:
-            raise InputError(f"transformers cannot build a causal language model of it: {one_line(error)}") from error
+            raise InputError(f"transformers cannot build a language model of it: {one_line(error)}") from error
         size = sum(value.numel() for value in self.model.parameters())
         if size > _LARGEST:
             raise InputError(f"a small model of its kind has {size} parameters, because its config has sizes that are not known")
@@ -167,10 +172,11 @@ class Sketch:
 
 def moe_blocks(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, MoE block) of every decoder layer that has experts."""
-    for index, layer in enumerate(getattr(model.base_model, "layers", [])):
+    name, layers = layers_of(model)
+    for index, layer in enumerate(layers):
         found = moe_block(layer)
         if found is not None:
-            yield f"{model.base_model_prefix}.layers.{index}.{found[0]}", found[1]
+            yield f"{name}.{index}.{found[0]}", found[1]
 
 
 def _why_no_blocks(model: Any) -> str:
@@ -264,11 +270,9 @@ def _unlike(split: Sketch, plain: Sketch, shapes: dict[str, tuple[int, ...]]) ->
 
 def _random_model(config: Any) -> Any:
     """A model with random weights: biases and corrections are not zero, norms not one, and the router's rows large."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        model = build_model(config, torch.float32, text_only=True)
         # It takes experts of any width.
         model.set_experts_implementation("eager")
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -288,7 +292,7 @@ class _Run:
     """One forward of a model over random text.
 
     Attributes:
-        logits: [rows, T, V].
+        logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
         outputs: of every experts module that ran, [T, H].
     """
 
@@ -302,9 +306,9 @@ class _Run:
             for _, block in moe_blocks(model)
         ]
         if layers:
-            handles += [layer.register_forward_hook(_check_layer, with_kwargs=True) for layer in model.base_model.layers]
+            handles += [layer.register_forward_hook(_check_layer, with_kwargs=True) for layer in layers_of(model)[1]]
         try:
-            self.logits = model(input_ids=ids, use_cache=False).logits
+            self.logits = model(input_ids=ids, use_cache=False)[0]
         finally:
             for handle in handles:
                 handle.remove()

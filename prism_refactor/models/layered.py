@@ -13,7 +13,7 @@ from torch import nn
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.transformers_models import Conversion, build_meta_model, names_on_disk
+from prism_refactor.models.transformers_models import Conversion, build_meta_model, layers_of, names_on_disk
 
 
 def check_device(device: str) -> None:
@@ -44,14 +44,14 @@ class LayeredModel:
             self.model = build_meta_model(checkpoint.config, dtype or torch.float32)
         except Exception as error:
             raise InputError(f"{checkpoint.path / 'config.json'}: transformers cannot build this model: {one_line(error)}") from error
-        self.layers: nn.ModuleList = self.model.base_model.layers
+        self._layers_name, self.layers = layers_of(self.model)
         self._conversion = Conversion(self.model)
         self._known = set(self.model.state_dict())
         self._sources = self._match_tensors()
 
     def layer_name(self, index: int) -> str:
         """The dotted name of a decoder layer, as in the state dict."""
-        return f"{self.model.base_model_prefix}.layers.{index}"
+        return f"{self._layers_name}.{index}"
 
     @cached_property
     def moe_blocks(self) -> dict[int, str]:
@@ -163,7 +163,12 @@ class LayeredModel:
             if set(there) & expected.keys():
                 raise InputError(f"{self.checkpoint.path}: tensor {name} is missing, {there[0]} is there; complete the checkpoint")
         for name, shape in self.checkpoint.shapes.items():
-            if name in expected and tuple(expected[name].shape) != shape:
+            turned = shape[:-2] + shape[:-3:-1]
+            if (
+                name in expected
+                and tuple(expected[name].shape) != shape
+                and not (tuple(expected[name].shape) == turned and self._conversion.turns(self._conversion.target(name, state)))
+            ):
                 raise InputError(
                     f"{self.checkpoint.where(name)} has shape {list(shape)}, config.json says {list(expected[name].shape)}; "
                     "one of them belongs to another model"

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from prism_refactor.errors import InputError
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
-from prism_refactor.models.modeling_prism import attach
+from prism_refactor.models.modeling_prism import attach, auto_class
 from prism_refactor.models.refactored import router_file
 
 
@@ -22,7 +22,8 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     """
     check_device(device)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
+        family = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        model: Any = family.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
     prism = PrismConfig.required(model.config, folder)

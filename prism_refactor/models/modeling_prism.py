@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 ROUTER_FILE = "sub_expert_router.safetensors"
@@ -240,6 +246,7 @@ def two_level_router(block, config, tensors):
         config: the refactored model's config.
         tensors: the block's entries of the router file.
     """
+    config = config.get_text_config()
     router, recipe = router_of(block), config.prism
     groups = recipe.get("groups", 1)
     state = {name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")}
@@ -299,12 +306,13 @@ def attach(model, folder):
     Raises:
         ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router.
     """
-    recipe = getattr(model.config, "prism", None)
+    config = model.config.get_text_config()
+    recipe = getattr(config, "prism", None)
     if not recipe or recipe["router"] == "replicate":
         raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")
     tensors, names = router_tensors(os.path.join(folder, ROUTER_FILE)), {id(module): name for name, module in model.named_modules()}
     blocks = moe_blocks(model)
-    model.prism_active = ActiveK([getattr(model.config, recipe["top_k"])] * len(blocks))
+    model.prism_active = ActiveK([getattr(config, recipe["top_k"])] * len(blocks))
     for layer, block in enumerate(blocks):
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
     return model
@@ -330,7 +338,7 @@ def operating_points(folder):
 
 def full_k(config):
     """Sub-experts per token at which a refactored model is the original: N times the original top-k."""
-    recipe = config.prism
+    recipe = config.get_text_config().prism
     return recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
 
 
@@ -352,7 +360,8 @@ def set_active(model, k):
         raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {layers} MoE layers")
     _check_k(per_layer, most)
     # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
-    setattr(model.config, model.config.prism["top_k"], max(per_layer))
+    config = model.config.get_text_config()
+    setattr(config, config.prism["top_k"], max(per_layer))
     if active is not None:
         active.per_layer, active.per_token = per_layer, None
     for layer, gate in enumerate(gates):
@@ -385,14 +394,22 @@ def _check_k(values, most):
             raise ValueError(f"{value} active sub-experts: choose 1 to {most}")
 
 
+def auto_class(config):
+    """The auto class that loads a checkpoint: with its images where it takes images and text."""
+    wraps = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+
+
 class PrismForCausalLM(PreTrainedModel):
     """Entry point of `from_pretrained(folder, trust_remote_code=True)`: the family's own class with two-level routing attached."""
 
     @classmethod
     def from_pretrained(cls, folder, *args, config, **kwargs):
         """As any `from_pretrained`; a checkpoint written with `--router replicate` has no sub-router and comes back stock."""
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(folder, *args, config=config, **kwargs)
-        if config.prism["router"] == "replicate":
+        wraps = auto_class(config) is AutoModelForImageTextToText
+        family = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if wraps else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+        model = family.from_pretrained(folder, *args, config=config, **kwargs)
+        if config.get_text_config().prism["router"] == "replicate":
             return model
         hub = {
             key: kwargs[key]

@@ -67,9 +67,9 @@ class LayerStream:
         self.layered.check()
         self.model = self.layered.model
         # Layers that are stood in for have none to give.
-        self.model.config.output_router_logits = False
+        self.model.config.get_text_config().output_router_logits = False
         self.device, self.batch_size = compute.device, compute.batch_size
-        shape = (*rows.shape, checkpoint.config.hidden_size)
+        shape = (*rows.shape, checkpoint.text_config.hidden_size)
         self.states = [_allocate(shape, compute.dtype, states) for _ in range(states)]
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._embed(rows)
@@ -144,9 +144,10 @@ class LayerStream:
 
         What a family does to logits (granitemoe divides them) is done; its layers are stood in for.
         """
-        outer = [name for name, module in self.model.named_children() if module is not self.model.base_model]
-        prefix = self.model.base_model_prefix
-        parts = outer + [f"{prefix}.{name}" for name, module in self.model.base_model.named_children() if module is not self.layered.layers]
+        parts = [name for name, module in self.model.named_children() if module is not self.model.base_model]
+        decoder = self.layered.layer_name(0).rpartition(".layers.")[0]
+        others = [name for name, module in self.model.get_submodule(decoder).named_children() if module is not self.layered.layers]
+        parts += [f"{decoder}.{name}" for name in others]
         owned = [part for part in parts if self.layered.tensors_under(part)]
         with self.layered.loaded(*owned):
             self.model.tie_weights()

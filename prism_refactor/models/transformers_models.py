@@ -5,14 +5,17 @@ implementations. The other such file is serving/transformers_batching.py.
 """
 
 import copy
+import importlib
+import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import (
@@ -27,21 +30,62 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from prism_refactor.errors import InputError
+from prism_refactor.models.modeling_prism import auto_class
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
-    """Return the causal language model of a config with every parameter on the meta device; rotary tables are real.
+def layers_of(model: Any) -> tuple[str, nn.ModuleList]:
+    """Return the decoder layers of a language model, perhaps inside a model of images and text, and their dotted name.
 
-    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation.
+    Raises:
+        InputError: they are not in one list.
+    """
+    found = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise InputError(f"the decoder layers of {type(model).__name__} are not in one list")
+    return next((name, module) for name, module in model.named_modules() if module is found)
+
+
+def build_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any:
+    """Return the model of a config, with random weights, in evaluation mode.
+
+    Args:
+        config: of the model; it is left as it is.
+        dtype: of its parameters.
+        text_only: the config is the text part of another; then the model has a head only where transformers has one for the text alone.
     """
     # A copy: the model writes its dtype and experts implementation into its config. Which attention kernel the source was saved with, a
     # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
     config = copy.deepcopy(config)
     config._attn_implementation = None
+    if not text_only:
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    if type(config) in MODEL_MAPPING:
+        return AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    return _unregistered_class(config)._from_config(config, dtype=dtype).eval()
+
+
+def _unregistered_class(config: Any) -> Any:
+    """The class of a text model that transformers builds only as a part of another: in its family's module, for this config."""
+    modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    classes = [found for _, found in inspect.getmembers(modeling, inspect.isclass) if issubclass(found, PreTrainedModel)]
+    fitting = [found for found in classes if found.config_class is type(config) and hasattr(found, "forward") and "Text" in found.__name__]
+    models = [found for found in fitting if found.__name__.endswith("Model") and not found.__name__.endswith("PreTrainedModel")]
+    if not models:
+        raise InputError(f"transformers has no text model for {type(config).__name__}")
+    return models[0]
+
+
+def build_meta_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any:
+    """Return the language model of a config with every parameter on the meta device; rotary tables are real.
+
+    Rotary tables are not in checkpoints; they are computed by transformers' own initialisation. Arguments: see `build_model`.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model = build_model(config, dtype, text_only)
     for module in model.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         if names and set(names) <= module._non_persistent_buffers_set:
@@ -66,6 +110,14 @@ class Conversion:
     def target(self, name: str, state: dict[str, torch.Tensor]) -> str:
         """Return the name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
         return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
+
+    def turns(self, name: str) -> bool:
+        """Whether loading transposes the tensor called `name` in the model if its shape is the other way round."""
+        return any(
+            getattr(operation, "check_dims", False) and any(re.search(pattern, name) for pattern in entry.target_patterns)
+            for entry in self._converters
+            for operation in entry.operations
+        )
 
     def tied(self) -> dict[str, str]:
         """Return the names of tensors that are other tensors of the model, by name."""

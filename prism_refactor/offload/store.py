@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.checkpoint import Checkpoint
@@ -165,6 +166,9 @@ class DiskStore:
                 raise InputError(
                     f"{self._checkpoint.where(name)} is not of the type that config.json says; experts are read as they are stored"
                 )
+            held = layout.shape if layout.number_at is not None else (self.experts, *layout.shape)
+            if self._checkpoint.shapes[name] != held:
+                raise InputError(f"{self._checkpoint.where(name)} is stored as {list(self._checkpoint.shapes[name])}, not as {list(held)}")
             file = self._checkpoint.weight_map[name]
             size = math.prod(layout.shape) * self.dtype.itemsize
             start = self._offsets[file][name] + (0 if layout.number_at is not None else expert * size)
@@ -288,7 +292,8 @@ def _offsets(checkpoint: Checkpoint, file: str) -> dict[str, int]:
 
 def _layouts(model: Any, block: str) -> list[_Layout]:
     """How the experts of one module are stored, from what transformers makes of two experts whose elements are numbered."""
-    parameters = dict(model.get_submodule(block).named_parameters(recurse=False))
+    module = model.get_submodule(block)
+    parameters = dict(module.named_parameters(recurse=False))
     numbered, starts, total = {}, {}, 0
     for name, value in parameters.items():
         size = value[0].numel()
@@ -296,7 +301,13 @@ def _layouts(model: Any, block: str) -> list[_Layout]:
         numbered[f"{block}.{name}"] = torch.arange(total, total + 2 * size, dtype=torch.int32).view(2, *value.shape[1:])
         total += 2 * size
     own: dict[tuple[Any, ...], dict[int, str]] = {}
-    for name, tensor in names_on_disk(model, numbered).items():
+    try:
+        # Some conversions look at the shapes in the model.
+        module._parameters.update({name: nn.Parameter(value[:2], requires_grad=False) for name, value in parameters.items()})
+        on_disk = names_on_disk(model, numbered)
+    finally:
+        module._parameters.update(parameters)
+    for name, tensor in on_disk.items():
         target = max((known for known in parameters if starts[known] <= int(tensor.flatten()[0])), key=lambda known: starts[known])
         size = parameters[target][0].numel()
         places = tensor - starts[target]

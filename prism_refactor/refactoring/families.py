@@ -58,7 +58,7 @@ def _config_classes() -> Iterator[tuple[str, Any]]:
     for model_type in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[model_type](**_PUBLISHED.get(model_type, {}))
-            keys = config.to_dict().keys()
+            keys = config.get_text_config().to_dict().keys()
         except Exception:
             continue
         if any(word in key for key in keys for word in ("experts", "moe")):
@@ -77,7 +77,7 @@ def survey() -> dict[str, Any]:
 def try_family(config: Any) -> dict[str, Any]:
     """Return what proven.json says about a family: how it is split, or the 'reason' why not."""
     try:
-        proof = discover(config)
+        proof = discover(config.get_text_config())
     except InputError as error:
         return {"reason": str(error)}
     architecture = proof.architecture
@@ -119,7 +119,7 @@ def page() -> str:
     lines += [f"| {' | '.join(f'`{cell}`' if '_' in cell or index == 0 else cell for index, cell in enumerate(row))} |" for row in rows]
     lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
     lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
-    lines.append("- quantised checkpoints of any family (MXFP4, FP8, GPTQ, ...): start from the bf16, fp16 or fp32 one")
+    lines.append("- checkpoints of any family quantised otherwise than in FP8 or MXFP4 (GPTQ, AWQ, ...): dequantise them first")
     return "\n".join(lines)
 
 
@@ -142,7 +142,7 @@ def explanation(folder: Path) -> str:
     splits = possible_splits(checkpoint)
     if not splits.possible:
         raise UsageError(f"{folder}: no number of sub-experts fits its expert width: {splits.reason}")
-    return _explanation(checkpoint, splits, discover(checkpoint.config))
+    return _explanation(checkpoint, splits, discover(checkpoint.text_config))
 
 
 def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:

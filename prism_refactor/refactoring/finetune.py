@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.curriculum import Curriculum
@@ -21,7 +20,7 @@ from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, write_json
 from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE, FineTuned
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, full_k, moe_blocks, moe_gates, router_of, set_active
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, auto_class, full_k, moe_blocks, moe_gates, router_of, set_active
 from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.models.transformers_models import names_on_disk
 from prism_refactor.progress import versions
@@ -224,7 +223,9 @@ class FineTuning:
 
     def _model(self, calibration: Calibration) -> Any:
         path, dtype = self.source.path, calibration.resolved_dtype(self.source)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, experts_implementation=EXPERTS)
+        model: Any = auto_class(self.source.config).from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, experts_implementation=EXPERTS
+        )
         model.to(calibration.resolved_device())
         if self.router == "two-level":
             attach(model, path)

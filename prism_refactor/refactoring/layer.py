@@ -25,8 +25,8 @@ from prism_refactor.routing.output import relative_error, stock_output, two_leve
 from prism_refactor.routing.proxy import gate_neurons
 from prism_refactor.routing.sample import Routed, in_float32
 
-# Held-out inputs that the reported output errors are measured on.
-MEASURED = 2048
+# Held-out inputs that the reported output errors are measured on, and what rounding can do to the output at full k.
+MEASURED, ROUNDING = 2048, 1e-4
 Tensors = dict[str, torch.Tensor]
 
 
@@ -158,6 +158,9 @@ class LayerRefactoring:
         errors = {name: [round(relative_error(output, exact), 8) for output in each] for name, each in outputs.items()}
         if not np.isfinite([value for values in errors.values() for value in values]).all():
             raise InputError("its outputs are not finite; check the checkpoint")
+        wrong = max(each[-1] for name, each in errors.items() if name != "original")
+        if wrong > ROUNDING:
+            raise InputError(f"at full k its output is not the source's (squared relative error {wrong:.1e}); please report this checkpoint")
         return {"k": [sub_experts * k for k in experts]} | errors
 
     def _pictures(self, order: torch.Tensor) -> Tensors:

@@ -19,7 +19,7 @@ from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import replaced_parts
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import ROUTER_FILE
+from prism_refactor.models.modeling_prism import ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import build_meta_model, names_on_disk
 from prism_refactor.models.writer import ShardWriter
@@ -207,19 +207,24 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     values = dict(checkpoint.config_json)
     # Its tensors are written as they were read: not quantised.
     values.pop("quantization_config", None)
+    wraps = checkpoint.text_config is not checkpoint.config
+    text = dict(values["text_config"]) if wraps else values
+    text.pop("quantization_config", None)
     for key, value in plan.after.items():
         # A size may be stored under another name that transformers accepts for it.
-        names = {name for pair in checkpoint.config.attribute_map.items() if key in pair for name in pair} & values.keys()
-        values |= dict.fromkeys(names or {key}, value)
+        names = {name for pair in checkpoint.text_config.attribute_map.items() if key in pair for name in pair} & text.keys()
+        text |= dict.fromkeys(names or {key}, value)
     factor = architecture.factor(recipe.sub_experts)
-    values["prism"] = asdict(
+    text["prism"] = asdict(
         PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before, architecture.groups(checkpoint.config))
     )
     if recipe.has_router:
-        values["auto_map"] = values.get("auto_map", {}) | {"AutoModelForCausalLM": "modeling_prism.PrismForCausalLM"}
+        values["auto_map"] = values.get("auto_map", {}) | {auto_class(checkpoint.config).__name__: "modeling_prism.PrismForCausalLM"}
     # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
-    if values.get("num_nextn_predict_layers"):
-        values["num_nextn_predict_layers"] = 0
+    if text.get("num_nextn_predict_layers"):
+        text["num_nextn_predict_layers"] = 0
+    if wraps:
+        values["text_config"] = text
     write_json(folder / "config.json", values)
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

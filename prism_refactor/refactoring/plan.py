@@ -87,7 +87,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     before = architecture.sizes(config)
     _check_row_bytes(checkpoint, layered.moe_blocks[layers[0]], layered, after[architecture.width], recipe.sub_experts)
     bytes_out = sum(checkpoint.sizes.values()) + extra_bytes
-    router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.hidden_size
+    router_bytes = 4 * len(layers) * after[architecture.num_experts] * config.get_text_config().hidden_size
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
     text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
@@ -181,7 +181,7 @@ def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, 
 def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
     """Size of the hidden states of the calibration text."""
     checkpoint = layered.checkpoint
-    return calibration.tokens(checkpoint) * checkpoint.config.hidden_size * calibration.resolved_dtype(checkpoint).itemsize
+    return calibration.tokens(checkpoint) * checkpoint.text_config.hidden_size * calibration.resolved_dtype(checkpoint).itemsize
 
 
 def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None) -> int:
@@ -207,7 +207,7 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
 
 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
-    config, architecture = layered.checkpoint.config, layered.checkpoint.architecture
+    config, architecture = layered.checkpoint.text_config, layered.checkpoint.architecture
     block = layered.model.get_submodule(layered.moe_blocks[layers[0]])
     count, hidden, neurons = FusedExperts(block.experts).shape
     active = getattr(config, architecture.top_k) * 3 * hidden * neurons
