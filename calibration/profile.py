@@ -50,7 +50,7 @@ class Profile:
             )
         first, last = (batches * part // shards * calibration.batch_size for part in (number - 1, number))
         self._part = slice(first, min(last, len(rows)))
-        self._position = 0
+        self._position = self._first = 0
         self._hidden: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[LayerStatistics]:
@@ -62,7 +62,7 @@ class Profile:
         for index in range(self._position, len(stream)):
             statistics = self._profile_layer(stream, index)
             self._position = index + 1
-            if statistics is not None:
+            if statistics is not None and index >= self._first:
                 yield statistics
             # Not kept while the next layer runs.
             del statistics
@@ -79,11 +79,17 @@ class Profile:
         return f"profiled in {dtype} on {self.calibration.resolved_device()}, text {text}"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Where the text is: its hidden states [S, T, H] and how many layers they have passed. Empty before the first layer."""
+        """Where the text is: its hidden states [S, T, H] and how many layers they have passed.
+
+        Empty before the first layer, and where layers carry more than hidden states: then the text passes the finished layers again.
+        """
+        if self.checkpoint.architecture.carried:
+            return {}
         return {} if self._hidden is None else {"hidden": self._hidden, "position": torch.tensor([self._position])}
 
-    def restore(self, state: dict[str, torch.Tensor], _: int) -> None:
-        """Go on from a `state` of a run over the same text."""
+    def restore(self, state: dict[str, torch.Tensor], first: int) -> None:
+        """Go on from a `state` of a run over the same text, with layer `first`."""
+        self._first = first
         if state:
             self._hidden, self._position = state["hidden"], int(state["position"])
 

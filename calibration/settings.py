@@ -57,7 +57,7 @@ class Calibration:
         chosen = torch_dtype(self.dtype)
         if chosen is not None:
             return chosen
-        own = getattr(checkpoint.config, "dtype", None)
+        own = checkpoint.dtype
         return own if self.resolved_device() == "cuda" and isinstance(own, torch.dtype) else torch.float32
 
     def compute(self, checkpoint: Checkpoint) -> ComputeOptions:
@@ -76,7 +76,7 @@ class Calibration:
 
     def sequence_length(self, checkpoint: Checkpoint) -> int:
         """Tokens per row. Raises UsageError when the model takes fewer than asked for."""
-        limit = getattr(checkpoint.config, "max_position_embeddings", None)
+        limit = getattr(checkpoint.text_config, "max_position_embeddings", None)
         if self.max_seq_length is None:
             return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
         if limit and self.max_seq_length > limit:

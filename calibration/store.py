@@ -75,8 +75,9 @@ def write_statistics(target: Path, profile: Profile, resume: bool = False) -> li
     with output_folder(target, identity, resume) as folder:
         progress = Progress(folder)
         records = [record for record, _ in progress.restored()]
-        profile.restore(progress.hidden_states(), progress.layers)
-        profile.events.resumed(records[-1]["summary"]["layer"] if records else -1, progress.layers)
+        last = records[-1]["summary"]["layer"] if records else -1
+        profile.restore(progress.hidden_states(), last + 1)
+        profile.events.resumed(last, progress.layers)
         for statistics in profile:
             files = _write_layer(folder, statistics)
             records.append(_record(statistics))
@@ -165,13 +166,13 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> list[Path]:
 
 def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration, shards: int = 1) -> int:
     """Size of the statistics folder, at most: input and activation samples and co-activation of every layer; and of the text's state."""
-    architecture, config = checkpoint.architecture, checkpoint.config
+    architecture, config = checkpoint.architecture, checkpoint.text_config
     experts, _, neurons, *_ = architecture.sizes(config).values()
     width = calibration.resolved_dtype(checkpoint).itemsize
     tokens = calibration.tokens(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
     inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
-    text = 2 * width * tokens * config.hidden_size // shards
+    text = 2 * width * tokens * architecture.streams * config.hidden_size // shards
     return text + config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2 + 16 * neurons + 8 * sample))
 
 

@@ -95,6 +95,8 @@ class PrismConfig:
         top_k: the config key of the number of active experts.
         source: the sizes of the original, by config key: number of experts, top-k, width, then others that were multiplied with N.
         groups: of experts, among which the family's router chooses, in the original; 1 where it does not. See `modeling_prism.places`.
+        carried: see `Architecture.carried`.
+        keys: those of `source` in that order, which is lost where somebody sorts a JSON object; empty in checkpoints of version 0.2.
     """
 
     sub_experts: int
@@ -103,6 +105,8 @@ class PrismConfig:
     top_k: str
     source: dict[str, int]
     groups: int = 1
+    carried: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def max_active(self) -> int:

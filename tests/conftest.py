@@ -106,6 +106,20 @@ FAMILIES = {
         "shared_expert_intermediate_size": 24,
         "head_dim": 8,
     },
+    # Layers give the next one the positions that attention may look at.
+    "glm_moe_dsa": LATENT
+    | SHARED
+    | {
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 12,
+        "head_dim": 8,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "full"],
+        "index_topk": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+    },
     # A model of images and text: its language model is split, the rest is copied.
     "qwen3_vl_moe": {
         "num_experts": 4,

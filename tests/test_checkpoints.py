@@ -127,7 +127,10 @@ DAMAGE = [
         "model_type 'llama' cannot be split: it has no experts",
     ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
+    (
+        lambda folder: change_config(folder, quantization_config={"quant_method": "fp8"}),
+        "says that it is quantised by 'fp8', and no tensor is",
+    ),
     (lambda folder: change_config(folder, intermediate_size=32), "has shape [32, 16], config.json says [32, 32]"),
     (drop_tensor, "tensor model.layers.1.mlp.experts.2.up_proj.weight is missing"),
     (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),

@@ -121,7 +121,9 @@ def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, t
     assert len(checkpoint.blocks) == len(blocks)
     for block, (layer, name) in zip(blocks, checkpoint.blocks, strict=True):
         found = checkpoint.tensors(layer)
-        expected = modeling_prism._gate_neuron_rows(block.experts, file[name]["gate_neurons"], model.config.get_text_config().prism["groups"])
+        expected = modeling_prism._gate_neuron_rows(
+            block.experts, file[name]["gate_neurons"], model.config.get_text_config().prism["groups"]
+        )
         assert ("row_bias" in found) == block.experts.has_bias
         for key, value in expected.items():
             places = slice(None)

@@ -26,9 +26,11 @@ class CostModel:
         model: Any = LayeredModel(checkpoint, None).model
         self.blocks = [found[1] for layer in layers_of(model)[1] if (found := moe_block(layer))]
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
-        self.dense = sum(parameter.numel() for parameter in model.parameters()) - experts
-        embedding = model.get_input_embeddings().weight
-        tied = model.get_output_embeddings().weight is embedding
+        embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        tied = output is embedding
+        # Not what encodes images.
+        own = sum(parameter.numel() for parameter in model.get_decoder().parameters())
+        self.dense = own + (0 if tied else output.numel()) - experts
         config = checkpoint.text_config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Keys and values of latent attention have sizes of their own.

@@ -18,16 +18,16 @@ class Architecture:
     """How one kind of model is split; `discovery.discover` finds it.
 
     Attributes:
-        model_type: as in config.json.
         num_experts, top_k, width: config keys of its sizes.
         multiplied: further config keys that are multiplied with N: of shared experts, whose common width is that many times `width`.
         shared_weight: whether the N copies of a chosen expert share its weight; else each has all of it.
         divided: routing tensors, by their names in the block, that are divided by N: corrections of scores that copies share.
         grouped: config key of the number of groups of experts, where the router chooses among groups by more than their best expert; it is
             one of `multiplied`, and sub-experts lie as `modeling_prism.places` says.
+        carried: arguments in which a decoder layer gets what the one before gives beside hidden states, in their order.
+        streams: hidden states of a token between layers.
     """
 
-    model_type: str
     num_experts: str
     top_k: str
     width: str
@@ -35,12 +35,14 @@ class Architecture:
     shared_weight: bool = True
     divided: tuple[str, ...] = ()
     grouped: str | None = None
+    carried: tuple[str, ...] = ()
+    streams: int = 1
 
     @classmethod
-    def of_refactored(cls, model_type: str, prism: PrismConfig) -> "Architecture":
-        """Return what a refactored checkpoint says about its original; `divided` is not known."""
-        num_experts, top_k, width, *multiplied = prism.source
-        return cls(model_type, num_experts, top_k, width, tuple(multiplied), prism.factor > 1)
+    def of_refactored(cls, prism: PrismConfig) -> "Architecture":
+        """Return what a refactored checkpoint says about its original; `divided` and `streams` are not known."""
+        num_experts, top_k, width, *multiplied = prism.keys or prism.source
+        return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, carried=tuple(prism.carried))
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Checkpoint:
         config: its transformers config. No code from the folder is ever run.
         text_config: that of its language model: the same, but in a model that takes images, too.
         architecture: how its experts are split, or were.
+        dtype: the type that its config names; None if it names none.
         quantised: how its weights are quantised, as config.json names it; None if they are not. Such tensors are read as bfloat16, and
             what follows describes them so.
         files: names of its shards.
@@ -61,6 +62,9 @@ class Checkpoint:
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
         self.text_config: Any = self.config.get_text_config()
+        self.dtype: torch.dtype | None = getattr(self.config, "dtype", None) or getattr(self.text_config, "dtype", None)
+        if self.text_config is not self.config and not isinstance(self.config_json.get("text_config"), dict):
+            raise InputError(f"{self.path / 'config.json'}: its language model is not in text_config; such models are not split")
         self.architecture = self._architecture()
         self.weight_map = self._weight_map()
         self.sizes: dict[str, int] = {}
@@ -81,7 +85,7 @@ class Checkpoint:
     def _architecture(self) -> Architecture:
         model_type, prism = self.config.model_type, PrismConfig.of(self.config)
         if prism is not None:
-            return Architecture.of_refactored(model_type, prism)
+            return Architecture.of_refactored(prism)
         try:
             return discover(self.text_config).architecture
         except InputError as error:
@@ -89,7 +93,7 @@ class Checkpoint:
 
     def _dequantise(self) -> str | None:
         """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
-        found = self.config_json.get("quantization_config") or self.config_json.get("text_config", {}).get("quantization_config")
+        found = self.config_json.get("quantization_config") or (self.config_json.get("text_config") or {}).get("quantization_config")
         if not found:
             return None
         for config in (self.config, self.text_config):

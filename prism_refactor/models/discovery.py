@@ -8,6 +8,7 @@ random numbers, splits its experts, and accepts the one plan whose logits and ex
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ _HEAD: dict[str, int] = {
 }
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Layers that predict further tokens are no part of the model that is split.
-_LEFT_OUT = ("num_nextn_predict_layers", "num_mtp_modules")
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers")
 _SHORTEST, _LONGEST = 4, 12
 _LARGEST = 10**8
 # Keys of the number of groups of experts, and of how many of them a token's experts are chosen from.
@@ -83,7 +84,8 @@ def reduced(config: Any) -> Any:
     Raises:
         InputError: transformers does not take the smaller sizes.
     """
-    values = _values(config)
+    before = _values(config)
+    values = dict(before)
     layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     layers = values.get(layers_key)
     if not isinstance(layers, int) or layers < 1:
@@ -92,7 +94,9 @@ def reduced(config: Any) -> Any:
     kinds = [repr(kind) for kind in zip(*per_layer.values(), strict=True)]
     kept = sorted({*range(min(layers, _SHORTEST)), *(kinds.index(kind) for kind in kinds)})[:_LONGEST]
     values |= {key: [value[index] for index in kept] for key, value in per_layer.items()}
-    values |= {key: 0 for key in _LEFT_OUT if values.get(key)}
+    values |= {key: 0 for key in FURTHER_LAYERS if values.get(key)}
+    # Then the first output of a model would not be its logits.
+    values["output_router_logits"] = False
     values[layers_key] = len(kept)
     own = values.get("per_layer_config")
     if isinstance(own, dict):
@@ -102,6 +106,9 @@ def reduced(config: Any) -> Any:
     for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
         if isinstance(values.get(key), int) and values[key] > most:
             values[key] = most
+    if before.get("head_dim") is not None and before["head_dim"] == before.get("qk_rope_head_dim"):
+        # One number under two names.
+        values["head_dim"] = values["qk_rope_head_dim"]
     values |= {key: token for key, token in _TOKENS.items() if values.get(key) is not None}
     for key in ("mlp_only_layers", "moe_layers"):
         if isinstance(values.get(key), list):
@@ -218,13 +225,16 @@ def _find_keys(config: Any, plain: Sketch, multiplied: tuple[str, ...]) -> tuple
         ("experts of a token", plain.top_k, plain.top_k * TRIED, lambda new: new.top_k == plain.top_k * TRIED),
         ("neurons of an expert", plain.width, plain.width // TRIED, lambda new: new.width == plain.width // TRIED),
     ]
-    values, keys = _values(config), []
+    values: dict[str, Any] = _values(config)
+    changed: dict[str, int] = {}
     for what, old, new, fits in wanted:
-        key = next((key for key, value in values.items() if value == old and _is_size(value) and _fits(config, {key: new}, fits)), None)
+        candidates = [key for key, value in values.items() if value == old and _is_size(value) and key not in changed]
+        # On top of what was found: a token may use more experts than there were.
+        key = next((key for key in candidates if _fits(config, changed | {key: new}, fits)), None)
         if key is None:
             raise InputError(f"no key of its config sets the number of {what} ({old} in the small model)")
-        keys.append(key)
-    changed = dict(zip(keys, [new for _, _, new, _ in wanted], strict=True)) | {key: values[key] * TRIED for key in multiplied}
+        changed[key] = new
+    changed |= {key: values[key] * TRIED for key in multiplied}
     shapes = plain.outside()
     wrong = _unlike(_sketch(config, changed), plain, shapes)
     for key, value in values.items():
@@ -291,54 +301,99 @@ def _random_model(config: Any) -> Any:
 class _Run:
     """One forward of a model over random text.
 
+    Args:
+        model: the model.
+        seed: of the text.
+
     Attributes:
         logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
         outputs: of every experts module that ran, [T, H].
+        calls: (positional arguments, named ones, output) of every decoder layer.
+        leaves_for_later: whether layers are given an empty dict or list, where they leave something for later ones.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, layers: bool = False):
+    def __init__(self, model: Any, seed: int = 1):
         self.outputs: list[torch.Tensor] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
         handles = [
             block.experts.register_forward_hook(lambda module, given, output: self.outputs.append(output.flatten(0, -2)))
             for _, block in moe_blocks(model)
         ]
-        if layers:
-            handles += [layer.register_forward_hook(_check_layer, with_kwargs=True) for layer in layers_of(model)[1]]
+        layers = layers_of(model)[1]
+        self.leaves_for_later = False
+        handles.append(layers[0].register_forward_pre_hook(self._look_at, with_kwargs=True))
+        for layer in layers:
+            handles.append(layer.register_forward_hook(lambda _, *call: self.calls.append(call), with_kwargs=True))
         try:
             self.logits = model(input_ids=ids, use_cache=False)[0]
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _look_at(self, _: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.leaves_for_later = any(isinstance(value, dict | list) and not value for value in named.values())
+
     def difference(self, other: "_Run") -> float:
         """The largest one of a logit or an expert's output; infinite where not the same blocks ran."""
         if len(self.outputs) != len(other.outputs):
             return float("inf")
         pairs = zip([self.logits, *self.outputs], [other.logits, *other.outputs], strict=True)
-        return max(((one - two).abs().max() / two.std().clamp_min(1)).item() for one, two in pairs)
+        differences = [((one - two).abs().max() / two.std().clamp_min(1)).item() for one, two in pairs]
+        return max(differences) if all(map(math.isfinite, differences)) else float("inf")
 
 
-def _check_layer(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-    """A layer is run on its own: it must get the hidden states and named arguments, and give hidden states."""
-    if len(given) != 1 or not isinstance(output, torch.Tensor) or output.shape != given[0].shape:
-        raise InputError(f"its layers ({type(layer).__name__}) pass more than hidden states to the next")
+def _carried(model: Any, run: _Run) -> tuple[str, ...]:
+    """`Architecture.carried`, from a run of a small model.
+
+    Raises:
+        InputError: its layers cannot be run one at a time: they are given more than hidden states and what is the same for all text.
+    """
+    layer = type(layers_of(model)[1][0]).__name__
+    refusal = InputError(f"its layers ({layer}) get more than hidden states, and arguments that are the same for all text")
+    names: list[str] = []
+    last: list[Any] = []
+    for number, (given, named, output) in enumerate(run.calls):
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        if len(given) != 1 or hidden.shape != given[0].shape or run.leaves_for_later:
+            raise refusal
+        if number:
+            names = [name for given_on in last for name, value in named.items() if value is given_on is not None]
+            if len(names) != len(last):
+                raise refusal
+        last = others
+    again = _Run(model, seed=2)
+    for (_, one, _), (_, other, _) in zip(run.calls, again.calls, strict=True):
+        if any(not _same(one[name], other[name]) for name in one.keys() - names):
+            raise refusal
+    return tuple(names)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether an argument of a layer is the same for two texts."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return all(map(_same, one, other))
+    if isinstance(one, dict):
+        return all(_same(value, other[name]) for name, value in one.items())
+    return True
 
 
 def _prove(config: Any) -> Proof:
     """Split a random model of a small config in every way that may be right."""
     source = _random_model(config)
     try:
-        exact = _Run(source, layers=True)
-    except InputError:
-        raise
+        exact = _Run(source)
     except Exception as error:
         raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
     blocks = list(moe_blocks(source))
     if len(exact.outputs) != len(blocks):
         raise InputError("some of its MoE layers do not run on text")
+    carried, first = _carried(source, exact), exact.calls[0][0][0]
+    streams = first.numel() // (exact.logits.shape[0] * exact.logits.shape[1] * config.hidden_size)
     values, best = _values(config), float("inf")
     groups = [key for key in _GROUPS if (values.get(key) or 1) > 1]
     # First without: a router that chooses groups by their best expert needs nothing for them.
@@ -346,7 +401,7 @@ def _prove(config: Any) -> Proof:
         multiplied = (grouped, _KEPT_GROUPS) if grouped else ()
         keys, split = _find_keys(config, Sketch(config), multiplied)
         target = _random_model(split)
-        found = sorted(_differences(source, target, keys, grouped, exact), key=lambda pair: pair[0])
+        found = sorted(_differences(source, target, keys, (grouped, carried, streams), exact), key=lambda pair: pair[0])
         (difference, architecture), (second, _) = found[:2]
         best = min(best, difference)
         if difference < TOLERANCE and second > WORSE * difference:
@@ -358,14 +413,16 @@ def _prove(config: Any) -> Proof:
     raise InputError(f"no way to split its experts leaves its outputs as they are; they change by {best:.2g}")
 
 
-def _differences(source: Any, target: Any, keys: list[str], grouped: str | None, exact: _Run) -> Iterator[tuple[float, Architecture]]:
-    """(difference from the source, plan) of every plan with some keys."""
+def _differences(
+    source: Any, target: Any, keys: list[str], more: tuple[str | None, tuple[str, ...], int], exact: _Run
+) -> Iterator[tuple[float, Architecture]]:
+    """(difference from the source, plan) of every plan with some keys; `more`: the last fields of all."""
     routing = routing_state(next(moe_blocks(source))[1])
     vectors = [name for name, value in routing.items() if value.ndim == 1 or min(value.shape) == 1]
     subsets = [chosen for count in range(len(vectors) + 1) for chosen in itertools.combinations(vectors, count)]
     experts, top_k, width, *multiplied = keys
     for shared, divided in itertools.product((True, False), subsets[:8]):
-        architecture = Architecture(source.config.model_type, experts, top_k, width, tuple(multiplied), shared, divided, grouped)
+        architecture = Architecture(experts, top_k, width, tuple(multiplied), shared, divided, *more)
         _fill(source, target, architecture)
         yield _Run(target).difference(exact), architecture
 

@@ -319,8 +319,9 @@ def attach(model, folder):
 
 
 def moe_blocks(model):
-    """A model's MoE blocks, in the order of its layers: modules with a router and `experts`."""
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+    """A model's MoE blocks, in the order of its layers: modules with a router and `experts`; not those of what encodes images."""
+    layers = getattr(model.get_decoder(), "layers", model)
+    blocks = [module for module in layers.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
     return [block for block in blocks if router_of(block) is not None]
 
 

@@ -1,4 +1,6 @@
-"""Quantised checkpoints, read as bfloat16: every tensor is dequantised when it is read, so nothing else knows that it was quantised.
+"""Quantised checkpoints, read as bfloat16: every tensor is dequantised when it is read.
+
+Only offloading, which reads files past `Checkpoint.slices`, must know of it.
 
 Two formats: FP8 with a scale for each block, row or tensor (quant_method 'fp8', and 'compressed-tensors' of 8-bit floats), whose weights
 keep their names; and MXFP4, whose experts are stored as `NAME_blocks` and `NAME_scales`. transformers' own operation is not used for FP8:
@@ -16,6 +18,8 @@ import torch
 from prism_refactor.errors import InputError
 
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# Of compressed-tensors.
+_FP8_FORMATS = ("float-quantized", "naive-quantized")
 _SCALES = ("_scale_inv", "_scale")
 # Of inputs, which stay as they are in bfloat16.
 _UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
@@ -77,10 +81,12 @@ def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], t
     Raises:
         InputError: the format is not one that is read here, or a scale is missing.
     """
-    method = str(config.get("quant_method"))
+    method, floats = str(config.get("quant_method")), set(types.values()) & set(_FP8)
+    if method == "fp8" and not floats:
+        raise InputError("config.json says that it is quantised by 'fp8', and no tensor is; remove quantization_config")
     if method == "mxfp4":
         found = _mxfp4(shapes)
-    elif method in ("fp8", "compressed-tensors") and set(types.values()) & set(_FP8) and "I32" not in types.values():
+    elif method == "fp8" or (method == "compressed-tensors" and config.get("format") in _FP8_FORMATS and floats):
         found = _fp8(_block_size(config), shapes, types)
     else:
         raise InputError(f"quantised by '{method}', which is not read here (FP8 and MXFP4 are); {_REMEDY}")

@@ -42,6 +42,10 @@ class ComputeOptions:
     batch_size: int = 8
 
 
+def _moved(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 class _LayersReached(Exception):
     """Raised by the last decoder layer's stand-in: everything before the layers has run."""
 
@@ -59,7 +63,8 @@ class LayerStream:
         states: how many versions of the hidden states travel, for example one per number of active sub-experts.
 
     Attributes:
-        states: of each version [S, T, H] in the compute type on the CPU: the hidden-state store, updated in place layer by layer.
+        states: of each version [S, T, H] in the compute type on the CPU: the hidden-state store, updated in place layer by layer. In some
+            families there are more axes between T and H.
     """
 
     def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, compute: ComputeOptions, states: int = 1):
@@ -69,10 +74,13 @@ class LayerStream:
         # Layers that are stood in for have none to give.
         self.model.config.get_text_config().output_router_logits = False
         self.device, self.batch_size = compute.device, compute.batch_size
-        shape = (*rows.shape, checkpoint.text_config.hidden_size)
-        self.states = [_allocate(shape, compute.dtype, states) for _ in range(states)]
+        self._hidden_size: int = checkpoint.text_config.hidden_size
+        self.states: list[torch.Tensor] = []
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self._embed(rows)
+        # What layers give the next one beside the hidden states, by the name of its argument: of each version and batch.
+        self._carried_names = checkpoint.architecture.carried
+        self._carried: dict[tuple[int, int], dict[str, Any]] = {}
+        self._embed(rows, compute.dtype, states)
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -83,30 +91,37 @@ class LayerStream:
         """Number of decoder layers."""
         return len(self.layered.layers)
 
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self.hidden)))
+    def _batches(self, rows: int) -> Iterator[slice]:
+        for start in range(0, rows, self.batch_size):
+            yield slice(start, min(start + self.batch_size, rows))
+
+    def _as_output(self, hidden: torch.Tensor) -> Any:
+        """What a layer gives, without what it carries to the next."""
+        return (hidden, *(None for _ in self._carried_names)) if self._carried_names else hidden
 
     @torch.inference_mode()
-    def _embed(self, rows: torch.Tensor) -> None:
+    def _embed(self, rows: torch.Tensor, dtype: torch.dtype, states: int) -> None:
         """Fill the store with the first layer's input and note, once per batch size, what else every layer is given."""
         name = next(name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings())
         received: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-        def stand_in(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        def stand_in(hidden: torch.Tensor, **arguments: Any) -> Any:
             received.append((hidden, arguments))
             if len(received) == len(self.layered.layers):
                 raise _LayersReached
-            return hidden
+            return self._as_output(hidden)
 
         for module in self.model.modules():
             if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
                 module.to(self.device)
         with self._layers_as(stand_in), self.layered.loaded(name):
-            for batch in self._batches():
+            for batch in self._batches(len(rows)):
                 received.clear()
                 with suppress(_LayersReached):
                     self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
+                if not self.states:
+                    shape = (len(rows), *received[0][0].shape[1:])
+                    self.states = [_allocate(shape, dtype, states) for _ in range(states)]
                 for state in self.states:
                     state[batch] = received[0][0].cpu()
                 self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
@@ -132,9 +147,16 @@ class LayerStream:
     def advance(self, index: int, on_batch: Callable[[int], None] | None = None, state: int = 0) -> None:
         """Send every row of one version through layer `index`, which must be materialised; `on_batch` is told the rows done."""
         layer, hidden = self.layered.layers[index], self.states[state]
-        for batch in self._batches():
-            arguments = self._arguments[batch.stop - batch.start][index]
-            hidden[batch] = layer(hidden[batch].to(self.device), **arguments).cpu()
+        for batch in self._batches(len(hidden)):
+            carried = {name: _moved(value, self.device) for name, value in self._carried.get((state, batch.start), {}).items()}
+            arguments = self._arguments[batch.stop - batch.start][index] | carried
+            output = layer(hidden[batch].to(self.device), **arguments)
+            if self._carried_names:
+                output, *others = output
+                self._carried[state, batch.start] = {
+                    name: _moved(other, "cpu") for name, other in zip(self._carried_names, others, strict=True)
+                }
+            hidden[batch] = output.cpu()
             if on_batch:
                 on_batch(batch.stop)
 
@@ -153,8 +175,10 @@ class LayerStream:
             self.model.tie_weights()
 
             def logits(hidden: torch.Tensor) -> torch.Tensor:
-                with self._layers_as(lambda *_, **__: hidden[None]):
-                    return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+                with self._layers_as(lambda *_, **__: self._as_output(hidden[None])):
+                    # Their place is taken by the layers' output.
+                    embedded = hidden.new_zeros(1, len(hidden), self._hidden_size)
+                    return self.model(inputs_embeds=embedded, use_cache=False).logits[0]
 
             try:
                 yield logits

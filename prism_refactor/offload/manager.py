@@ -327,7 +327,11 @@ def load_offloaded(
         raise UsageError("`read` pinned is for `device` cuda: on a CPU fast memory is host memory already")
     check_device(device)
     checkpoint = Checkpoint(folder)
-    layered = LayeredModel(checkpoint, checkpoint.config.dtype or torch.float32, device)
+    if checkpoint.quantised:
+        raise InputError(
+            f"{folder}: is quantised ({checkpoint.quantised}), and experts are read as they are stored; offload a bf16 checkpoint"
+        )
+    layered = LayeredModel(checkpoint, checkpoint.dtype or torch.float32, device)
     layered.check()
     model: Any = layered.model
     blocks: dict[str, Any] = {name: model.get_submodule(name) for name in layered.moe_blocks.values()}

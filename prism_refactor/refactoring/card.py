@@ -8,10 +8,10 @@ _STOCK = """## Load it
 Stock, as a plain `{model_type}`, at any k from 1 to {most} active sub-experts per token:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 folder = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok={half})
+model = {loader}.from_pretrained(folder{active})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
@@ -20,7 +20,7 @@ _TWO_LEVEL = """
 With the two-level router, which loses much less below {most}:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_experts_per_tok={half})
+model = {loader}.from_pretrained(folder, trust_remote_code=True{active})
 ```
 
 `trust_remote_code` runs `modeling_prism.py` from this folder. With prism-refactor installed it is not needed:
@@ -42,8 +42,8 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 """
 
 
-def model_card(manifest: Manifest) -> str:
-    """Return Markdown with the front matter that model hubs read."""
+def model_card(manifest: Manifest, loader: str) -> str:
+    """Return Markdown with the front matter that model hubs read; `loader`: the auto class that loads the checkpoint."""
     source, recipe, tuned = manifest.source, manifest.recipe, manifest.finetuning
     _, (top_k, most), *_ = manifest.result.items()
     rows = {"two-level": "the sub-expert router", "stock": "the stock router"}
@@ -55,7 +55,9 @@ def model_card(manifest: Manifest) -> str:
         )
     if source.quantised:
         exact += f" The original is quantised ({source.quantised}); it was read as bfloat16, and is not quantised here."
-    values = {"model_type": source.model_type, "most": most, "half": most // 2}
+    values = {"model_type": source.model_type, "most": most, "half": most // 2, "loader": loader}
+    # Of a model of images and text the size is in a part of the config that a keyword does not reach.
+    values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     before, after = manifest.dropped
     engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result))
     text = f"""---

@@ -48,7 +48,8 @@ How it is exact: copies of an expert have equal rows in the router, so at full k
 - A number of shared experts is multiplied with N where their width is that many times the experts' width, which is divided by N.
 - Where the router chooses among groups of experts by the sum of their best, every group becomes N groups, which hold one sub-expert of
   each expert: the sum stays what it was.
-- Layers that predict further tokens are copied byte for byte; `num_nextn_predict_layers` becomes 0, because the sizes are no longer theirs.
+- Layers that predict further tokens are copied as they are; their number (`num_nextn_predict_layers`) becomes 0, because the sizes are no
+  longer theirs.
 """
 _HEADER = ["model_type", "config keys", "down_proj", "divided by N", "groups", "stock", "two-level"]
 
@@ -86,6 +87,7 @@ def try_family(config: Any) -> dict[str, Any]:
         "shared_weight": architecture.shared_weight,
         "divided": list(architecture.divided),
         "grouped": architecture.grouped,
+        "carried": list(architecture.carried),
         "stock": float(f"{proof.stock:.1e}"),
         "two_level": float(f"{proof.two_level:.1e}"),
     }

@@ -160,7 +160,9 @@ class LayerRefactoring:
             raise InputError("its outputs are not finite; check the checkpoint")
         wrong = max(each[-1] for name, each in errors.items() if name != "original")
         if wrong > ROUNDING:
-            raise InputError(f"at full k its output is not the source's (squared relative error {wrong:.1e}); please report this checkpoint")
+            raise InputError(
+                f"at full k its output is not the source's (squared relative error {wrong:.1e}); please report this checkpoint"
+            )
         return {"k": [sub_experts * k for k in experts]} | errors
 
     def _pictures(self, order: torch.Tensor) -> Tensors:

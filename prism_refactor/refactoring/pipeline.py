@@ -18,6 +18,7 @@ from prism_refactor.formats import CARD, MANIFEST_FORMAT, PICTURE_FILE, LayerRep
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import replaced_parts
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.discovery import FURTHER_LAYERS
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
@@ -216,13 +217,21 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         text |= dict.fromkeys(names or {key}, value)
     factor = architecture.factor(recipe.sub_experts)
     text["prism"] = asdict(
-        PrismConfig(recipe.sub_experts, factor, recipe.router, architecture.top_k, plan.before, architecture.groups(checkpoint.config))
+        PrismConfig(
+            recipe.sub_experts,
+            factor,
+            recipe.router,
+            architecture.top_k,
+            plan.before,
+            architecture.groups(checkpoint.config),
+            [*architecture.carried],
+            [*architecture.keys],
+        )
     )
     if recipe.has_router:
         values["auto_map"] = values.get("auto_map", {}) | {auto_class(checkpoint.config).__name__: "modeling_prism.PrismForCausalLM"}
     # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
-    if text.get("num_nextn_predict_layers"):
-        text["num_nextn_predict_layers"] = 0
+    text |= {key: 0 for key in FURTHER_LAYERS if text.get(key)}
     if wraps:
         values["text_config"] = text
     write_json(folder / "config.json", values)
@@ -251,4 +260,4 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: Manifest) 
         shutil.copyfile(checkpoint.path / relative, destination)
     if manifest.recipe.has_router:
         shutil.copyfile(modeling_prism.__file__, folder / MODELING_FILE)
-    (folder / CARD).write_text(model_card(manifest))
+    (folder / CARD).write_text(model_card(manifest, auto_class(checkpoint.config).__name__))

@@ -181,7 +181,12 @@ def _check_row_bytes(checkpoint: Checkpoint, block: str, layered: LayeredModel, 
 def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
     """Size of the hidden states of the calibration text."""
     checkpoint = layered.checkpoint
-    return calibration.tokens(checkpoint) * checkpoint.text_config.hidden_size * calibration.resolved_dtype(checkpoint).itemsize
+    return (
+        calibration.tokens(checkpoint)
+        * checkpoint.architecture.streams
+        * checkpoint.text_config.hidden_size
+        * calibration.resolved_dtype(checkpoint).itemsize
+    )
 
 
 def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None) -> int:
