@@ -295,6 +295,10 @@ def _random_model(config: Any) -> Any:
                 value.data.add_(torch.randn_like(value), alpha=0.1)
         for _, block in moe_blocks(model):
             router_of(block).weight.data.mul_(4)
+            for value in routing_state(block).values():
+                if value.is_floating_point() and value.numel() == max(value.shape):
+                    # Large enough to decide which experts are chosen.
+                    value.data.normal_(std=0.3)
     return model
 
 

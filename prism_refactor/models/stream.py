@@ -121,7 +121,9 @@ class LayerStream:
                     self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
                 if not self.states:
                     shape = (len(rows), *received[0][0].shape[1:])
-                    self.states = [_allocate(shape, dtype, states) for _ in range(states)]
+                    # Ordinary tensors: a run that is resumed writes into them elsewhere.
+                    with torch.inference_mode(False):
+                        self.states = [_allocate(shape, dtype, states) for _ in range(states)]
                 for state in self.states:
                     state[batch] = received[0][0].cpu()
                 self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])

@@ -42,8 +42,13 @@ def in_float32(block: MoeBlock) -> Iterator[None]:
 
 def route(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's weights [T, k] and experts int64 [T, k] for inputs [T, H]; it is given what its block keeps for it."""
-    _, weights, experts = router_of(block)(inputs, *_own_tensors(block))
+    _, weights, experts = routing(block, inputs)
     return weights, experts
+
+
+def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `route`, and first the router's logits [T, E]."""
+    return router_of(block)(inputs, *_own_tensors(block))
 
 
 def _own_tensors(block: MoeBlock) -> list[torch.Tensor]:
