@@ -99,10 +99,25 @@ class LayerStream:
         """What a layer gives, without what it carries to the next."""
         return (hidden, *(None for _ in self._carried_names)) if self._carried_names else hidden
 
-    @torch.inference_mode()
     def _embed(self, rows: torch.Tensor, dtype: torch.dtype, states: int) -> None:
         """Fill the store with the first layer's input and note, once per batch size, what else every layer is given."""
         name = next(name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings())
+        for module in self.model.modules():
+            if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
+                module.to(self.device)
+        with self.layered.loaded(name):
+            for batch in self._batches(len(rows)):
+                received = self._received(rows[batch])
+                if not self.states:
+                    shape = (len(rows), *received[0][0].shape[1:])
+                    self.states = [_allocate(shape, dtype, states) for _ in range(states)]
+                for state in self.states:
+                    state[batch] = received[0][0].cpu()
+                self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+
+    @torch.inference_mode()
+    def _received(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """What every decoder layer is given when none changes anything: (hidden states, named arguments)."""
         received: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
         def stand_in(hidden: torch.Tensor, **arguments: Any) -> Any:
@@ -111,22 +126,9 @@ class LayerStream:
                 raise _LayersReached
             return self._as_output(hidden)
 
-        for module in self.model.modules():
-            if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to(self.device)
-        with self._layers_as(stand_in), self.layered.loaded(name):
-            for batch in self._batches(len(rows)):
-                received.clear()
-                with suppress(_LayersReached):
-                    self.model.base_model(input_ids=rows[batch].to(self.device), use_cache=False)
-                if not self.states:
-                    shape = (len(rows), *received[0][0].shape[1:])
-                    # Ordinary tensors: a run that is resumed writes into them elsewhere.
-                    with torch.inference_mode(False):
-                        self.states = [_allocate(shape, dtype, states) for _ in range(states)]
-                for state in self.states:
-                    state[batch] = received[0][0].cpu()
-                self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+        with self._layers_as(stand_in), suppress(_LayersReached):
+            self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
+        return received
 
     @contextmanager
     def _layers_as(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
