@@ -12,6 +12,7 @@ import pytest
 from conftest import COMMANDS, EXAMPLE, FAMILIES, FAST, build, mostly_long
 
 from prism_refactor.cli import app
+from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.refactoring import families
 
 BIN = Path(sys.executable).parent
@@ -159,6 +160,32 @@ def test_explain_says_how_a_checkpoint_can_be_split(models, command):
     assert facts["--sub-experts"] == "2, 4"
     unnormalised = command("prism-profile", "--explain", models["dots1-unnormalised"]).out
     assert "unchanged: copies keep the weight" in unnormalised
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"num_local_experts": 2}),
+        ("mixtral", {"num_local_experts": 3}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("olmoe", {"output_router_logits": True}),
+        ("deepseek_v3-grouped", {"n_routed_experts": 16, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 4}),
+        ("dots1", {"n_group": 2, "topk_group": 1}),
+    ],
+)
+def test_unusual_configs_of_a_family_are_proven_too(tmp_path, command, family, changes):
+    result = command("prism-profile", "--explain", build(family, tmp_path / "model", **changes))
+    assert result.code == 0, result.err
+    assert "a small random model of its kind" in result.out
+
+
+def test_a_refactored_config_may_be_sorted(tmp_path, models, command):
+    """As `save_pretrained` sorts it."""
+    assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST).code == 0
+    before, path = Checkpoint(tmp_path / "out").architecture, tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert Checkpoint(tmp_path / "out").architecture == before
+    assert before.keys == ("num_experts", "num_experts_per_tok", "intermediate_size")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,26 @@ def test_an_interrupted_profile_goes_on_with_the_same_bytes(source, folders, tmp
     assert (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "qwen3_vl_moe"])
+def test_an_interrupted_profile_of_unusual_layers_goes_on(models, tmp_path, command, monkeypatch, family):
+    """Of layers that carry more than hidden states, the first of them dense; and of a model of images and text."""
+    finish = Progress.finish_layer
+
+    def stopping(self, *arguments):
+        if self.layers == 1:
+            raise KeyboardInterrupt
+        finish(self, *arguments)
+
+    options = ["--num-samples", "4", "--max-seq-length", "32", "--tokens-per-expert", "64"]
+    assert command("prism-profile", models[family], tmp_path / "whole", *options).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish_layer", stopping)
+        assert command("prism-profile", models[family], tmp_path / "stats", *options).code == 130
+    resumed = command("prism-profile", models[family], tmp_path / "stats", *options, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert files(tmp_path / "stats") == files(tmp_path / "whole")
+
+
 def test_an_iterated_shard_has_its_part_of_the_text(source):
     checkpoint, calibration = Checkpoint(source), Calibration(num_samples=10, max_seq_length=16, batch_size=4)
     rows = calibration.rows(checkpoint)

@@ -1,29 +1,22 @@
-"""How a Mixture-of-Experts model can be split: found from its modules and config, and proven on a small random model of the same kind.
+"""How a Mixture-of-Experts model can be split: found from its modules and config, and proven (proof.py) on a small model of its kind.
 
-Nothing here knows a family by its name. `discover` makes the config small (`reduced`), finds which keys set the number of experts, their
-width and the number that a token uses, by building it with one key changed at a time, without weights. Then it fills a small model with
-random numbers, splits its experts, and accepts the one plan whose logits and experts' outputs are the source's.
+Nothing here knows a family by its name. `discover` makes the config small (`reduced`), and finds which keys set the number of experts,
+their width and the number that a token uses, by building it with one key changed at a time, without weights.
 """
 
 import copy
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, router_name, routing_state
-from prism_refactor.models.modeling_prism import ActiveK, full_k, install, places, router_of, two_level_router, uninstall
-from prism_refactor.models.transformers_models import FusedExperts, build_meta_model, build_model, layers_of
+from prism_refactor.models.architectures import router_name, routing_state
+from prism_refactor.models.modeling_prism import router_of
+from prism_refactor.models.proof import TRIED, Proof, moe_blocks, prove
+from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
 
-# The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
-TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
 _EXPERTS, _ACTIVE = 12, 2
 # What keys that many families share are made at most. All sizes differ, so that a tensor's shape tells which it has.
 _SMALL: dict[str, int] = {
@@ -56,26 +49,6 @@ _SHORTEST, _LONGEST = 4, 12
 _LARGEST = 10**8
 # Keys of the number of groups of experts, and of how many of them a token's experts are chosen from.
 _GROUPS, _KEPT_GROUPS = ("n_group", "num_expert_group"), "topk_group"
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What `discover` found.
-
-    Attributes:
-        architecture: how the model is split.
-        experts: class of the experts module.
-        stock: largest difference of a logit, or of an output of the experts, between the small model and its split, at full k; in units of
-            the standard deviation of what differs, where that is above 1.
-        two_level: the same with the two-level router.
-        runner_up: of the second best plan.
-    """
-
-    architecture: Architecture
-    experts: str
-    stock: float
-    two_level: float
-    runner_up: float
 
 
 def reduced(config: Any) -> Any:
@@ -177,15 +150,6 @@ class Sketch:
         return {name: tuple(value.shape) for name, value in state.items() if not name.startswith(tuple(self._inside))}
 
 
-def moe_blocks(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name, MoE block) of every decoder layer that has experts."""
-    name, layers = layers_of(model)
-    for index, layer in enumerate(layers):
-        found = moe_block(layer)
-        if found is not None:
-            yield f"{name}.{index}.{found[0]}", found[1]
-
-
 def _why_no_blocks(model: Any) -> str:
     fused = [name for name, module in model.named_modules() if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3]
     if fused:
@@ -205,14 +169,9 @@ def _obstacle(block: Any) -> str | None:
         return f"{type(experts).__name__} does not follow transformers' interface of experts"
     if not isinstance(getattr(router, "top_k", None), int) or not hasattr(router, "weight"):
         return f"its router, {type(router).__name__}, has no top_k and weight of its own"
-    if len(set(routing_state(block)) - set(router_state(block))) > 1:
+    if sum(not name.startswith(f"{router_name(block)}.") for name in routing_state(block)) > 1:
         return "more than one routing tensor outside its router"
     return None
-
-
-def router_state(block: Any) -> list[str]:
-    """Names in the block of its router's tensors."""
-    return [name for name in routing_state(block) if name.startswith(f"{router_name(block)}.")]
 
 
 def _find_keys(config: Any, plain: Sketch, multiplied: tuple[str, ...]) -> tuple[list[str], Any]:
@@ -278,197 +237,6 @@ def _unlike(split: Sketch, plain: Sketch, shapes: dict[str, tuple[int, ...]]) ->
     return [name for name in shapes if not follows(name)]
 
 
-def _random_model(config: Any) -> Any:
-    """A model with random weights: biases and corrections are not zero, norms not one, and the router's rows large."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_model(config, torch.float32, text_only=True)
-        # It takes experts of any width.
-        model.set_experts_implementation("eager")
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            persistent = not isinstance(value, nn.Parameter) and name in model.state_dict()
-            if not value.is_floating_point() or not (persistent or isinstance(value, nn.Parameter)):
-                continue
-            if value.ndim >= 2 and min(value.shape) > 1:
-                value.data.normal_(std=0.1)
-            elif not name.endswith(("A_log", "dt_bias")):
-                value.data.add_(torch.randn_like(value), alpha=0.1)
-        for _, block in moe_blocks(model):
-            router_of(block).weight.data.mul_(4)
-            for value in routing_state(block).values():
-                if value.is_floating_point() and value.numel() == max(value.shape):
-                    # Large enough to decide which experts are chosen.
-                    value.data.normal_(std=0.3)
-    return model
-
-
-class _Run:
-    """One forward of a model over random text.
-
-    Args:
-        model: the model.
-        seed: of the text.
-
-    Attributes:
-        logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
-        outputs: of every experts module that ran, [T, H].
-        calls: (positional arguments, named ones, output) of every decoder layer.
-        leaves_for_later: whether layers are given an empty dict or list, where they leave something for later ones.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: Any, seed: int = 1):
-        self.outputs: list[torch.Tensor] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
-        handles = [
-            block.experts.register_forward_hook(lambda module, given, output: self.outputs.append(output.flatten(0, -2)))
-            for _, block in moe_blocks(model)
-        ]
-        layers = layers_of(model)[1]
-        self.leaves_for_later = False
-        handles.append(layers[0].register_forward_pre_hook(self._look_at, with_kwargs=True))
-        for layer in layers:
-            handles.append(layer.register_forward_hook(lambda _, *call: self.calls.append(call), with_kwargs=True))
-        try:
-            self.logits = model(input_ids=ids, use_cache=False)[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _look_at(self, _: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.leaves_for_later = any(isinstance(value, dict | list) and not value for value in named.values())
-
-    def difference(self, other: "_Run") -> float:
-        """The largest one of a logit or an expert's output; infinite where not the same blocks ran."""
-        if len(self.outputs) != len(other.outputs):
-            return float("inf")
-        pairs = zip([self.logits, *self.outputs], [other.logits, *other.outputs], strict=True)
-        differences = [((one - two).abs().max() / two.std().clamp_min(1)).item() for one, two in pairs]
-        return max(differences) if all(map(math.isfinite, differences)) else float("inf")
-
-
-def _carried(model: Any, run: _Run) -> tuple[str, ...]:
-    """`Architecture.carried`, from a run of a small model.
-
-    Raises:
-        InputError: its layers cannot be run one at a time: they are given more than hidden states and what is the same for all text.
-    """
-    layer = type(layers_of(model)[1][0]).__name__
-    refusal = InputError(f"its layers ({layer}) get more than hidden states, and arguments that are the same for all text")
-    names: list[str] = []
-    last: list[Any] = []
-    for number, (given, named, output) in enumerate(run.calls):
-        hidden, *others = output if isinstance(output, tuple) else (output,)
-        if len(given) != 1 or hidden.shape != given[0].shape or run.leaves_for_later:
-            raise refusal
-        if number:
-            names = [name for given_on in last for name, value in named.items() if value is given_on is not None]
-            if len(names) != len(last):
-                raise refusal
-        last = others
-    again = _Run(model, seed=2)
-    for (_, one, _), (_, other, _) in zip(run.calls, again.calls, strict=True):
-        if any(not _same(one[name], other[name]) for name in one.keys() - names):
-            raise refusal
-    return tuple(names)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether an argument of a layer is the same for two texts."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, tuple | list):
-        return all(map(_same, one, other))
-    if isinstance(one, dict):
-        return all(_same(value, other[name]) for name, value in one.items())
-    return True
-
-
-def _prove(config: Any) -> Proof:
-    """Split a random model of a small config in every way that may be right."""
-    source = _random_model(config)
-    try:
-        exact = _Run(source)
-    except Exception as error:
-        raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
-    blocks = list(moe_blocks(source))
-    if len(exact.outputs) != len(blocks):
-        raise InputError("some of its MoE layers do not run on text")
-    carried, first = _carried(source, exact), exact.calls[0][0][0]
-    streams = first.numel() // (exact.logits.shape[0] * exact.logits.shape[1] * config.hidden_size)
-    values, best = _values(config), float("inf")
-    groups = [key for key in _GROUPS if (values.get(key) or 1) > 1]
-    # First without: a router that chooses groups by their best expert needs nothing for them.
-    for grouped in (None, *groups):
-        multiplied = (grouped, _KEPT_GROUPS) if grouped else ()
-        keys, split = _find_keys(config, Sketch(config), multiplied)
-        target = _random_model(split)
-        found = sorted(_differences(source, target, keys, (grouped, carried, streams), exact), key=lambda pair: pair[0])
-        (difference, architecture), (second, _) = found[:2]
-        best = min(best, difference)
-        if difference < TOLERANCE and second > WORSE * difference:
-            _fill(source, target, architecture)
-            two_level = _two_level(source, target, architecture).difference(exact)
-            if not two_level < TOLERANCE:
-                raise InputError(f"with the two-level router its outputs change by {two_level:.2g}")
-            return Proof(architecture, type(blocks[0][1].experts).__name__, difference, two_level, second)
-    raise InputError(f"no way to split its experts leaves its outputs as they are; they change by {best:.2g}")
-
-
-def _differences(
-    source: Any, target: Any, keys: list[str], more: tuple[str | None, tuple[str, ...], int], exact: _Run
-) -> Iterator[tuple[float, Architecture]]:
-    """(difference from the source, plan) of every plan with some keys; `more`: the last fields of all."""
-    routing = routing_state(next(moe_blocks(source))[1])
-    vectors = [name for name, value in routing.items() if value.ndim == 1 or min(value.shape) == 1]
-    subsets = [chosen for count in range(len(vectors) + 1) for chosen in itertools.combinations(vectors, count)]
-    experts, top_k, width, *multiplied = keys
-    for shared, divided in itertools.product((True, False), subsets[:8]):
-        architecture = Architecture(experts, top_k, width, tuple(multiplied), shared, divided, *more)
-        _fill(source, target, architecture)
-        yield _Run(target).difference(exact), architecture
-
-
-def _fill(source: Any, target: Any, architecture: Architecture) -> None:
-    """Give the split model the source's weights: its experts' neurons in random order, its routing tensors repeated."""
-    generator, groups = torch.Generator().manual_seed(2), architecture.groups(source.config)
-    state = {name: value for name, value in source.state_dict().items() if ".experts." not in name}
-    for (name, before), (_, after) in zip(moe_blocks(source), moe_blocks(target), strict=True):
-        fused = FusedExperts(before.experts)
-        experts, _, width = fused.shape
-        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])
-        held = places(experts, TRIED, groups)
-        split = fused.split(order, held, architecture.factor(TRIED))
-        state |= {f"{name}.experts.{leaf}": value for leaf, value in split.items()}
-        state |= {f"{name}.{leaf}": value for leaf, value in repeat_routing(before, after, architecture, held).items()}
-    own = target.state_dict()
-    for name, value in state.items():
-        if name in own:
-            own[name].copy_(value)
-
-
-def _two_level(source: Any, target: Any, architecture: Architecture) -> _Run:
-    """The split model at full k with its two-level router."""
-    config = target.config
-    sizes = {key: getattr(source.config, key) for key in architecture.keys}
-    groups = architecture.groups(source.config)
-    config.prism = vars(PrismConfig(TRIED, architecture.factor(TRIED), "linear", architecture.top_k, sizes, groups))
-    active = ActiveK([full_k(config)])
-    blocks = list(zip(moe_blocks(source), moe_blocks(target), strict=True))
-    try:
-        for (_, before), (_, after) in blocks:
-            install(after, two_level_router(after, config, original_routing(before)), active, 0)
-        return _Run(target)
-    except Exception as error:
-        raise InputError(f"the two-level router does not run in it: {one_line(error)}") from error
-    finally:
-        for _, (_, after) in blocks:
-            if hasattr(after.experts, "two_level"):
-                uninstall(after)
-
-
 _known: dict[str, Proof] = {}
 
 
@@ -485,6 +253,7 @@ def discover(config: Any) -> Proof:
     name = json.dumps([type(config).__name__, _values(config)], sort_keys=True)
     if name not in _known:
         small = reduced(config)
-        Sketch(small)
-        _known[name] = _prove(small)
+        plain, values = Sketch(small), _values(small)
+        groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
+        _known[name] = prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
     return _known[name]

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.files import write_json
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.discovery import Proof, discover
+from prism_refactor.models.discovery import discover
+from prism_refactor.models.proof import Proof
 from prism_refactor.refactoring.plan import Splits, possible_splits
 from prism_refactor.tables import table
 
