@@ -41,6 +41,11 @@ the number that a token uses, splits the experts, and compares. A family that is
 A split is accepted when logits and the outputs of all experts modules are equal at full k, for the stock router and for the two-level
 router, and when every other way to split is at least ten times further off. The differences below are the largest ones, in float32.
 
+The proof runs at the start of every run, for the checkpoint's own config. Whole runs of all commands are tested for the families in
+`tests/conftest.py`; of models of images and text `qwen3_vl_moe` is among them. Where layers give the next one more than hidden states
+(`glm_moe_dsa`, `hy_v4`, `mistral_large4`: the positions that attention may look at), these are kept in memory for all of the text, and the
+estimate of `--dry-run` does not count them; an interrupted run passes the text through the finished layers again.
+
 How it is exact: copies of an expert have equal rows in the router, so at full k all N of an expert that is chosen are chosen.
 
 - `down_proj` is multiplied with N where the N copies share the expert's weight, as a softmax makes them do. It is unchanged where every
