@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from prism_refactor.formats import Cost, Manifest, PrismConfig
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.transformers_models import FusedExperts, MoeBlock, layers_of
+from prism_refactor.models.modeling_prism import moe_blocks
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 
 
 class CostModel:
@@ -24,7 +24,7 @@ class CostModel:
         is_proxy = router == "two-level" and self.prism is not None and self.prism.router == "proxy"
         self.gate_neurons = Manifest.read(checkpoint.path).recipe.gate_neurons if is_proxy else 0
         model: Any = LayeredModel(checkpoint, None).model
-        self.blocks = [found[1] for layer in layers_of(model)[1] if (found := moe_block(layer))]
+        self.blocks = moe_blocks(model)
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
         embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         tied = output is embedding

@@ -41,8 +41,9 @@ the number that a token uses, splits the experts, and compares. A family that is
 A split is accepted when logits and the outputs of all experts modules are equal at full k, for the stock router and for the two-level
 router, and when every other way to split is at least ten times further off. The differences below are the largest ones, in float32.
 
-The proof runs at the start of every run, for the checkpoint's own config. Whole runs of all commands are tested for the families in
-`tests/conftest.py`; of models of images and text `qwen3_vl_moe` is among them. Where layers give the next one more than hidden states
+The proof runs at the start of every run, for the checkpoint's own config. `prism-refactor`, `prism-verify` and offloading are tested with
+the families in `tests/conftest.py`; one of them, `qwen3_vl_moe`, takes images and text. The others were only proven. The table counts a model
+of images and text and its text part as two. Where layers give the next one more than hidden states
 (`glm_moe_dsa`, `hy_v4`, `mistral_large4`: the positions that attention may look at), these are kept in memory for all of the text, and the
 estimate of `--dry-run` does not count them; an interrupted run passes the text through the finished layers again.
 
