@@ -22,19 +22,21 @@ import transformers
 from common import EXAMPLE, markdown, print_provenance
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import prism_refactor
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.loading import load
+from prism_refactor.models.modeling_prism import auto_class
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "vllm_plugin" / "tests"), str(ROOT / "vllm_plugin")]
 
 from prism_vllm.routing import SubRouter, route
-from reference import FAMILIES, QUICK, difference, greedy, log_probabilities, random_model, random_text
+from reference import FAMILIES, IN_BFLOAT16, QUICK, difference, greedy, log_probabilities, random_model, random_text
 from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, Server, prepare, serving
 
 WINDOWS, LENGTH, ROUNDS = 8, 511, 3
@@ -103,30 +105,34 @@ def quality(python: Path, folder: Path) -> None:
 
 
 def compare(python: Path, folder: Path, model: Any, text: list[int], choices: list[int | None]) -> str:
-    """Largest difference of a log probability between vLLM and a model in transformers at some k, or why vLLM does not run it."""
+    """Largest difference of a log probability between vLLM and a model in transformers at some k, or why vLLM does not run it.
+
+    Both compute in the model's type.
+    """
     expected = []
     for k in choices:
         if k is not None:
             prism_refactor.set_active(model, k)
         expected.append(log_probabilities(model, text))
     try:
-        with serving(python, folder, EAGER) as server:
+        with serving(python, folder, EAGER, "--dtype", str(model.dtype).removeprefix("torch.")) as server:
             found = server.all(server.log_probabilities, [(text, k) for k in choices])
     except AssertionError as error:
         # The first is the cause, the others say that the engine has failed.
-        lines = [line.rpartition("] ")[2].strip() for line in str(error).splitlines() if re.search(r"\w+Error: ", line)]
+        lines = [line.rpartition("] ")[2].strip() for line in str(error).splitlines() if re.search(r"ERROR.*\w+Error: ", line)]
         return (lines or ["did not start"])[0][:200]
     return f"{difference(found, expected):.1e}"
 
 
 def family_row(python: Path, family: str, scratch: Path) -> list[Any]:
     """A random model of a family, as it is and refactored with both routers, at full k, three quarters, half and 1."""
-    source, text = random_model(family, scratch / family), random_text()
-    row = [family, compare(python, source, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), text, [None])]
+    source, text, dtype = random_model(family, scratch / family), random_text(), torch.bfloat16 if family in IN_BFLOAT16 else torch.float32
+    family_class = auto_class(AutoConfig.from_pretrained(source))
+    row = [family, compare(python, source, family_class.from_pretrained(source, dtype=dtype), text, [None])]
     for router in ("linear", "proxy"):
         folder = scratch / f"{family}-{router}"
         prism_refactor.refactor(source, folder, router=router, **QUICK)
-        model = prism_refactor.load(folder).float()
+        model = load(folder, dtype=dtype)
         full = max(model.prism_active.per_layer)
         row.append(compare(python, folder, model, text, [full, full * 3 // 4, full // 2, 1]))
     return row

@@ -83,6 +83,8 @@ FAMILIES = {
     "glm4_moe": SHARED | {"head_dim": 8},
     "gpt_oss": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "granitemoe": {"num_local_experts": 4, "intermediate_size": 32, "logits_scaling": 4.0, "embedding_multiplier": 2.0},
+    # A dense network beside the experts, whose tensors have the experts' names.
+    "granitemoeshared": {"num_local_experts": 4, "intermediate_size": 32, "shared_intermediate_size": 48},
     # A convolution and an attention layer; a dense one first.
     "lfm2_moe": {
         "num_hidden_layers": 3,
@@ -166,7 +168,7 @@ def command(capsys):
 
 def build(family: str, folder: Path, **changes) -> Path:
     """Save a small random model of a family, with the example's tokenizer; large weights, so that routing is not degenerate."""
-    values = SMALL | FAMILIES[family] | {"initializer_range": 0.2} | changes
+    values = SMALL | FAMILIES.get(family, {}) | {"initializer_range": 0.2} | changes
     model_type = values.pop("model_type", family)
     set_seed(0)
     if "vision" in values:

@@ -112,7 +112,7 @@ def local():
     return open_checkpoint
 
 
-@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss", "deepseek_v3-grouped"))
+@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss", "deepseek_v3-grouped", "granitemoeshared"))
 def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", "--router", "proxy", *FAST).code == 0
     model = load(tmp_path / "out")

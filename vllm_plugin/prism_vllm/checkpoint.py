@@ -84,8 +84,10 @@ class RefactoredCheckpoint:
 
     def _rows(self, layer: int, neurons: torch.Tensor) -> dict[str, torch.Tensor]:
         """The gate rows, then the up rows, of the gate neurons [E, N, r] of a layer: `rows` [E, N, 2r, H], perhaps `row_bias`."""
-        # Files may call a block otherwise than the model does, so it is known by its layer.
-        names = {name.split(f"layers.{layer}.")[-1].partition(".")[2]: name for name in self._shards if f"layers.{layer}." in name}
+        # Files may call a block otherwise than the model does, so it is known by its layer and its router.
+        inside = {name.split(f"layers.{layer}.")[-1]: name for name in self._shards if f"layers.{layer}." in name}
+        routed = {leaf.partition(".")[0] for leaf in inside if leaf.partition(".")[2].startswith(("gate.", "router."))}
+        names = {leaf.partition(".")[2]: name for leaf, name in inside.items() if leaf.partition(".")[0] in routed}
         places = self._places(len(neurons)).tolist()
         parts = [self._expert_rows(names, place, own) for place, own in zip(places, neurons.flatten(0, 1), strict=True)]
         found = {"rows": torch.stack([rows for rows, _ in parts])}
