@@ -166,7 +166,7 @@ def command(capsys):
 
 def build(family: str, folder: Path, **changes) -> Path:
     """Save a small random model of a family, with the example's tokenizer; large weights, so that routing is not degenerate."""
-    values = SMALL | FAMILIES[family] | {"initializer_range": 0.2} | changes
+    values = SMALL | FAMILIES.get(family, {}) | {"initializer_range": 0.2} | changes
     model_type = values.pop("model_type", family)
     set_seed(0)
     if "vision" in values:
