@@ -20,8 +20,9 @@ from joblib.externals.loky import get_reusable_executor
 from partitioners import FAMILIES, generated
 
 from prism_refactor import solvers
+from prism_refactor.models.architectures import Architecture
 from prism_refactor.recipe import Recipe
-from prism_refactor.refactoring.layer import partition_experts
+from prism_refactor.refactoring.layer import Run, partition_layers
 from prism_refactor.refactoring.workers import Workers
 from prism_refactor.tables import table
 
@@ -31,7 +32,7 @@ OLMOE = 1024
 
 
 def layer(experts: int, family: str, neurons: int, tokens: int) -> Any:
-    """What `partition_experts` reads of a layer's statistics: experts alike in kind, none equal."""
+    """What `partition_layers` reads of a layer's statistics: experts alike in kind, none equal."""
     saliency = generated(family, neurons, tokens)
     activations = [torch.from_numpy(saliency[:, np.random.default_rng(expert).permutation(neurons)]) for expert in range(experts)]
     return cast(Any, SimpleNamespace(layer=0, activations=activations))
@@ -48,7 +49,8 @@ def main(experts: int, family: str) -> None:
         for workers in (1, 2, 2):
             start = time.perf_counter()
             with Workers(workers) as running:
-                found = partition_experts(statistics, torch.ones(experts, neurons), recipe, running, None)
+                run = Run(recipe, Architecture("num_experts", "num_experts_per_tok", "intermediate_size"), running, layers=1)
+                (found,) = partition_layers([(statistics, torch.ones(experts, neurons))], run)
             seconds.append(time.perf_counter() - start)
             labels.append(np.stack([partition.labels for partition in found]))
         assert (labels[0] == labels[1]).all()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_LENGTH = 512
+DEFAULT_SAMPLES, DENSE_SAMPLES = 256, 64
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -28,12 +29,13 @@ def torch_dtype(name: str) -> torch.dtype | None:
 class Calibration:
     """What text runs through the model, and how.
 
-    An empty `datasets` means the bundled text; no `max_seq_length` means 512 or what the model takes, if that is less.
+    An empty `datasets` means the bundled text; no `max_seq_length` means 512 or what the model takes, if that is less; no `num_samples`
+    means 256, or 64 for a dense model, every token of which reaches its one expert.
     """
 
     datasets: tuple[str, ...] = ()
     text_column: str = "text"
-    num_samples: int = 256
+    num_samples: int | None = None
     max_seq_length: int | None = None
     tokens_per_expert: int = 2048
     dtype: str = "auto"
@@ -72,7 +74,11 @@ class Calibration:
 
         names = list(self.datasets) or [CALIBRATION_TEXT]
         tokenizer = load_tokenizer(checkpoint.path)
-        return token_rows(names, tokenizer, self.num_samples, self.sequence_length(checkpoint), self.seed, self.text_column)
+        return token_rows(names, tokenizer, self.samples(checkpoint), self.sequence_length(checkpoint), self.seed, self.text_column)
+
+    def samples(self, checkpoint: Checkpoint) -> int:
+        """Rows of text."""
+        return self.num_samples or (DENSE_SAMPLES if checkpoint.dense else DEFAULT_SAMPLES)
 
     def sequence_length(self, checkpoint: Checkpoint) -> int:
         """Tokens per row. Raises UsageError when the model takes fewer than asked for."""
@@ -85,15 +91,16 @@ class Calibration:
 
     def tokens(self, checkpoint: Checkpoint) -> int:
         """Tokens of the text, where there is enough of it."""
-        return self.num_samples * self.sequence_length(checkpoint)
+        return self.samples(checkpoint) * self.sequence_length(checkpoint)
 
     def recorded(self, rows: torch.Tensor) -> dict[str, Any]:
         """What a manifest says about a run over `rows`: the rows there were, which may be fewer or shorter than asked for."""
         counted = {"num_samples": rows.shape[0], "max_seq_length": rows.shape[1]}
         return asdict(self) | {"datasets": list(self.datasets) or ["bundled"]} | counted
 
-    def shortage(self, rows: torch.Tensor) -> str | None:
+    def shortage(self, rows: torch.Tensor, checkpoint: Checkpoint) -> str | None:
         """A warning when there was less text than asked for."""
-        if len(rows) >= self.num_samples:
+        asked = self.samples(checkpoint)
+        if len(rows) >= asked:
             return None
-        return f"the text gives {rows.shape[0]} samples of {rows.shape[1]} tokens; {self.num_samples} were asked for"
+        return f"the text gives {rows.shape[0]} samples of {rows.shape[1]} tokens; {asked} were asked for"

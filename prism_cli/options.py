@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from prism_refactor.calibration.settings import DTYPES, Calibration
+from prism_refactor.calibration.settings import DEFAULT_SAMPLES, DENSE_SAMPLES, DTYPES, Calibration
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.offload.options import DIRECT, PREFETCHES, READS
 from prism_refactor.offload.policies import POLICIES
@@ -136,7 +136,11 @@ TEXT_OPTIONS = (
 )
 CALIBRATION_OPTIONS = (
     *TEXT_OPTIONS[:2],
-    click.option("--num-samples", type=click.IntRange(1), default=Calibration.num_samples, help="Samples of calibration text."),
+    click.option(
+        "--num-samples",
+        type=click.IntRange(1),
+        help=f"Samples of calibration text.  [default: {DEFAULT_SAMPLES}, for a dense model {DENSE_SAMPLES}]",
+    ),
     TEXT_OPTIONS[2],
     click.option(
         "--tokens-per-expert",

@@ -105,7 +105,7 @@ def main(
     check_memory(memory_needed(layered, calibration))
     check_disk(stats_dir, estimated_bytes(checkpoint, calibration, shard[1]) - (unfinished_bytes(stats_dir) if resume else 0))
     rows = calibration.rows(checkpoint)
-    reporter.warn_of(calibration.shortage(rows))
+    reporter.warn_of(calibration.shortage(rows, checkpoint))
     with Resumption(reporter, stats_dir, len(layered.moe_blocks)):
         records = write_statistics(stats_dir, Profile(checkpoint, calibration, rows, reporter, shard), resume)
     if page is not None:

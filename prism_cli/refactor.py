@@ -25,7 +25,7 @@ from prism_refactor.cli.options import (
 from prism_refactor.cli.resuming import RESUME, Resumption
 from prism_refactor.errors import RequirementError, UsageError
 from prism_refactor.formats import MANIFEST, Manifest
-from prism_refactor.recipe import ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
+from prism_refactor.recipe import DENSE_SUB_EXPERTS, ENGINES, ROUTERS, SALIENCIES, SOLVERS, Recipe
 from prism_refactor.refactoring.figures import FIGURES, check_position, figure
 from prism_refactor.requirements import Requirement
 from prism_refactor.resources import gib
@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from prism_refactor.refactoring.workers import Workers
 
 RECIPE_OPTIONS = (
-    click.option("--sub-experts", type=int, default=Recipe.sub_experts, help="Parts per expert, a power of two."),
+    click.option(
+        "--sub-experts",
+        type=int,
+        help=f"Parts per expert, a power of two.  [default: {Recipe.sub_experts}, of a dense model {DENSE_SUB_EXPERTS}]",
+    ),
     click.option("--solver", type=click.Choice(SOLVERS), default=Recipe.solver, help="How neurons are partitioned."),
     click.option(
         "--router",
@@ -139,10 +143,10 @@ def main(
 
     requirements = [Requirement.parse(text, FIGURES) for text in require]
     pool = _workers(workers, engine, ray_address)
-    recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     calibration = Calibration(**{field.name: options[field.name] for field in fields(Calibration)})
     check_target(out_dir, model_dir, overwrite, MANIFEST)
     checkpoint = Checkpoint(model_dir)
+    recipe = Recipe.of({field.name: options[field.name] for field in fields(Recipe)}, checkpoint.dense is not None)
     statistics = None
     if stats is not None:
         _refuse_with_stats(context)
@@ -160,7 +164,7 @@ def main(
     source: StatisticsSource
     if statistics is None:
         rows = calibration.rows(checkpoint)
-        reporter.warn_of(calibration.shortage(rows))
+        reporter.warn_of(calibration.shortage(rows, checkpoint))
         source = Profile(checkpoint, calibration, rows, reporter)
         # Of a layer's progress, the first half is profiling.
         reporter.stages = {"rows profiled": (0, 0.5), "experts partitioned": (0.5, 0.5)}

@@ -115,10 +115,10 @@ def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, ove
     known = {"recipe": {field.name for field in fields(Recipe)}, "calibration": {field.name for field in fields(Calibration)}}
     _check_options(options, known["recipe"] | known["calibration"])
     source, target = Path(model_dir), Path(out_dir)
-    recipe = Recipe(**{name: value for name, value in options.items() if name in known["recipe"]})
     calibration = Calibration(**{name: value for name, value in options.items() if name in known["calibration"]})
     check_target(target, source, overwrite, MANIFEST)
     checkpoint, pool = Checkpoint(source), Workers(workers or len(os.sched_getaffinity(0)))
+    recipe = Recipe.of({name: value for name, value in options.items() if name in known["recipe"]}, checkpoint.dense is not None)
     plan = make_plan(checkpoint, recipe, calibration, target, True, pool.count or 1)
     check_memory(plan.memory_needed)
     check_disk(target, plan.disk_needed)

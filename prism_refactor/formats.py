@@ -161,6 +161,7 @@ class Source:
         model_type: as in config.json.
         sizes: those that the refactoring changes, by config key.
         quantised: how its weights are, as its config.json names it; None if they are not.
+        dense: the model type of a dense original, which was read as a `model_type` of one expert; None of a Mixture of Experts.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Source:
     model_type: str
     sizes: dict[str, int]
     quantised: str | None = None
+    dense: str | None = None
 
 
 @dataclass(frozen=True)

@@ -48,17 +48,17 @@ class Progress:
         return path.with_suffix(f".{name}.safetensors")
 
     def hidden_states(self) -> Tensors:
-        """Return the hidden states of the calibration text after the last finished layer; empty where a run carries none."""
+        """Return the hidden states of the calibration text that were kept last; empty where a run carries none."""
         return load_file(self.folder / self._hidden_states) if self._hidden_states else {}
 
     def finish_layer(
-        self, record: dict[str, Any], hidden_states: Tensors, files: Iterable[Path], groups: dict[str, Tensors] | None = None
+        self, record: dict[str, Any], hidden_states: Tensors | None, files: Iterable[Path], groups: dict[str, Tensors] | None = None
     ) -> None:
         """Count one more layer as finished.
 
         Args:
             record: of this layer, JSON values.
-            hidden_states: of the calibration text.
+            hidden_states: of the calibration text; None where it is ahead of this layer: those of an earlier one stay.
             files: written for this layer, to have on the disk first.
             groups: tensors of this layer, by what they belong to.
         """
@@ -66,8 +66,9 @@ class Progress:
         path = record_path(self.folder, self.layers)
         for name, tensors in (groups or {}).items():
             save_tensors(tensors, self._group(path, name))
-        self._hidden_states = f"hidden-{self.layers:05d}.safetensors" if hidden_states else None
-        if self._hidden_states:
+        if hidden_states is not None:
+            self._hidden_states = f"hidden-{self.layers:05d}.safetensors" if hidden_states else None
+        if hidden_states and self._hidden_states:
             save_tensors(hidden_states, self.folder / self._hidden_states)
         sync([*files, *self.folder.iterdir(), self.folder.parent])
         write_json(path, record | {"hidden_states": self._hidden_states, "groups": [*(groups or {})]})

@@ -11,6 +11,8 @@ ROUTERS = ("linear", "proxy", "replicate")
 LOGIT_TOLERANCE = 1e-3
 ENGINES = ("local", "ray")
 SALIENCIES = ("contribution", "activation")
+# N of a dense model: its one expert is as wide as many.
+DENSE_SUB_EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Recipe:
                 raise UsageError(f"`{field}` {value}: choose one of {', '.join(known)}")
         if self.keep is not None and not 1 <= self.keep < self.sub_experts:
             raise UsageError(f"`keep` {self.keep}: must be at least 1 and less than `sub_experts` {self.sub_experts}")
+
+    @classmethod
+    def of(cls, options: dict[str, Any], dense: bool) -> "Recipe":
+        """Return the recipe of some options, those that are None left out; `dense`: for a dense model."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**({"sub_experts": DENSE_SUB_EXPERTS} if dense else {}) | given)
 
     @property
     def has_router(self) -> bool:

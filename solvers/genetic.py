@@ -20,6 +20,8 @@ OFFSPRING = 8
 # Generations without gain that end the search: so many at least, N / 4 with many groups, and 256 / C in problems so small that a
 # generation costs next to nothing.
 PATIENCE, SMALL = 3, 256
+# Neurons x tokens above which there is one generation: there more tokens are worth more than more generations (docs/solvers.md).
+LARGE = 2**21
 GENERATIONS_PER_PATIENCE = 3
 # Each generation without gain doubles the annealing of the next, up to this many times.
 DOUBLINGS = 2
@@ -147,7 +149,7 @@ def genetic(
         seed: equal seeds give equal bytes, unless `seconds` cuts in.
         population: partitions kept.
         offspring: partitions made per generation.
-        generations: at most so many; None is three times the patience.
+        generations: at most so many; None is three times the patience, and 1 where C x B is more than 2^21.
         patience: stop after so many without gain; None is 3, or N / 4, or 256 / C, whichever is most.
         seconds: stop after the generation that passes this time.
         crossover: share of the children that have two parents; the others are mutants.
@@ -167,7 +169,7 @@ def genetic(
     if patience is None:
         patience = max(PATIENCE, problem.num_groups // 4, SMALL // problem.neurons)
     if generations is None:
-        generations = GENERATIONS_PER_PATIENCE * patience
+        generations = 1 if problem.saliency.size > LARGE else GENERATIONS_PER_PATIENCE * patience
     if population < 2 or min(offspring, generations, patience, swaps) < 1 or not 0 <= crossover <= 1:
         raise UsageError("genetic: population must be at least 2, offspring, generations, patience and swaps 1, crossover within 0 and 1")
     operators = operators or {}

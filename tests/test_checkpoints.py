@@ -123,8 +123,8 @@ DAMAGE = [
         "model-00002-of-00002.safetensors: shard is missing",
     ),
     (
-        lambda folder: change_config(folder, model_type="llama"),
-        "model_type 'llama' cannot be split: it has no experts",
+        lambda folder: change_config(folder, model_type="gpt_neox"),
+        "model_type 'gpt_neox' cannot be split: it has no experts; of dense models these can be: cohere2, ",
     ),
     (lambda folder: change_config(folder, model_type="nonsense"), "config.json: transformers cannot read it"),
     (

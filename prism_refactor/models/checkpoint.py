@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
-from prism_refactor.models.discovery import discover
+from prism_refactor.models.dense import TWINS, Twin
+from prism_refactor.models.discovery import NO_EXPERTS, discover
 from prism_refactor.models.modeling_prism import ROUTER_FILE
-from prism_refactor.models.quantised import DequantisedSlice, Stored, stored_tensors
+from prism_refactor.models.quantised import stored_tensors
+from prism_refactor.models.stored import Stored, StoredSlice
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,13 +32,14 @@ _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 
 class Checkpoint:
-    """A supported Mixture-of-Experts checkpoint in a local folder.
+    """A supported checkpoint in a local folder. A dense one is read as a Mixture-of-Experts model of one expert, see `dense`.
 
     Opening it reads config.json and every shard's header, so a missing or truncated shard is found before any work.
 
     Attributes:
         path: the folder.
         config: its transformers config. No code from the folder is ever run.
+        dense: the model type that its config.json names, of a dense model; None of a Mixture of Experts. Everything here is its twin's.
         text_config: that of its language model: the same, but in a model that takes images, too.
         architecture: how its experts are split, or were.
         dtype: the type that its config names; None if it names none.
@@ -61,6 +64,11 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+        twin = self._twin()
+        self.dense: str | None = self.config.model_type if twin else None
+        if twin:
+            kept = {key: value for key, value in self.config_json.items() if key == "quantization_config"}
+            self.config, self.config_json = twin.config, json.loads(twin.config.to_json_string()) | kept
         self.text_config: Any = self.config.get_text_config()
         self.dtype: torch.dtype | None = getattr(self.config, "dtype", None) or getattr(self.text_config, "dtype", None)
         if self.text_config is not self.config and not isinstance(self.config_json.get("text_config"), dict):
@@ -80,7 +88,17 @@ class Checkpoint:
             raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
         self._stored: dict[str, Stored] = {}
         self.quantised = self._dequantise()
+        if twin:
+            self._put(lambda: twin.stored(self.shapes, self._types))
         self._check_config()
+
+    def _twin(self) -> Twin | None:
+        if self.config.model_type not in TWINS:
+            return None
+        try:
+            return Twin(self.config)
+        except InputError as error:
+            raise InputError(f"{self.path / 'config.json'}: model_type '{self.config.model_type}' cannot be split: {error}") from None
 
     def _architecture(self) -> Architecture:
         model_type, prism = self.config.model_type, PrismConfig.of(self.config)
@@ -89,7 +107,8 @@ class Checkpoint:
         try:
             return discover(self.text_config).architecture
         except InputError as error:
-            raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}") from None
+            dense = f"; of dense models these can be: {', '.join(sorted(TWINS))}" if str(error) == NO_EXPERTS else ""
+            raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}{dense}") from None
 
     def _dequantise(self) -> str | None:
         """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
@@ -99,17 +118,27 @@ class Checkpoint:
         for config in (self.config, self.text_config):
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
+        self._put(lambda: stored_tensors(found, self.shapes, self._types))
+        return str(found["quant_method"])
+
+    def _put(self, find: Callable[[], tuple[dict[str, Stored], set[str]]]) -> None:
+        """Put tensors that are stored as others in the place of those; `find` gives them, and the names of what they take the place of."""
         try:
-            self._stored, hidden = stored_tensors(found, self.shapes, self._types)
+            made, hidden = find()
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
         for name in hidden:
             for known in (self.weight_map, self.sizes, self.dtypes, self.shapes):
                 del known[name]
-        for name, stored in self._stored.items():
-            self.weight_map[name], self.shapes[name], self.dtypes[name] = self._file_of[stored.parts[0]], stored.shape, torch.bfloat16
-            self.sizes[name] = _bytes("BF16", list(stored.shape))
-        return str(found["quant_method"])
+        for name, stored in made.items():
+            self.weight_map[name], self.shapes[name], self._types[name] = self._file(stored.parts[0]), stored.shape, stored.dtype
+            self.dtypes[name], self.sizes[name] = DTYPES.get(stored.dtype), _bytes(stored.dtype, list(stored.shape))
+        self._stored |= made
+
+    def _file(self, name: str) -> str:
+        """The file of a tensor on disk, or of the first part of one that is stored as others."""
+        first = self._stored[name].parts[0] if name in self._stored else name
+        return self._file_of[name] if first == name else self._file(first)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
@@ -195,21 +224,24 @@ class Checkpoint:
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Lazy safetensors slices of some tensors, dequantised where they are quantised; the shards are unmapped on exit."""
+        """Lazy safetensors slices of some tensors, some of them made from others; the shards are unmapped on exit."""
         with ExitStack() as stack:
             shards: dict[str, Any] = {}
 
             def part(name: str) -> Any:
+                stored = self._stored.get(name)
+                if stored is None:
+                    return on_disk(name)
+                # A quantised tensor that keeps its name is a part of itself.
+                return StoredSlice(stored, *(on_disk(each) if each == name else part(each) for each in stored.parts))
+
+            def on_disk(name: str) -> Any:
                 file = self._file_of[name]
                 if file not in shards:
                     shards[file] = stack.enter_context(self._shard(file))
                 return shards[file].get_slice(name)
 
-            found = {name: self._stored.get(name) for name in names}
-            yield {
-                name: part(name) if stored is None else DequantisedSlice(stored, *(part(each) for each in stored.parts))
-                for name, stored in found.items()
-            }
+            yield {name: part(name) for name in names}
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and, for each file of tensors, its name, size and 16 evenly spaced 64 KiB samples.

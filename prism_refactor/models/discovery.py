@@ -29,7 +29,7 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "d_ff"), 48),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"), 40),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+    **dict.fromkeys(("num_attention_heads", "swa_num_attention_heads"), 4),
     **{"q_lora_rank": 28, "kv_lora_rank": 20, "vocab_size": 256, "max_position_embeddings": 512, "sliding_window": 16},
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_topk", "sliding_window_size"), 16),
@@ -45,6 +45,7 @@ _HEAD: dict[str, int] = {
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Layers that predict further tokens are no part of the model that is split.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers")
+NO_EXPERTS = "it has no experts"
 _SHORTEST, _LONGEST = 4, 12
 _LARGEST = 10**8
 # Keys of the number of groups of experts, and of how many of them a token's experts are chosen from.
@@ -57,7 +58,7 @@ def reduced(config: Any) -> Any:
     Raises:
         InputError: transformers does not take the smaller sizes.
     """
-    before = _values(config)
+    before = config_values(config)
     values = dict(before)
     layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     layers = values.get(layers_key)
@@ -79,6 +80,11 @@ def reduced(config: Any) -> Any:
     for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
         if isinstance(values.get(key), int) and values[key] > most:
             values[key] = most
+    for heads in ("num_attention_heads", "swa_num_attention_heads"):
+        shared = heads.replace("attention", "key_value")
+        if isinstance(values.get(shared), int) and isinstance(before.get(heads), int):
+            # As many as heads, fewer, or one: whatever divides.
+            values[shared] = values[heads] if before[shared] == before[heads] else min(2, values[shared])
     if before.get("head_dim") is not None and before["head_dim"] == before.get("qk_rope_head_dim"):
         # One number under two names.
         values["head_dim"] = values["qk_rope_head_dim"]
@@ -91,7 +97,7 @@ def reduced(config: Any) -> Any:
     return _with(config, values)
 
 
-def _values(config: Any) -> dict[str, Any]:
+def config_values(config: Any) -> dict[str, Any]:
     """A config as JSON values."""
     values = json.loads(json.dumps(config.to_dict(), default=str))
     for key in ("transformers_version", "dtype", "torch_dtype", "quantization_config", "auto_map", "architectures"):
@@ -102,7 +108,7 @@ def _values(config: Any) -> dict[str, Any]:
 def _with(config: Any, values: dict[str, Any]) -> Any:
     """A config of the same class with some values changed."""
     try:
-        return type(config).from_dict(copy.deepcopy(_values(config) | values))
+        return type(config).from_dict(copy.deepcopy(config_values(config) | values))
     except Exception as error:
         raise InputError(f"transformers does not take the sizes of a small model of its kind: {one_line(error)}") from error
 
@@ -155,7 +161,7 @@ def _why_no_blocks(model: Any) -> str:
     if fused:
         return f"its experts, {fused[0]}, are not in a block with a router in a list of decoder layers"
     classes = sorted({type(module).__name__ for module in model.modules() if "Expert" in type(module).__name__})
-    return f"its experts ({classes[0]}) are not one fused module" if classes else "it has no experts"
+    return f"its experts ({classes[0]}) are not one fused module" if classes else NO_EXPERTS
 
 
 def _obstacle(block: Any) -> str | None:
@@ -184,7 +190,7 @@ def _find_keys(config: Any, plain: Sketch, multiplied: tuple[str, ...]) -> tuple
         ("experts of a token", plain.top_k, plain.top_k * TRIED, lambda new: new.top_k == plain.top_k * TRIED),
         ("neurons of an expert", plain.width, plain.width // TRIED, lambda new: new.width == plain.width // TRIED),
     ]
-    values: dict[str, Any] = _values(config)
+    values: dict[str, Any] = config_values(config)
     changed: dict[str, int] = {}
     for what, old, new, fits in wanted:
         candidates = [key for key, value in values.items() if value == old and _is_size(value) and key not in changed]
@@ -231,8 +237,10 @@ def _unlike(split: Sketch, plain: Sketch, shapes: dict[str, tuple[int, ...]]) ->
     def follows(name: str) -> bool:
         if name not in new or new[name] == shapes[name]:
             return name in new
-        grown = tuple(size * TRIED if size == plain.experts else size for size in shapes[name])
-        return name in plain.routing and len(grown) == len(new[name]) and new[name] == grown
+        if name not in plain.routing or len(new[name]) != len(shapes[name]):
+            return False
+        grown = (plain.experts, plain.experts * TRIED)
+        return all(pair in (grown, (pair[0], pair[0])) for pair in zip(shapes[name], new[name], strict=True))
 
     return [name for name in shapes if not follows(name)]
 
@@ -250,10 +258,10 @@ def discover(config: Any) -> Proof:
         >>> discover(AutoConfig.from_pretrained("OLMoE-1B-7B")).architecture.num_experts
         'num_experts'
     """
-    name = json.dumps([type(config).__name__, _values(config)], sort_keys=True)
+    name = json.dumps([type(config).__name__, config_values(config)], sort_keys=True)
     if name not in _known:
         small = reduced(config)
-        plain, values = Sketch(small), _values(small)
+        plain, values = Sketch(small), config_values(small)
         groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
         _known[name] = prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
     return _known[name]

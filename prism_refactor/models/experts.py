@@ -110,8 +110,10 @@ def sub_expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Te
 def sub_expert_outputs(experts: ExpertsModule, expert: int, activations: torch.Tensor) -> torch.Tensor:
     """Outputs [n, N, H] of one original expert's sub-experts, before the routing weight, from their activations [n, N, C / N]."""
     down, bias = FusedExperts(experts).projection("down_proj", _held(experts, expert), activations.dtype)
-    outputs = torch.einsum("tnc,nhc->tnh", activations, down)
-    return (outputs if bias is None else outputs + bias) / PrismConfig.required(experts.config, "the refactored model").factor
+    factor = PrismConfig.required(experts.config, "the refactored model").factor
+    # A power of two: dividing the weights, of which there are fewer, gives the same bits.
+    outputs = torch.einsum("tnc,nhc->tnh", activations, down / factor)
+    return outputs if bias is None else outputs + bias / factor
 
 
 register_experts(EXPERTS, experts_forward)

@@ -54,7 +54,7 @@ class Proof:
     runner_up: float
 
 
-def _random_model(config: Any) -> Any:
+def random_model(config: Any) -> Any:
     """A model with random weights: biases and corrections are not zero, norms not one, and the router's rows large."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Pr
     Raises:
         InputError: no way is right, or the model cannot be run a layer at a time.
     """
-    source = _random_model(config)
+    source = random_model(config)
     try:
         exact = _Run(source)
     except Exception as error:
@@ -188,7 +188,7 @@ def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Pr
     for multiplied in ((), *groups):
         grouped = multiplied[0] if multiplied else None
         keys, split = find_keys(multiplied)
-        target = _random_model(split)
+        target = random_model(split)
         found = sorted(_differences(source, target, keys, (grouped, carried, streams), exact), key=lambda pair: pair[0])
         (difference, architecture), (second, _) = found[:2]
         best = min(best, difference)
@@ -205,10 +205,13 @@ def _differences(
     source: Any, target: Any, keys: list[str], more: tuple[str | None, tuple[str, ...], int], exact: _Run
 ) -> Iterator[tuple[float, Architecture]]:
     """(difference from the source, plan) of every plan with some keys; `more`: the last fields of all."""
-    routing = routing_state(next(moe_blocks(source))[1])
+    # Of the split model, which has two experts at least.
+    routing = routing_state(next(moe_blocks(target))[1])
     vectors = [name for name, value in routing.items() if value.ndim == 1 or min(value.shape) == 1]
-    subsets = [chosen for count in range(len(vectors) + 1) for chosen in itertools.combinations(vectors, count)]
     experts, top_k, width, *multiplied = keys
+    # Where a token uses all experts, corrections of their scores decide nothing.
+    count = 0 if getattr(source.config, experts) == getattr(source.config, top_k) else len(vectors)
+    subsets = [chosen for size in range(count + 1) for chosen in itertools.combinations(vectors, size)]
     for shared, divided in itertools.product((True, False), subsets[:8]):
         architecture = Architecture(experts, top_k, width, tuple(multiplied), shared, divided, *more)
         _fill(source, target, architecture)

@@ -9,14 +9,15 @@ it takes the size of a block from the grid of scales, which is wrong where the l
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prism_refactor.errors import InputError
+from prism_refactor.models.stored import Stored
 
+# What they are read as.
+DEQUANTISED = "BF16"
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Of compressed-tensors.
 _FP8_FORMATS = ("float-quantized", "naive-quantized")
@@ -28,44 +29,6 @@ _BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _EXPONENT_BIAS = 127
 _REMEDY = "dequantise it first (from_pretrained, model.dequantize(), save_pretrained), or start from the bf16 checkpoint"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor that is stored as others.
-
-    Attributes:
-        parts: their names: values, then scales.
-        shape: of the tensor.
-        dequantise: (values, scales) -> bfloat16 of that shape.
-    """
-
-    parts: tuple[str, str]
-    shape: tuple[int, ...]
-    dequantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class DequantisedSlice:
-    """What a safetensors slice is, of a tensor that is dequantised when it is read.
-
-    Args:
-        stored: how it is stored.
-        values, scales: safetensors slices of its parts.
-    """
-
-    def __init__(self, stored: Stored, values: Any, scales: Any):
-        self.stored, self.values, self.scales = stored, values, scales
-
-    def get_shape(self) -> list[int]:
-        """The shape of the tensor."""
-        return list(self.stored.shape)
-
-    def get_dtype(self) -> str:
-        """Its type, as safetensors writes it."""
-        return "BF16"
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.stored.dequantise(self.values[...], self.scales[...])[index]
 
 
 def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
@@ -115,7 +78,7 @@ def _fp8(block: tuple[int, int] | None, shapes: dict[str, tuple[int, ...]], type
         if scales is None:
             raise InputError(f"tensor {name} is FP8 and has no {name}{_SCALES[0]}; complete the checkpoint")
         size = _size_of_scales(name, shapes[name], shapes[scales], block)
-        found[name] = Stored((name, scales), shapes[name], functools.partial(dequantise_fp8, size=size))
+        found[name] = Stored((name, scales), shapes[name], DEQUANTISED, functools.partial(dequantise_fp8, size=size))
     return found
 
 
@@ -163,7 +126,7 @@ def _mxfp4(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
         if shapes.get(scales) != shape[:-1] or len(shape) != 4:
             raise InputError(f"tensor {blocks} of shape {list(shape)} has no {scales} of shape {list(shape[:-1])}; complete the checkpoint")
         experts, rows, groups, pairs = shape
-        found[name] = Stored((blocks, scales), (experts, groups * pairs * 2, rows), dequantise_mxfp4)
+        found[name] = Stored((blocks, scales), (experts, groups * pairs * 2, rows), DEQUANTISED, dequantise_mxfp4)
     return found
 
 

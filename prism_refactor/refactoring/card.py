@@ -5,13 +5,13 @@ from prism_refactor.refactoring.engines import engine_notes
 
 _STOCK = """## Load it
 
-Stock, as a plain `{model_type}`, at any k from 1 to {most} active sub-experts per token:
+{stock}
 
 ```python
 from transformers import {loader}, AutoTokenizer
 
 folder = "."  # this folder
-model = {loader}.from_pretrained(folder{active})
+model = {loader}.from_pretrained(folder{stock_active})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
@@ -55,9 +55,14 @@ def model_card(manifest: Manifest, loader: str) -> str:
         )
     if source.quantised:
         exact += f" The original is quantised ({source.quantised}); it was read as bfloat16, and is not quantised here."
-    values = {"model_type": source.model_type, "most": most, "half": most // 2, "loader": loader}
+    values = {"most": most, "half": most // 2, "loader": loader}
+    values["stock"] = f"Stock, as a plain `{source.model_type}`, at any k from 1 to {most} active sub-experts per token:"
+    if source.dense:
+        values["stock"] = f"Stock, as a plain `{source.model_type}`, at {most}: its router is the same for all sub-experts."
+        exact += f" The original is a dense {source.dense}; here it is a `{source.model_type}`, whose attention and norms are the same."
     # Of a model of images and text the size is in a part of the config that a keyword does not reach.
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
+    values["stock_active"] = "" if source.dense else values["active"]
     before, after = manifest.dropped
     engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result))
     text = f"""---
@@ -66,9 +71,9 @@ tags: [mixture-of-experts, elastic, prism-refactor]
 ---
 # {source.name}, refactored into sub-experts
 
-Every expert of `{source.name}` is split into {recipe.sub_experts} sub-experts whose neurons fire together (MoE-Prism, arXiv
-2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where the original chooses from 1 to
-{source.sizes[top_k]} whole experts. {trained} {exact}
+Every {"feed-forward network" if source.dense else "expert"} of `{source.name}` is split into {recipe.sub_experts} sub-experts whose
+neurons fire together (MoE-Prism, arXiv 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where
+the original {"runs all" if source.dense else f"chooses from 1 to {source.sizes[top_k]} whole experts"}. {trained} {exact}
 
 {_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.has_router else ""}
 ## Where it runs

@@ -157,14 +157,17 @@ def explanation(folder: Path) -> str:
 
 
 def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
-    architecture, config = proof.architecture, checkpoint.config
+    architecture, config, dense = proof.architecture, checkpoint.config, checkpoint.dense
     copies = (
         "multiplied with N, because N copies share an expert's weight"
         if architecture.shared_weight
         else "unchanged: copies keep the weight"
     )
     facts: list[tuple[str, Any]] = [
-        ("model_type", config.model_type),
+        (
+            "model_type",
+            f"a dense {checkpoint.dense}, read as a {config.model_type} of one expert" if checkpoint.dense else config.model_type,
+        ),
         ("layers with experts", f"{len(splits.moe_layers)} of {splits.layers}"),
         ("experts", proof.experts),
         *architecture.sizes(config).items(),

@@ -77,11 +77,21 @@ class LayerRefactoring:
         target: the refactored model's block, on the meta device; it is given its weights.
         config: the refactored model's config.
         statistics: of the layer.
+        partitions: of its experts.
         run: what all layers share.
     """
 
-    def __init__(self, source: MoeBlock, target: MoeBlock, config: Any, statistics: LayerStatistics, run: Run):
+    def __init__(
+        self,
+        source: MoeBlock,
+        target: MoeBlock,
+        config: Any,
+        statistics: LayerStatistics,
+        partitions: list[solvers.Partition],
+        run: Run,
+    ):
         self.source, self.target, self.config, self.statistics, self.run = source, target, config, statistics, run
+        self.partitions = partitions
         self.recipe = run.recipe
 
     def result(self) -> LayerResult:
@@ -90,7 +100,7 @@ class LayerRefactoring:
         Raises:
             InputError: a weight or an output is not finite.
         """
-        partitions = self._partitions()
+        partitions = self.partitions
         labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
         order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
         weights = self._split(order)
@@ -108,17 +118,6 @@ class LayerRefactoring:
         ]
         report = LayerReport(self.statistics.layer, errors, self.statistics.unrouted, experts)
         return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
-
-    def _partitions(self) -> list[solvers.Partition]:
-        column_norm = FusedExperts(self.source.experts).column_norms()
-        if not torch.isfinite(column_norm).all():
-            expert = int(torch.nonzero(~torch.isfinite(column_norm).all(1))[0])
-            raise InputError(f"the down_proj of expert {expert} is not finite, or too large to be squared; check the checkpoint")
-        for name, value in routing_state(self.source).items():
-            if not torch.isfinite(value).all():
-                raise InputError(f"{name} is not finite; check the checkpoint")
-        with self.run.timings.stage("partitioning"):
-            return partition_experts(self.statistics, column_norm, self.run)
 
     def _split(self, order: torch.Tensor) -> Tensors:
         """Return the tensors of the refactored block."""
@@ -196,24 +195,45 @@ def _fill(block: MoeBlock, state: Tensors) -> None:
             setattr(owner, leaf, value)
 
 
-def partition_experts(statistics: LayerStatistics, column_norm: torch.Tensor, run: Run) -> list[solvers.Partition]:
-    """Partition every expert of a layer.
+def column_norms(block: MoeBlock) -> torch.Tensor:
+    """Return the norms of down_proj's columns, float32 [E, C], of a block with its weights.
+
+    Raises:
+        InputError: they or a routing tensor are not finite.
+    """
+    norms = FusedExperts(block.experts).column_norms()
+    if not torch.isfinite(norms).all():
+        expert = int(torch.nonzero(~torch.isfinite(norms).all(1))[0])
+        raise InputError(f"the down_proj of expert {expert} is not finite, or too large to be squared; check the checkpoint")
+    for name, value in routing_state(block).items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{name} is not finite; check the checkpoint")
+    return norms
+
+
+def partition_layers(layers: Iterable[tuple[LayerStatistics, torch.Tensor]], run: Run) -> list[list[solvers.Partition]]:
+    """Partition every expert of some layers, side by side.
 
     Args:
-        statistics: `layer` and `activations` ([tokens, neurons] per expert) are read.
-        column_norm: float32 [experts, neurons], norms of down_proj's columns.
+        layers: of each layer, its statistics, of which `layer` and `activations` ([tokens, neurons] per expert) are read, and the norms of
+            down_proj's columns, float32 [experts, neurons].
         run: each expert's seed is its own, so the number of workers changes nothing.
     """
-    recipe, activations = run.recipe, statistics.activations
+    recipe, layers = run.recipe, list(layers)
 
     def tasks() -> Iterator[Task]:
-        for expert, sample in enumerate(activations):
-            seed = int(np.random.SeedSequence([recipe.seed, statistics.layer, expert]).generate_state(1)[0])
-            weights = column_norm[expert].numpy() if recipe.saliency == "contribution" else None
-            yield solvers.solve, (sample.float().abs().numpy(), recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
+        for statistics, norms in layers:
+            for expert, sample in enumerate(statistics.activations):
+                seed = int(np.random.SeedSequence([recipe.seed, statistics.layer, expert]).generate_state(1)[0])
+                weights = norms[expert].numpy() if recipe.saliency == "contribution" else None
+                yield solvers.solve, (sample.float().abs().numpy(), recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
 
-    partitions: list[solvers.Partition] = []
-    for partition in run.workers.run(tasks()):
-        partitions.append(partition)
-        run.events.progress("experts partitioned", len(partitions), len(activations), (statistics.layer, run.layers))
-    return partitions
+    solved, found = run.workers.run(tasks()), []
+    with run.timings.stage("partitioning"):
+        for statistics, _ in layers:
+            partitions: list[solvers.Partition] = []
+            for _ in statistics.activations:
+                partitions.append(next(solved))
+                run.events.progress("experts partitioned", len(partitions), len(statistics.activations), (statistics.layer, run.layers))
+            found.append(partitions)
+    return found

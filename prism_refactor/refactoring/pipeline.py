@@ -1,7 +1,9 @@
 """The main path: statistics of each layer in, a refactored checkpoint out."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from prism_refactor.models.writer import ShardWriter
 from prism_refactor.progress import Progress, versions
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.card import model_card
-from prism_refactor.refactoring.layer import LayerRefactoring, Run
+from prism_refactor.refactoring.layer import LayerRefactoring, Run, column_norms, partition_layers
 from prism_refactor.refactoring.plan import MODELING_FILE, Plan
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
+from prism_refactor.solvers import Partition
 from prism_refactor.tensors import save_tensors
 
 SOURCE_CARD = "README.source.md"
@@ -107,6 +110,9 @@ class _Writing:
         # Of the finished layers: tensors of the two files that are written at the end, and reports for the manifest.
         self.files: dict[str, dict[str, torch.Tensor]] = {"router": {}, "pictures": {}}
         self.reports: list[LayerReport] = []
+        # Layers whose experts are partitioned side by side: as many as give every worker an expert; and the last layer that was drawn.
+        self.together = max(1, workers.cores // job.plan.before[job.checkpoint.architecture.num_experts])
+        self.drawn = -1
 
     def finish(self, statistics: StatisticsSource) -> Manifest:
         """Write everything that is not there yet; returns the manifest."""
@@ -119,13 +125,14 @@ class _Writing:
         self.job.events.resumed(done - 1, done)
         if not done:
             self._copy_outer_tensors()
-        arriving = iter(statistics)
+        arriving = self._partitioned(statistics)
         for index in range(done, len(self.source.layers)):
             report, groups = self._layer(index, arriving)
             with self.job.timings.stage("writing"):
                 self.writer.close_shard()
                 record = {"shards": self.writer.shards, "report": asdict(report) if report else None}
-                self.progress.finish_layer(record, statistics.state(), self.writer.unsynced(), groups)
+                state = statistics.state() if index >= self.drawn else None
+                self.progress.finish_layer(record, state, self.writer.unsynced(), groups)
                 self._count(report, groups)
         self.writer.finish()
         manifest = _manifest(self.job, statistics.recorded, self.reports)
@@ -141,35 +148,65 @@ class _Writing:
         if report is not None:
             self.reports.append(report)
 
-    def _layer(self, index: int, arriving: Iterator[LayerStatistics]) -> tuple[LayerReport | None, dict[str, dict[str, torch.Tensor]]]:
+    def _partitioned(self, statistics: StatisticsSource) -> Iterator[tuple[LayerStatistics, list[Partition]]]:
+        """The statistics of each layer, and the partitions of its experts."""
+        arriving = iter(statistics)
+        while True:
+            with self.job.timings.stage("statistics"):
+                drawn = list(itertools.islice(arriving, self.together))
+            if not drawn:
+                return
+            for each in drawn:
+                if self.job.strict and each.unrouted:
+                    raise InputError(
+                        f"layer {each.layer}: experts {each.unrouted} saw no token (`strict`); use more or other text (`num_samples`, "
+                        "`datasets`)"
+                    )
+            self.drawn = drawn[-1].layer
+            partitioned = partition_layers([(each, self._column_norms(each.layer)) for each in drawn], self.layer_run)
+            for _ in range(len(drawn)):
+                # Not kept while the next layers run.
+                yield drawn.pop(0), partitioned.pop(0)
+
+    def _column_norms(self, index: int) -> torch.Tensor:
+        name = self.source.moe_blocks[index]
+        block = self.source.model.get_submodule(name)
+        with self.source.loaded(*replaced_parts(name, block)), self._naming(index):
+            return column_norms(block)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Name the layer in errors."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.checkpoint.path}: layer {index}: {error}") from error
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+            raise InputError(
+                f"{self.checkpoint.path}: layer {index}: its outputs are beyond float32, no router can be fitted; check the checkpoint"
+            ) from error
+
+    def _layer(
+        self, index: int, arriving: Iterator[tuple[LayerStatistics, list[Partition]]]
+    ) -> tuple[LayerReport | None, dict[str, dict[str, torch.Tensor]]]:
         """Queue one layer's tensors; returns its report (None for a dense one) and its tensors of the last two files."""
         if index not in self.job.plan.moe_layers:
             self._copy(self.source.tensors_under(self.source.layer_name(index)))
             return None, {}
-        with self.job.timings.stage("statistics"):
-            statistics = next(arriving, None)
+        statistics, partitions = next(arriving, (None, []))
         if statistics is None or statistics.layer != index:
             raise InputError(f"the statistics do not hold layer {index}; run prism-profile again")
-        if self.job.strict and statistics.unrouted:
-            raise InputError(
-                f"layer {index}: experts {statistics.unrouted} saw no token (`strict`); use more or other text (`num_samples`, `datasets`)"
-            )
-        return self._refactor_layer(statistics)
+        return self._refactor_layer(statistics, partitions)
 
-    def _refactor_layer(self, statistics: LayerStatistics) -> tuple[LayerReport, dict[str, dict[str, torch.Tensor]]]:
+    def _refactor_layer(
+        self, statistics: LayerStatistics, partitions: list[Partition]
+    ) -> tuple[LayerReport, dict[str, dict[str, torch.Tensor]]]:
         index, source = statistics.layer, self.source
         name = source.moe_blocks[index]
         block = self.target.get_submodule(name)
         parts = replaced_parts(name, block)
-        with source.loaded(*parts):
-            try:
-                result = LayerRefactoring(source.model.get_submodule(name), block, self.config, statistics, self.layer_run).result()
-            except InputError as error:
-                raise InputError(f"{self.checkpoint.path}: layer {index}: {error}") from error
-            except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
-                raise InputError(
-                    f"{self.checkpoint.path}: layer {index}: its outputs are beyond float32, no router can be fitted; check the checkpoint"
-                ) from error
+        with source.loaded(*parts), self._naming(index):
+            result = LayerRefactoring(source.model.get_submodule(name), block, self.config, statistics, partitions, self.layer_run).result()
             # Clones: leaving the block sends the source's own tensors back to the meta device.
             router = {f"{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
         block.to("meta")
@@ -241,7 +278,12 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
 def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[LayerReport]) -> Manifest:
     checkpoint = job.checkpoint
     source = Source(
-        checkpoint.path.resolve().name, checkpoint.fingerprint(), checkpoint.config.model_type, job.plan.before, checkpoint.quantised
+        checkpoint.path.resolve().name,
+        checkpoint.fingerprint(),
+        checkpoint.config.model_type,
+        job.plan.before,
+        checkpoint.quantised,
+        checkpoint.dense,
     )
     recipe = replace(job.recipe, keep=job.recipe.kept)
     return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)

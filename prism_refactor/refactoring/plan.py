@@ -150,6 +150,9 @@ def possible_splits(checkpoint: Checkpoint) -> Splits:
 
 def _check_names(layered: LayeredModel) -> None:
     """The MoE tensors must be named on disk as transformers would name them, or the output could not be read back."""
+    if layered.checkpoint.dense:
+        # Named in `models.dense`.
+        return
     for name in layered.moe_blocks.values():
         block = layered.model.get_submodule(name)
         expected = set(names_on_disk(layered.model, replaced_state(name, block)))
@@ -200,8 +203,10 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     experts = layered.model.get_submodule(next(iter(layered.moe_blocks.values()))).experts
     count, hidden, neurons = FusedExperts(experts).shape
     tokens = calibration.tokens(layered.checkpoint)
-    sample = count * min(calibration.tokens_per_expert, tokens) * neurons * width
-    inputs = 4 * min(INPUT_SAMPLE, tokens) * hidden
+    # Layers of few experts are partitioned side by side.
+    together = max(1, (workers or 1) // count)
+    sample = together * count * min(calibration.tokens_per_expert, tokens) * neurons * width
+    inputs = together * 4 * min(INPUT_SAMPLE, tokens) * hidden
     peak = _LAYER_MARGIN * largest * (width + stored)
     if workers is not None:
         # A regression of D features needs about four D x D matrices in float64.

@@ -97,7 +97,7 @@ class Workers:
         Without workers nothing travels: a task at a time.
         """
         alone = self.count == 1 and self.engine == "local"
-        least = 1 if alone else TASKS_PER_WORKER * self._cores()
+        least = 1 if alone else TASKS_PER_WORKER * self.cores
         chunk: list[Task] = []
         uses: Counter[int] = Counter()
         sizes: dict[int, int] = {}
@@ -112,8 +112,9 @@ class Workers:
         if chunk:
             yield chunk
 
-    def _cores(self) -> int:
-        """How many workers there are."""
+    @property
+    def cores(self) -> int:
+        """How many workers there are; of a cluster, once it is connected."""
         if self.count is not None:
             return self.count
         import ray  # noqa: PLC0415  (optional)

@@ -1,0 +1,131 @@
+"""Dense sources: a layer's feed-forward network is one expert of a family that is alike but for its experts."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAST, build, files, load, logits, mostly_long, quantise_fp8
+from safetensors.torch import load_file
+from test_resuming import stop_after
+from transformers import AutoModelForCausalLM
+
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.dense import TWINS
+from prism_refactor.models.layered import LayeredModel
+
+WIDE = {"intermediate_size": 64}
+HEADS = WIDE | {"head_dim": 16}
+# Scores without a sigmoid or logits with a factor of their own show in the flags; sizes are those that no default gives.
+DENSE = {
+    "cohere2": HEADS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "logit_scale": 0.3},
+    "ernie4_5": HEADS,
+    "granite": WIDE | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    # It makes the network narrower than the config says.
+    "lfm2": WIDE | {"layer_types": ["conv", "full_attention"], "intermediate_size": 96, "block_multiple_of": 16},
+    # Three heads that share a key, tied embeddings, as SmolLM2 has them.
+    "llama": WIDE | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": WIDE | {"sliding_window": 16},
+    "olmo2": WIDE | {"pad_token_id": None},
+    "phi3": WIDE | {"pad_token_id": 0},
+    "qwen2": WIDE | {"hidden_act": "gelu"},
+    "qwen3": HEADS,
+    "qwen3_5_text": HEADS
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "seed_oss": HEADS,
+}
+
+
+def dense(model_type, folder, **changes):
+    return build(model_type, folder, **(DENSE[model_type] | {"model_type": model_type} | changes))
+
+
+def test_every_family_of_the_table_is_tested():
+    assert DENSE.keys() == TWINS.keys()
+
+
+@pytest.mark.parametrize("model_type", mostly_long(DENSE, "llama", "phi3", "lfm2", "qwen2"))
+def test_a_dense_model_is_split_like_an_expert(tmp_path, command, token_ids, model_type):
+    source, out = dense(model_type, tmp_path / "dense"), tmp_path / "out"
+    result = command("prism-refactor", source, out, "--sub-experts", 4, *FAST)
+    assert result.code == 0, result.err
+    verified = command("prism-verify", source, out)
+    assert verified.code == 0, verified.out + verified.err
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), token_ids)
+    # Loaded as what it says it is, by transformers alone, and with the two-level router.
+    for model in (AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), load(out)):
+        assert (logits(model, token_ids) - expected).abs().max() < 1e-4 * max(1, expected.std())
+    manifest = json.loads((out / "prism.json").read_text())
+    assert manifest["source"]["dense"] == model_type
+    assert manifest["source"]["model_type"] == json.loads((out / "config.json").read_text())["model_type"] == TWINS[model_type][0]
+    assert f"The original is a dense {model_type}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", mostly_long(DENSE, "llama", "phi3"))
+def test_its_twin_is_the_dense_model(tmp_path, token_ids, model_type):
+    source = dense(model_type, tmp_path / "dense")
+    layered = LayeredModel(Checkpoint(source), torch.float32)
+    for name in [name for name, _ in layered.model.named_children() if layered.tensors_under(name)]:
+        layered.load(name)
+    layered.model.tie_weights()
+    layered.model.set_experts_implementation("eager")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), token_ids)
+    found = logits(layered.model, token_ids)
+    assert torch.equal(found, expected) or (found - expected).abs().max() < 1e-5
+
+
+def test_fp8_and_dense_at_once(tmp_path, command):
+    twin = quantise_fp8(dense("qwen3", tmp_path / "dense"), tmp_path / "quantised", block=(12, 20))
+    for name in ("quantised", "twin"):
+        assert command("prism-refactor", tmp_path / name, tmp_path / f"{name}-out", "--sub-experts", 4, *FAST).code == 0
+    assert twin == tmp_path / "twin"
+    found, expected = (
+        {name: value for path in (tmp_path / f"{folder}-out").glob("*.safetensors") for name, value in load_file(path).items()}
+        for folder in ("quantised", "twin")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_defaults_of_a_dense_model(tmp_path, command):
+    source = dense("llama", tmp_path / "dense", intermediate_size=256)
+    plan = command("prism-refactor", source, tmp_path / "out", "--dry-run")
+    assert plan.code == 0, plan.err
+    assert [line.split() for line in plan.out.splitlines()][1] == ["num_local_experts", "1", "16"]
+    explained = command("prism-profile", "--explain", source)
+    assert explained.code == 0, explained.err
+    assert "a dense llama, read as a mixtral of one expert" in explained.out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("llama", {"attention_bias": True}, "k_proj.bias has no place in its twin, MixtralForCausalLM"),
+        ("llama", {"mlp_bias": True}, "mlp.down_proj.bias has no place in its twin, MixtralForCausalLM"),
+        ("gpt_neox", WIDE, "'gpt_neox' cannot be split: it has no experts; of dense models these can be: cohere2, "),
+    ],
+)
+def test_what_has_no_twin_is_refused(tmp_path, command, model_type, changes, message):
+    source = build(model_type, tmp_path / "dense", **(DENSE.get(model_type, {}) | {"model_type": model_type} | changes))
+    result = command("prism-refactor", source, tmp_path / "out", *FAST)
+    assert result.code == 3
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_layers_that_share_the_workers_resume_with_the_same_bytes(tmp_path, command, monkeypatch, layer):
+    source = dense("llama", tmp_path / "dense", num_hidden_layers=5)
+    options = [source, tmp_path / "out", *FAST[:-1], 2, "--quiet"]
+    assert command("prism-refactor", source, tmp_path / "alone", *FAST, "--quiet").code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, layer, KeyboardInterrupt)
+        assert command("prism-refactor", *options).code == 130
+    resumed = command("prism-refactor", *options, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
