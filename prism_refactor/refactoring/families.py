@@ -157,7 +157,7 @@ def explanation(folder: Path) -> str:
 
 
 def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
-    architecture, config, dense = proof.architecture, checkpoint.config, checkpoint.dense
+    architecture, config = proof.architecture, checkpoint.config
     copies = (
         "multiplied with N, because N copies share an expert's weight"
         if architecture.shared_weight
