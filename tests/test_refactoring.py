@@ -335,10 +335,15 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, models, command):
     [(992, 128, True, True, False), (1024, 64, False, True, False), (2048, 48, False, False, True), (64, 8, True, True, True)],
 )
 def test_engines_that_can_run_a_result_are_named(experts, width, vllm, llama, narrow):
-    notes = engine_notes({"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width})
+    notes = engine_notes({"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width}, "olmoe")
     assert ["runs it" in note for note in notes[:2]] == [vllm, llama]
     assert all(("lower --sub-experts" in note) != ("runs it" in note) for note in notes[:2])
     assert any(f"of {width} neurons do not fill" in note for note in notes[2:]) == narrow
+
+
+def test_engines_without_a_class_are_named():
+    notes = engine_notes({"num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 64}, "beam")
+    assert [note.partition(" (")[0] for note in notes] == ["vLLM: has no class for beam", "llama.cpp: has no class for beam"]
 
 
 def test_experts_without_tokens_are_reported_or_refused(tmp_path, command, models):

@@ -62,6 +62,8 @@ class Twin:
 
     Attributes:
         config: of the twin.
+        difference: the largest one of a logit between a small random model of this kind and its twin, in units of the logits' standard
+            deviation where that is above 1.
 
     Raises:
         InputError: the twin of a small random model of this kind does not give the same.
@@ -69,7 +71,7 @@ class Twin:
 
     def __init__(self, config: Any):
         self.dense, self.config = config, _twin_config(config)
-        _prove(config)
+        self.difference = _proven_difference(config)
 
     def stored(self, shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
         """Find what the twin's tensors are in the dense checkpoint.
@@ -185,8 +187,8 @@ def _rows(rows: slice, matrix: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _prove(config: Any) -> None:
-    """Compare a small random dense model with its twin."""
+def _proven_difference(config: Any) -> float:
+    """`Twin.difference`. Raises InputError when it is not rounding."""
     small = reduced(config)
     twin_config = _twin_config(small)
     dense = random_model(small)
@@ -198,6 +200,7 @@ def _prove(config: Any) -> None:
         value.copy_(make(*(state[part] for part in parts)))
     ids = torch.randint(3, small.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     expected, found = (model(input_ids=ids, use_cache=False)[0] for model in (dense, twin))
-    difference = (expected - found).abs().max().item() / max(1.0, expected.std().item())
+    difference: float = (expected - found).abs().max().item() / max(1.0, expected.std().item())
     if not difference < TOLERANCE:
         raise InputError(f"as one of {twin_config.model_type} with one expert it gives other logits, by {difference:.2g}")
+    return difference

@@ -64,7 +64,7 @@ def model_card(manifest: Manifest, loader: str) -> str:
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     values["stock_active"] = "" if source.dense else values["active"]
     before, after = manifest.dropped
-    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result))
+    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type))
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.files import write_json
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.dense import TWINS, Twin
 from prism_refactor.models.discovery import discover
 from prism_refactor.models.proof import Proof
 from prism_refactor.refactoring.plan import Splits, possible_splits
@@ -60,6 +61,12 @@ How it is exact: copies of an expert have equal rows in the router, so at full k
 - Layers that predict further tokens are copied as they are; their number (`num_nextn_predict_layers`) becomes 0, because the sizes are no
   longer theirs.
 """
+_DENSE = """## Dense models
+
+A dense model is read as a Mixture of Experts of one expert, in a family whose attention and norms are the same; see [dense.md](dense.md).
+"as read": the largest difference of a logit between a small random dense model and that.
+"""
+_DENSE_HEADER = ["dense model_type", "read as", "as read", "stock", "two-level"]
 _HEADER = ["model_type", "config keys", "down_proj", "divided by N", "groups", "stock", "two-level"]
 
 
@@ -81,7 +88,14 @@ def survey() -> dict[str, Any]:
     for model_type, config in _config_classes():
         families[model_type] = try_family(config)
         click.echo(f"{model_type}: {families[model_type].get('reason', 'proven')}", err=True)
-    return {"transformers": transformers.__version__, "families": dict(sorted(families.items()))}
+    dense = {model_type: try_dense(CONFIG_MAPPING[model_type]()) for model_type in sorted(TWINS)}
+    return {"transformers": transformers.__version__, "families": dict(sorted(families.items())), "dense": dense}
+
+
+def try_dense(config: Any) -> dict[str, Any]:
+    """Return what proven.json says about a dense model type: its `twin`, and largest differences of a logit."""
+    twin = Twin(config)
+    return {"twin": twin.config.model_type, "read": float(f"{twin.difference:.1e}")} | try_family(twin.config)
 
 
 def try_family(config: Any) -> dict[str, Any]:
@@ -126,21 +140,36 @@ def page() -> str:
     known = json.loads(PROVEN.read_text())
     rows, refused = _parts(known)
     lines = [_INTRODUCTION.format(version=known["transformers"], count=len(rows))]
-    lines += [f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
-    lines += [f"| {' | '.join(f'`{cell}`' if '_' in cell or index == 0 else cell for index, cell in enumerate(row))} |" for row in rows]
+    lines += _markdown(_HEADER, rows)
+    lines += ["", _DENSE, *_markdown(_DENSE_HEADER, _dense_rows(known))]
     lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
     lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
     lines.append("- checkpoints of any family quantised otherwise than in FP8 or MXFP4 (GPTQ, AWQ, ...): dequantise them first")
     return "\n".join(lines)
 
 
+def _dense_rows(known: dict[str, Any]) -> list[list[str]]:
+    return [
+        [model_type, found["twin"], f"{found['read']:.1e}", f"{found['stock']:.1e}", f"{found['two_level']:.1e}"]
+        for model_type, found in known["dense"].items()
+    ]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return lines + [
+        f"| {' | '.join(f'`{cell}`' if '_' in cell or index == 0 else cell for index, cell in enumerate(row))} |" for row in rows
+    ]
+
+
 def listing() -> str:
     """The families as a table, for `--list-architectures`."""
     known = json.loads(PROVEN.read_text())
     rows, refused = _parts(known)
+    dense = table(_DENSE_HEADER, _dense_rows(known))
     reasons = "\n".join(f"not {model_type}: {reason}" for model_type, reason in refused.items())
     proven = f"proven with transformers {known['transformers']}; another family is tried when it comes: prism-profile --explain MODEL_DIR"
-    return f"{table(_HEADER, rows)}\n{reasons}\n{proven}"
+    return f"{table(_HEADER, rows)}\n\n{dense}\n\n{reasons}\n{proven}"
 
 
 def explanation(folder: Path) -> str:

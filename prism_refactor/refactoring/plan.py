@@ -34,6 +34,7 @@ class Plan:
     """The numbers `--dry-run` prints. Sizes in bytes.
 
     Attributes:
+        model_type: of the result.
         before, after: the config keys that change, with their values.
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
@@ -45,6 +46,7 @@ class Plan:
         compute: multiply-adds of profiling, for the estimate of time.
     """
 
+    model_type: str
     before: dict[str, int]
     after: dict[str, int]
     moe_layers: list[int]
@@ -80,9 +82,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
             names = layered.tensors_under(part)
             repeated = [name for name in names if not part.endswith(".experts") or "down_proj_bias" in name]
             extra_bytes += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in repeated)
-            # Families store a tensor per expert, or one for all.
-            if part.endswith(".experts") and len(names) > len(layered.model.get_submodule(part).state_dict()):
-                extra_tensors += (recipe.sub_experts - 1) * len(names)
+            if part.endswith(".experts"):
+                # Families store a tensor per expert, or one for all.
+                state = layered.model.get_submodule(part).state_dict(prefix=f"{part}.")
+                stored = len(names_on_disk(layered.model, state))
+                extra_tensors += stored * (recipe.sub_experts if stored > len(state) else 1) - len(names)
     side_bytes = check_side_files(checkpoint.path, (CARD, MANIFEST, MODELING_FILE))
     before = architecture.sizes(config)
     _check_row_bytes(checkpoint, layered.moe_blocks[layers[0]], layered, after[architecture.width], recipe.sub_experts)
@@ -91,6 +95,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
     text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
+        model_type=config.model_type,
         before=before,
         after=after,
         moe_layers=layers,
