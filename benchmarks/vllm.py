@@ -174,7 +174,7 @@ def routing_cost() -> None:
         "compensation": torch.randn(2, experts, parts, hidden),
         "scale": torch.rand(top_k * parts),
     }
-    router, compiled = SubRouter.of(tensors), torch.compile(route)
+    router, compiled = SubRouter.of(tensors, "silu"), torch.compile(route)
     kernel = re.compile(r"^\s+(?:cpp_fused\w*\(|extern_kernels\.|buf\d+ = torch\.ops\.aten\.)", re.MULTILINE)
     rows, kernels = [], 0
     for tokens in (1, 8, 64, 512):

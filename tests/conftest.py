@@ -95,6 +95,17 @@ FAMILIES = {
         "intermediate_size": 48,
     },
     "minimax_m2": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 8},
+    # Experts without a gate, in layers of their own between others.
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        **{"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
+    },
     # Linear attention and a full one, a shared expert.
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"],

@@ -265,7 +265,7 @@ def cache_of(monkeypatch):
 
     def make(store, slots, policy="lru", readers=1):
         monkeypatch.setattr(caches, "READERS", readers)
-        experts = SimpleNamespace(has_bias=False, is_transposed=False, _apply_gate=None)
+        experts = SimpleNamespace(has_bias=False, is_transposed=False, act_fn=None)
         made.append(Cache(store, Pool(store, experts, slots, "cpu"), slots, POLICIES[policy](store.layers, store.experts)))
         return made[-1]
 
@@ -363,7 +363,7 @@ def test_a_failed_load_is_told_and_tried_again(cache_of):
 def test_every_use_finds_its_own_sub_expert_whatever_was_before(data):
     store = FakeStore()
     slots, policy = data.draw(st.integers(1, 12)), data.draw(st.sampled_from(sorted(POLICIES)))
-    experts = SimpleNamespace(has_bias=False, is_transposed=False, _apply_gate=None)
+    experts = SimpleNamespace(has_bias=False, is_transposed=False, act_fn=None)
     cache = Cache(store, Pool(store, experts, slots, "cpu"), slots, POLICIES[policy](3, 8))
     try:
         for _ in range(data.draw(st.integers(1, 4))):

@@ -10,7 +10,7 @@ from conftest import FAMILIES, FAST, load, mostly_long
 from hypothesis import given
 from hypothesis import strategies as st
 from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
-from prism_vllm.routing import ACTIVATIONS, SubRouter, route
+from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
 from prism_vllm.serving import Serving
 
 from prism_refactor.models import modeling_prism
@@ -45,8 +45,10 @@ def random_tensors(kind, experts, top_k, hidden, has_bias):
 
 def activations_like(block, gate, up):
     """The names of the activations that are that of a block's experts."""
+    if not hasattr(block.experts, "gate_up_proj"):
+        return [name for name, function in UNGATED.items() if torch.allclose(function(up), block.experts.act_fn(up), atol=1e-6)]
     both = torch.cat([gate, up], -1) if block.experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
-    expected = block.experts._apply_gate(both)
+    expected = modeling_prism.activation_of(block.experts)(both)
     return [name for name, function in ACTIVATIONS.items() if torch.allclose(function(gate, up), expected, atol=1e-6)]
 
 
@@ -61,7 +63,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     (activation,) = activations_like(block, torch.randn(5, 8), torch.randn(5, 8))
     tensors = random_tensors(kind, experts, top_k, config.hidden_size, block.experts.has_bias)
     groups = key.groups(config)
-    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, block.experts._apply_gate, groups)
+    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, modeling_prism.activation_of(block.experts), groups)
     if groups > 1:
         tensors["places"] = modeling_prism.places(experts, SUB_EXPERTS, groups).flatten()
     if "correction" in original_routing(block):
@@ -77,7 +79,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
         for k in (torch.full((TOKENS,), full), torch.full((TOKENS,), 3), torch.randint(1, full + 1, (TOKENS,))):
             mixed = k if len(k.unique()) > 1 else None
             kept, ids, missing = reference(hidden, int(k.max()), mixed)
-            found = route(SubRouter.of(tensors), hidden, weights, chosen, k, 4, activation)
+            found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, k, 4, activation)
             total = experts * SUB_EXPERTS
             torch.testing.assert_close(dense(found[0], found[1], total), dense(kept, ids, total), atol=1e-6, rtol=1e-5)
             assert ((found[0] != 0).sum(1) <= k).all()
@@ -90,7 +92,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
 
 def test_routing_compiles_to_the_same():
     torch.manual_seed(0)
-    router, hidden = SubRouter.of(random_tensors("linear", 6, 2, 32, False)), torch.randn(TOKENS, 32)
+    router, hidden = SubRouter.of(random_tensors("linear", 6, 2, 32, False), "silu"), torch.randn(TOKENS, 32)
     weights, experts = torch.rand(TOKENS, 6).topk(2)
     k = torch.randint(1, 9, (TOKENS,))
     expected = route(router, hidden, weights, experts, k, 4, "silu")

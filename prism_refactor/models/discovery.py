@@ -13,7 +13,7 @@ import torch
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.architectures import router_name, routing_state
-from prism_refactor.models.modeling_prism import router_of
+from prism_refactor.models.modeling_prism import inner_projection, router_of
 from prism_refactor.models.proof import TRIED, Proof, moe_blocks, prove
 from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
 
@@ -61,7 +61,7 @@ def reduced(config: Any) -> Any:
     before = config_values(config)
     values = dict(before)
     layers_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    layers = values.get(layers_key)
+    layers = values.get(layers_key, getattr(config, "num_hidden_layers", None))
     if not isinstance(layers, int) or layers < 1:
         raise InputError(f"{layers_key} is {layers}")
     per_layer = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
@@ -71,7 +71,8 @@ def reduced(config: Any) -> Any:
     values |= {key: 0 for key in FURTHER_LAYERS if values.get(key)}
     # Then the first output of a model would not be its logits.
     values["output_router_logits"] = False
-    values[layers_key] = len(kept)
+    if layers_key in values:
+        values[layers_key] = len(kept)
     own = values.get("per_layer_config")
     if isinstance(own, dict):
         values["per_layer_config"] = {str(new): own[str(old)] for new, old in enumerate(kept) if str(old) in own}
@@ -169,8 +170,8 @@ def _obstacle(block: Any) -> str | None:
     experts, router = block.experts, router_of(block)
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm behind every expert: a sum of parts is not normed like the whole"
-    if not hasattr(experts, "gate_up_proj"):
-        return "its experts have no gate, or are not fused"
+    if not hasattr(experts, inner_projection(experts)):
+        return "its experts are not fused"
     if not all(hasattr(experts, flag) for flag in ("has_bias", "is_transposed", "is_concatenated")):
         return f"{type(experts).__name__} does not follow transformers' interface of experts"
     if not isinstance(getattr(router, "top_k", None), int) or not hasattr(router, "weight"):

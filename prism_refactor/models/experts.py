@@ -23,7 +23,7 @@ OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 def expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
     fused = FusedExperts(experts)
-    return fused.activate(F.linear(inputs, *fused.projection("gate_up_proj", expert, inputs.dtype)))
+    return fused.activate(F.linear(inputs, *fused.projection(fused.inner, expert, inputs.dtype)))
 
 
 def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def experts_forward(
     Computes in the type of `hidden_states`; weights of another type are converted one expert at a time.
 
     Args:
-        self: a fused experts module of transformers (`gate_up_proj` and `down_proj` of all experts, perhaps transposed or with biases).
+        self: a fused experts module of transformers (see `FusedExperts`).
         hidden_states: [T, H].
         top_k_index: int64 [T, k]; slots whose index is E are skipped.
         top_k_weights: [T, k].
@@ -102,7 +102,7 @@ def _held(experts: ExpertsModule, expert: int) -> Any:
 def sub_expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     """Activations [n, N, C / N] of one original expert's sub-experts, from the refactored experts module, for MoE inputs [n, H]."""
     own, fused = _held(experts, expert), FusedExperts(experts)
-    rows, bias = fused.projection("gate_up_proj", own, inputs.dtype)
+    rows, bias = fused.projection(fused.inner, own, inputs.dtype)
     both = F.linear(inputs, rows.flatten(0, 1), None if bias is None else bias.flatten())
     return fused.activate(both.unflatten(-1, rows.shape[:2]))
 

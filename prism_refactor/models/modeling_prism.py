@@ -42,7 +42,7 @@ class TwoLevelRouter(nn.Module):
         tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N], compensation [2, E, N, H] and scale
             [K * N]. 'proxy', the paper's gate neurons: their rows [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where
             those have biases. Where the family corrects scores by a tensor outside its router: correction [E].
-        activation: the experts' gating function, for the proxy.
+        activation: see `activation_of`, for the proxy.
         groups: see `places`.
     """
 
@@ -222,19 +222,35 @@ def places(experts, sub_experts, groups=1):
     return numbers.view(groups, sub_experts, -1).transpose(1, 2).reshape(experts, sub_experts) if groups > 1 else numbers.view(experts, -1)
 
 
+def inner_projection(experts):
+    """What an experts module calls the matrix that its inputs are multiplied with."""
+    return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+
+
+def activation_of(experts):
+    """What an experts module makes of the products with that matrix: the activations of its neurons."""
+    return experts._apply_gate if hasattr(experts, "gate_up_proj") else experts.act_fn
+
+
 def _gate_neuron_rows(experts, neurons, groups):
-    """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, in the order of the experts' own: [E, N, 2r, H]."""
-    rows = experts.gate_up_proj.detach()
+    """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, in the order of the experts' own: [E, N, 2r, H].
+
+    Of experts without a gate [E, N, r, H].
+    """
+    inner = inner_projection(experts)
+    rows = getattr(experts, inner).detach()
     rows = rows.transpose(1, 2) if experts.is_transposed else rows
     neurons = neurons.to(rows.device)
     held = places(*neurons.shape[:2], groups).to(rows.device)
-    # A neuron's gate and up rows are C / N apart, or neighbours.
-    index = torch.cat([neurons, neurons + rows.shape[1] // 2], -1)
-    if not experts.is_concatenated:
-        index = torch.stack([2 * neurons, 2 * neurons + 1], -1).flatten(2)
+    index = neurons
+    if inner == "gate_up_proj":
+        # A neuron's gate and up rows are C / N apart, or neighbours.
+        index = torch.cat([neurons, neurons + rows.shape[1] // 2], -1)
+        if not experts.is_concatenated:
+            index = torch.stack([2 * neurons, 2 * neurons + 1], -1).flatten(2)
     found = {"rows": rows[held].gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))}
     if experts.has_bias:
-        found["row_bias"] = experts.gate_up_proj_bias.detach()[held].gather(2, index)
+        found["row_bias"] = getattr(experts, f"{inner}_bias").detach()[held].gather(2, index)
     return found
 
 
@@ -254,7 +270,7 @@ def two_level_router(block, config, tensors):
     if "gate_neurons" in tensors:
         parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"], groups)
     original = _original_router(router, config, state)
-    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, block.experts._apply_gate, groups)
+    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, activation_of(block.experts), groups)
 
 
 _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")

@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from prism_refactor.errors import InputError
-from prism_refactor.models.modeling_prism import auto_class
+from prism_refactor.models.modeling_prism import activation_of, auto_class, inner_projection
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -185,13 +185,12 @@ class ExpertsModule(Protocol):
 
     Attributes:
         num_experts: E.
-        gate_up_proj, down_proj: weights of all experts, see `FusedExperts`.
+        down_proj: weights of all experts, see `FusedExperts`; beside it `gate_up_proj`, or `up_proj` where there is no gate.
         has_bias, is_transposed, is_concatenated: how they are stored.
         config: of the model.
     """
 
     num_experts: int
-    gate_up_proj: torch.Tensor
     down_proj: torch.Tensor
     has_bias: bool
     is_transposed: bool
@@ -233,12 +232,16 @@ class FusedExperts:
     """The experts of one MoE layer in the tensors that transformers fuses them into, whichever way round a family stores them.
 
     Args:
-        module: with `gate_up_proj` [E, 2C, H] and `down_proj` [E, H, C]; matrices perhaps transposed, gate and up rows one after the other
-            or in turns, perhaps with biases.
+        module: with `gate_up_proj` [E, 2C, H], or `up_proj` [E, C, H] where there is no gate, and `down_proj` [E, H, C]; matrices perhaps
+            transposed, gate and up rows one after the other or in turns, perhaps with biases.
+
+    Attributes:
+        inner: name of the first of the two.
     """
 
     def __init__(self, module: ExpertsModule):
         self.module: Any = module
+        self.inner = inner_projection(module)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -247,14 +250,14 @@ class FusedExperts:
         return (total, second, first) if self.module.is_transposed else (total, first, second)
 
     def projection(self, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `gate_up_proj` or `down_proj` of some experts as [..., outputs, inputs], and its bias [..., outputs] if there is one."""
+        """Return the tensor called `inner` or `down_proj` of some experts as [..., outputs, inputs], and its bias [..., outputs] if there is one."""
         weight = getattr(self.module, name)[chosen].to(dtype)
         bias = getattr(self.module, f"{name}_bias")[chosen].to(dtype) if self.module.has_bias else None
         return weight.transpose(-1, -2) if self.module.is_transposed else weight, bias
 
     def activate(self, both: torch.Tensor) -> torch.Tensor:
-        """Return the neurons' activations [..., C] from the products of their gate and up rows [..., 2C]."""
-        return self.module._apply_gate(both)
+        """Return the neurons' activations [..., C] from the products of their gate and up rows [..., 2C], or of their rows alone [..., C]."""
+        return activation_of(self.module)(both)
 
     def column_norms(self) -> torch.Tensor:
         """Return the norm of each neuron's column of `down_proj`, float32 [E, C]."""
@@ -279,7 +282,8 @@ class FusedExperts:
         result: dict[str, torch.Tensor] = {}
         total, sub_experts = held.shape
         for expert in range(total):
-            parts = {"gate_up_proj": self._cut_rows(experts.gate_up_proj[expert], order[expert], sub_experts, experts.is_transposed)}
+            inner = getattr(experts, self.inner)[expert]
+            parts = {self.inner: self._cut_rows(inner, order[expert], sub_experts, experts.is_transposed)}
             columns = experts.down_proj[expert].T if experts.is_transposed else experts.down_proj[expert]
             scaled = columns[:, order[expert]] * factor
             if not torch.isfinite(scaled).all():
@@ -289,8 +293,8 @@ class FusedExperts:
             cut = scaled.unflatten(1, (sub_experts, -1)).transpose(0, 1)
             parts["down_proj"] = cut.transpose(1, 2) if experts.is_transposed else cut
             if experts.has_bias:
-                bias = experts.gate_up_proj_bias[expert][:, None]
-                parts["gate_up_proj_bias"] = self._cut_rows(bias, order[expert], sub_experts, transposed=False)[..., 0]
+                bias = getattr(experts, f"{self.inner}_bias")[expert][:, None]
+                parts[f"{self.inner}_bias"] = self._cut_rows(bias, order[expert], sub_experts, transposed=False)[..., 0]
                 # All N sub-experts together add the expert's bias once.
                 parts["down_proj_bias"] = (experts.down_proj_bias[expert] * (factor / sub_experts)).expand(sub_experts, -1)
             for name, value in parts.items():
@@ -300,11 +304,11 @@ class FusedExperts:
         return result
 
     def _cut_rows(self, matrix: torch.Tensor, order: torch.Tensor, sub_experts: int, transposed: bool) -> torch.Tensor:
-        """Return [N, 2C / N, H] (transposed like the source) of one expert's gate and up rows [2C, H]."""
+        """Return [N, 2C / N, H] (transposed like the source) of one expert's gate and up rows [2C, H]; a row for two without gate."""
         rows = matrix.T if transposed else matrix
         # The two rows of a neuron are C apart, or neighbours.
-        together = self.module.is_concatenated
-        pairs = rows.unflatten(0, (2, -1)) if together else rows.unflatten(0, (-1, 2)).transpose(0, 1)
+        together, each = self.module.is_concatenated, len(rows) // len(order)
+        pairs = rows.unflatten(0, (each, -1)) if together else rows.unflatten(0, (-1, each)).transpose(0, 1)
         cut = pairs[:, order].unflatten(1, (sub_experts, -1)).transpose(0, 1)
         cut = (cut if together else cut.transpose(1, 2)).flatten(1, 2)
         return cut.transpose(1, 2) if transposed else cut
@@ -321,6 +325,6 @@ class ExpertSlots(nn.Module):
     def __init__(self, like: Any, tensors: dict[str, torch.Tensor]):
         super().__init__()
         self.has_bias, self.is_transposed = like.has_bias, like.is_transposed
-        self._apply_gate = like._apply_gate
+        self._apply_gate = self.act_fn = activation_of(like)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -224,9 +224,10 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
     config, architecture = layered.checkpoint.text_config, layered.checkpoint.architecture
     block = layered.model.get_submodule(layered.moe_blocks[layers[0]])
-    count, hidden, neurons = FusedExperts(block.experts).shape
-    active = getattr(config, architecture.top_k) * 3 * hidden * neurons
-    dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * 3 * count * hidden * neurons
+    count, _, _ = FusedExperts(block.experts).shape
+    inside = sum(value.numel() for value in block.experts.parameters())
+    active = getattr(config, architecture.top_k) * inside // count
+    dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * inside
     return calibration.tokens(layered.checkpoint) * (dense + len(layers) * active)
 
 

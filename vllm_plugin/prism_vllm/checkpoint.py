@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 ROUTER_FILE, MANIFEST, EVALUATION, INDEX = "sub_expert_router.safetensors", "prism.json", "evaluation.json", "model.safetensors.index.json"
 _ROUTER = re.compile(r"(.*layers\.(\d+)\..*?)\.(?:gate|router)\.(.*)")
-# What families call the gate and up projection of one expert.
-_PROJECTIONS = (("gate_proj", "up_proj"), ("w1", "w3"))
+# What families call the gate and up projection of one expert, or its only one.
+_PROJECTIONS = (("gate_proj", "up_proj"), ("w1", "w3"), ("up_proj",))
 # And the matrix that holds both, of all experts. In gpt-oss' a gate column and its up column are neighbours.
 _FUSED, _INTERLEAVED = ("input_linear.weight", "experts.gate_up_proj"), "experts.gate_up_proj_bias"
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from transformers.utils import cached_file
 
 from prism_vllm.checkpoint import ROUTER_FILE, CheckpointError, RefactoredCheckpoint
-from prism_vllm.routing import ACTIVATIONS, SubRouter, route
+from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
 from prism_vllm.serving import K, Serving
 
 RELEASES = "0.30 to 0.33"
@@ -201,7 +201,7 @@ def _router_class() -> Any:
             """Read the tensors of decoder layer `layer`; `moe` is its `FusedMoEConfig`."""
             assert _step is not None
             activation = moe.activation.value
-            if activation not in ACTIVATIONS:
+            if activation not in ACTIVATIONS and activation not in UNGATED:
                 raise CheckpointError(f"prism-vllm: no gating function for the activation {activation}")
             self.activation, self.step = activation, _step
             tensors = {name: value.to(_step.tokens.device) for name, value in serving.checkpoint.tensors(layer).items()}
@@ -209,7 +209,7 @@ def _router_class() -> Any:
             dtype, bias = moe.router_logits_dtype or config.model_config.dtype, tensors.get("original.bias")
             self.gate, self.gate_bias = tensors["original.weight"].to(dtype), None if bias is None else bias.to(dtype)
             self._correct(tensors)
-            self.sub_router = SubRouter.of(tensors)
+            self.sub_router = SubRouter.of(tensors, activation)
             # Where shapes may change from step to step, slots that no token of the step uses are cut off.
             self.may_cut, self.width, self.fixed_k = bool(config.model_config.enforce_eager), self.top_k, None
             if serving.per_layer is not None:

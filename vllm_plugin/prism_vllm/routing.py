@@ -21,7 +21,7 @@ class SubRouter(NamedTuple):
 
     Attributes:
         weight: of the router 'linear' float32 [E, N, H], which predicts the log size of each sub-expert's output; of the router 'proxy'
-            [E, N, 2, r, H] in the model's type: the gate and up rows of r neurons of each sub-expert.
+            [E, N, 2, r, H] in the model's type: the gate and up rows of r neurons of each sub-expert; 1 in place of 2 without gate.
         bias: [E, N] or [E, N, 2, r]; None where there is none.
         ceiling: float32 [E, N], the largest log size that may be predicted; None for the router 'proxy'.
         expected: float32 [2 * E * N, H], the mean output of every sub-expert, then its mean direction; None without compensation.
@@ -37,8 +37,11 @@ class SubRouter(NamedTuple):
     places: torch.Tensor | None
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor]) -> "SubRouter":
-        """Return the sub-router of one layer's tensors in the router file, and of `rows` and `row_bias` for the router 'proxy'."""
+    def of(cls, tensors: dict[str, torch.Tensor], activation: str) -> "SubRouter":
+        """Return the sub-router of one layer's tensors in the router file, and of `rows` and `row_bias` for the router 'proxy'.
+
+        `activation`: see `route`.
+        """
         expected = tensors["compensation"].float().flatten(0, 2).contiguous() if "compensation" in tensors else None
         scale = None
         if "scale" in tensors:
@@ -46,7 +49,8 @@ class SubRouter(NamedTuple):
             one = torch.ones(1, device=tensors["scale"].device)
             scale = torch.cat([one, tensors["scale"].float()[:-1], one])
         if "rows" in tensors:
-            halves = {name: tensors[name].unflatten(2, (2, -1)) for name in ("rows", "row_bias") if name in tensors}
+            parts = 1 if activation in UNGATED else 2
+            halves = {name: tensors[name].unflatten(2, (parts, -1)) for name in ("rows", "row_bias") if name in tensors}
             return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale, tensors.get("places"))
         weight, bias, ceiling = (tensors[name].float() for name in ("weight", "bias", "ceiling"))
         return cls(weight, bias, ceiling, expected, scale, tensors.get("places"))
@@ -69,6 +73,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "swigluoai": _swigluoai,
 }
+# And functions of experts without a gate.
+UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu2_no_mul": lambda up: F.relu(up).square()}
 
 
 def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch.Tensor:
@@ -78,8 +84,8 @@ def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch
         return torch.minimum(predicted.view(-1, *router.ceiling.shape), router.ceiling)
     bias = None if router.bias is None else router.bias.flatten().to(hidden.dtype)
     both = F.linear(hidden, router.weight.flatten(0, 3).to(hidden.dtype), bias)
-    gate, up = both.view(-1, *router.weight.shape[:-1]).unbind(3)
-    return ACTIVATIONS[activation](gate, up).abs().float().mean(-1).clamp_min(SMALLEST).log()
+    parts = both.view(-1, *router.weight.shape[:-1]).unbind(3)
+    return (ACTIVATIONS | UNGATED)[activation](*parts).abs().float().mean(-1).clamp_min(SMALLEST).log()
 
 
 def route(
@@ -94,7 +100,7 @@ def route(
         experts: [T, K], the chosen experts of the original model.
         k: int64 [T], sub-experts of each token, 1 to K * N.
         factor: what `down_proj` is multiplied with.
-        activation: of the experts, a key of `ACTIVATIONS`; only the router 'proxy' uses it.
+        activation: of the experts, a key of `ACTIVATIONS` or `UNGATED`; only the router 'proxy' uses it.
 
     Returns:
         (weights float32 [T, K * N], sub-experts int64 [T, K * N], what the others are expected to add, float32 [T, H] or None). A
