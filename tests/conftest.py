@@ -241,6 +241,31 @@ def quantise_fp8(source: Path, folder: Path, block: tuple[int, int] | None) -> P
     return _quantised(source, folder, quantise, {"quant_method": "fp8", "weight_block_size": list(block) if block else None})
 
 
+def quantise_packed(source: Path, folder: Path, bits: int, group: int | None) -> Path:
+    """Every matrix of a layer but its router's as packed integers, with a scale for each group of columns, or row: see `_quantised`."""
+
+    def quantise(name, value):
+        if value.ndim != 2 or ".layers." not in name or name.endswith(("gate.weight", "router.weight")):
+            return None
+        rows, columns = value.shape
+        groups = value.float().view(rows, -1, group or columns)
+        scales = (groups.abs().amax(-1) / (2 ** (bits - 1) - 1)).bfloat16()
+        integers = (groups / scales.float()[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        plain = (integers * scales.float()[..., None]).view(rows, columns).bfloat16()
+        unsigned = (integers.view(rows, columns).long() + 2 ** (bits - 1)).tolist()
+        each = 32 // bits
+        words = [
+            [sum(value << (bits * place) for place, value in enumerate(row[start : start + each])) for start in range(0, columns, each)]
+            for row in unsigned
+        ]
+        packed = torch.tensor([[word - 2**32 if word >= 2**31 else word for word in row] for row in words], dtype=torch.int32)
+        return {f"{name}_packed": packed, f"{name}_scale": scales, f"{name}_shape": torch.tensor([rows, columns])}, plain
+
+    weights = {"type": "int", "num_bits": bits, "symmetric": True, "group_size": group, "strategy": "group" if group else "channel"}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    return _quantised(source, folder, quantise, config)
+
+
 def quantise_mxfp4(source: Path, folder: Path) -> Path:
     """The experts of a gpt-oss in MXFP4: see `_quantised`."""
     values = torch.tensor(FP4_VALUES)

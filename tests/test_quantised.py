@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAST, FP4_VALUES, quantise_fp8, quantise_mxfp4
+from conftest import FAST, FP4_VALUES, quantise_fp8, quantise_mxfp4, quantise_packed
 from safetensors.torch import load_file, save_file
 
 from prism_refactor.models.quantised import dequantise_fp8, dequantise_mxfp4
@@ -14,6 +14,9 @@ SOURCES = {
     "qwen3_moe": lambda source, folder: quantise_fp8(source, folder, block=(12, 20)),
     "minimax_m2": lambda source, folder: quantise_fp8(source, folder, block=None),
     "gpt_oss": quantise_mxfp4,
+    # Kimi-K2-Thinking is a DeepSeek-V3 of 4-bit integers in groups.
+    "deepseek_v3-grouped": lambda source, folder: quantise_packed(source, folder, bits=4, group=8),
+    "mixtral": lambda source, folder: quantise_packed(source, folder, bits=8, group=None),
 }
 
 
@@ -87,6 +90,20 @@ def drop(folder, end):
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def add(folder, end):
+    """A tensor beside the first whose name begins as `end`'s does."""
+    found = load_file(folder / "model.safetensors")
+    name = next(name for name in found if name.endswith("w1.weight_packed"))
+    found[name.removesuffix("w1.weight_packed") + end] = torch.zeros(1)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def weights_are(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"] |= changes
+    edit(folder, quantization_config=config)
+
+
 @pytest.mark.parametrize(
     ("family", "damage", "said"),
     [
@@ -110,6 +127,11 @@ def drop(folder, end):
         ),
         ("gpt_oss", lambda folder: drop(folder, "_scales"), "complete the checkpoint"),
         ("gpt_oss", lambda folder: drop(folder, "_blocks"), "complete the checkpoint"),
+        ("mixtral", lambda folder: drop(folder, "_scale"), "has no "),
+        ("mixtral", lambda folder: weights_are(folder, num_bits=3), "packed 3-bit numbers"),
+        ("mixtral", lambda folder: weights_are(folder, type="float"), "numbers of type float"),
+        ("mixtral", lambda folder: weights_are(folder, group_size=64), "of a shape that fits"),
+        ("mixtral", lambda folder: add(folder, "w1.weight_zero_point"), "has a zero point"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_name(models, tmp_path, command, family, damage, said):

@@ -81,6 +81,9 @@ def reduced(config: Any) -> Any:
     for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
         if isinstance(values.get(key), int) and values[key] > most:
             values[key] = most
+    if by_dimension and values.get("head_dim") is None and isinstance(before.get("num_attention_heads"), int):
+        # Heads have a share of the hidden size.
+        values["hidden_size"] = before["hidden_size"] // before["num_attention_heads"] * values["num_attention_heads"]
     for heads in ("num_attention_heads", "swa_num_attention_heads"):
         shared = heads.replace("attention", "key_value")
         if isinstance(values.get(shared), int) and isinstance(before.get(heads), int):

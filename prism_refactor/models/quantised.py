@@ -2,8 +2,9 @@
 
 Only offloading, which reads files past `Checkpoint.slices`, must know of it.
 
-Two formats: FP8 with a scale for each block, row or tensor (quant_method 'fp8', and 'compressed-tensors' of 8-bit floats), whose weights
-keep their names; and MXFP4, whose experts are stored as `NAME_blocks` and `NAME_scales`. transformers' own operation is not used for FP8:
+Three formats: FP8 with a scale for each block, row or tensor (quant_method 'fp8', and 'compressed-tensors' of 8-bit floats), whose weights
+keep their names; MXFP4, whose experts are stored as `NAME_blocks` and `NAME_scales`; and integers of 4 or 8 bits in words of 32
+('compressed-tensors', 'pack-quantized'), stored as `NAME_packed` and `NAME_scale`. transformers' own operation is not used for FP8:
 it takes the size of a block from the grid of scales, which is wrong where the last block is not whole (in 5.23).
 """
 
@@ -22,8 +23,11 @@ _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Of compressed-tensors.
 _FP8_FORMATS = ("float-quantized", "naive-quantized")
 _SCALES = ("_scale_inv", "_scale")
-# Of inputs, which stay as they are in bfloat16.
-_UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
+# Of inputs, which stay as they are in bfloat16; and what other shapes say, too.
+_UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".weight_shape")
+_PACKED_FORMAT, _PACKED, _WORD = "pack-quantized", "_packed", 32
+# Of packed integers, what is not read: zero points, and an order of columns.
+_NOT_READ = ("_zero_point", "_g_idx")
 _BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
 # The values of a 4-bit float (two bits of exponent, one of mantissa), negative ones from 8 on; and the bias of a scale's exponent.
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -51,17 +55,24 @@ def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], t
         found = _mxfp4(shapes)
     elif method == "fp8" or (method == "compressed-tensors" and config.get("format") in _FP8_FORMATS and floats):
         found = _fp8(_block_size(config), shapes, types)
+    elif method == "compressed-tensors" and config.get("format") == _PACKED_FORMAT:
+        found = _packed(config, shapes)
     else:
-        raise InputError(f"quantised by '{method}', which is not read here (FP8 and MXFP4 are); {_REMEDY}")
+        raise InputError(f"quantised by '{method}', which is not read here (FP8, MXFP4 and packed integers are); {_REMEDY}")
     parts = {part for stored in found.values() for part in stored.parts}
     return found, (parts | {name for name in shapes if name.endswith(_UNUSED)}) - found.keys()
 
 
+def _group_weights(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What compressed-tensors says of the weights of each group of modules."""
+    groups = config.get("config_groups") or {}
+    return [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+
+
 def _block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of a block that has one scale; None where scales are for rows or for the tensor."""
-    groups = config.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-    size = config.get("weight_block_size") or next((found["block_structure"] for found in weights if found.get("block_structure")), None)
+    structures = (found["block_structure"] for found in _group_weights(config) if found.get("block_structure"))
+    size = config.get("weight_block_size") or next(structures, None)
     if size is None:
         return None
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(value, int) and value > 0 for value in size)):
@@ -114,6 +125,51 @@ def dequantise_fp8(values: torch.Tensor, scales: torch.Tensor, size: tuple[int, 
     rows, columns = values.shape
     every = scales.float().repeat_interleave(size[0], 0)[:rows].repeat_interleave(size[1], 1)[:, :columns]
     return (values.float() * every).bfloat16()
+
+
+def _packed(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    kinds = {(found.get("type"), found.get("num_bits"), found.get("group_size")) for found in _group_weights(config)}
+    if len(kinds) != 1:
+        raise InputError(f"its weights are quantised in {len(kinds)} ways, where one is read; {_REMEDY}")
+    ((kind, bits, group),) = kinds
+    if kind != "int" or bits not in (4, 8):
+        raise InputError(f"its weights are packed {bits}-bit numbers of type {kind}, where integers of 4 and 8 bits are read; {_REMEDY}")
+    found = {}
+    for packed, shape in shapes.items():
+        if not packed.endswith(_PACKED):
+            continue
+        name = packed.removesuffix(_PACKED)
+        scales = f"{name}_scale"
+        if any(name + end in shapes for end in _NOT_READ):
+            raise InputError(f"tensor {name} has a zero point or an order of columns, which is not read here; {_REMEDY}")
+        columns = shape[-1] * _WORD // bits
+        if group and scales in shapes:
+            columns = shapes[scales][-1] * group
+        if len(shape) != 2 or len(shapes.get(scales, ())) != 2 or -(-columns * bits // _WORD) != shape[1] or shapes[scales][0] != shape[0]:
+            raise InputError(f"tensor {packed} of shape {list(shape)} has no {scales} of a shape that fits; complete the checkpoint")
+        make = functools.partial(dequantise_packed, bits=bits, columns=columns)
+        found[name] = Stored((packed, scales), (shape[0], columns), DEQUANTISED, make)
+    return found
+
+
+def dequantise_packed(words: torch.Tensor, scales: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Return integers x scales, bfloat16 [R, C].
+
+    Args:
+        words: int32 [R, W]; each holds 32 / bits integers, the first in its lowest bits, to which half their range was added.
+        scales: [R, G], of C / G columns each.
+        bits: of an integer, 4 or 8.
+        columns: C.
+
+    Example:
+        >>> dequantise_packed(torch.tensor([[0x0000_00F9]], dtype=torch.int32), torch.tensor([[0.5]]), 4, 2).tolist()
+        [[0.5, 3.5]]
+    """
+    values = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], -1).flatten(-2)
+    values = values[:, :columns].float() - 2 ** (bits - 1)
+    return (values * scales.float().repeat_interleave(columns // scales.shape[1], 1)).bfloat16()
 
 
 def _mxfp4(shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:

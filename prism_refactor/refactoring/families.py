@@ -25,11 +25,17 @@ from prism_refactor.tables import table
 
 PROVEN = Path(__file__).with_name("proven.json")
 # What a published config.json has and the class's defaults lack, or have wrong.
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 11]}},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 11]},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "norm_topk_prob": True},
+    "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": _SECTIONS}},
+    "glm4v_moe_text": {"head_dim": 128, "rope_parameters": _SECTIONS},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "mimo_v2_flash": {"head_dim": 192, "v_head_dim": 128, "num_key_value_heads": 4},
 }
 
 _INTRODUCTION = """# Families
@@ -144,7 +150,7 @@ def page() -> str:
     lines += ["", _DENSE, *_markdown(_DENSE_HEADER, _dense_rows(known))]
     lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
     lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
-    lines.append("- checkpoints of any family quantised otherwise than in FP8 or MXFP4 (GPTQ, AWQ, ...): dequantise them first")
+    lines.append("- checkpoints of any family quantised in a way that [quantised.md](quantised.md) does not list: dequantise them first")
     return "\n".join(lines)
 
 
