@@ -70,7 +70,8 @@ class Reporter(Events):
             if self._tqdm is None:
                 self._tqdm = tqdm(total=layers, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False)
             self._tqdm.set_description(f"{name} {stage}" + (f" {done}/{total}" if total > 1 else ""), refresh=False)
-            self._tqdm.n = index + start + part * done / total
+            # Layers that share the workers come by twice; the bar does not go back.
+            self._tqdm.n = max(self._tqdm.n, index + start + part * done / total)
             self._tqdm.refresh()
         elif self._lines and done == total:
             count = f" {total}" if total > 1 else ""

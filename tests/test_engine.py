@@ -64,7 +64,7 @@ def prompt(length, seed):
 
 def alone(model, request, k=None):
     """Greedy tokens of a request run by itself through transformers."""
-    if getattr(model.config, "prism", None):
+    if getattr(model.config.get_text_config(), "prism", None):
         set_active(model, k or request.k or full_k(model.config))
     count = request.max_new_tokens
     ids = torch.tensor([request.prompt])
@@ -135,6 +135,16 @@ def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
     model = load(tmp_path / "out", dtype=torch.float32)
     engine = engine_of(on=model)
     requests = [GenerationRequest(prompt(20 + 15 * n, n), 2 + n, 12, stop_at_eos=False) for n in range(5)]
+    answers = engine.generate(requests)
+    engine.close()
+    assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
+
+
+def test_a_model_of_images_and_text_is_served_on_text(engine_of, models, command, tmp_path):
+    assert command("prism-refactor", models["qwen3_vl_moe"], tmp_path / "out", *FAST).code == 0
+    model = load(tmp_path / "out", dtype=torch.float32)
+    engine = engine_of(on=model)
+    requests = [GenerationRequest(prompt(20, n), 2 + 3 * n, 12, stop_at_eos=False) for n in range(3)]
     answers = engine.generate(requests)
     engine.close()
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]

@@ -250,13 +250,13 @@ class FusedExperts:
         return (total, second, first) if self.module.is_transposed else (total, first, second)
 
     def projection(self, name: str, chosen: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the tensor called `inner` or `down_proj` of some experts as [..., outputs, inputs], and its bias [..., outputs] if there is one."""
+        """Return the tensor called `inner` or `down_proj` of some experts, [..., outputs, inputs], and its bias [..., outputs] or None."""
         weight = getattr(self.module, name)[chosen].to(dtype)
         bias = getattr(self.module, f"{name}_bias")[chosen].to(dtype) if self.module.has_bias else None
         return weight.transpose(-1, -2) if self.module.is_transposed else weight, bias
 
     def activate(self, both: torch.Tensor) -> torch.Tensor:
-        """Return the neurons' activations [..., C] from the products of their gate and up rows [..., 2C], or of their rows alone [..., C]."""
+        """Return the neurons' activations [..., C] from the products of their gate and up rows [..., 2C]; without a gate [..., C]."""
         return activation_of(self.module)(both)
 
     def column_norms(self) -> torch.Tensor:

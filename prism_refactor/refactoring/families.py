@@ -26,6 +26,7 @@ from prism_refactor.tables import table
 PROVEN = Path(__file__).with_name("proven.json")
 # What a published config.json has and the class's defaults lack, or have wrong.
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+_INDEXER = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048, "indexer_compress_ratio": 4}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 11]}},
     "deepseek_ocr2_text": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 11]},
@@ -35,6 +36,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"head_dim": 128, "rope_parameters": _SECTIONS},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "mimo_v2_flash": {"head_dim": 192, "v_head_dim": 128, "num_key_value_heads": 4},
 }
 
