@@ -28,8 +28,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     # Of this activation vLLM's kernel for CPUs takes widths that are multiples of 32.
     "gpt_oss": {"intermediate_size": 256},
     "hy_v3": {"first_k_dense_replace": 1},
-    # In bfloat16 transformers' grouped product takes rows of 16 bytes, and vLLM's linear attention heads of 32.
-    **{family: {"moe_intermediate_size": 64, "linear_key_head_dim": 32, "linear_value_head_dim": 32} for family in IN_BFLOAT16},
+    # In bfloat16 transformers' grouped product takes rows of 16 bytes, and vLLM's linear attention heads of 128.
+    **{family: {"moe_intermediate_size": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128} for family in IN_BFLOAT16},
     # vLLM ties this one's output matrix whatever the config says.
     "lfm2_moe": {"tie_word_embeddings": True},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
