@@ -132,3 +132,23 @@ def test_layers_that_share_the_workers_resume_with_the_same_bytes(tmp_path, comm
     resumed = command("prism-refactor", *options, "--resume")
     assert resumed.code == 0, resumed.err
     assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+def test_every_command_takes_a_dense_source_or_its_result(tmp_path, command):
+    source, out = dense("llama", tmp_path / "dense"), tmp_path / "out"
+    assert command("prism-profile", source, tmp_path / "stats", *FAST[:6]).code == 0
+    # A quarter of N is kept by default, so of 16 as many as 6 may be, which is more than there are otherwise.
+    options = ["--sub-experts", 8, "--keep", 6, "--stats", tmp_path / "stats", *FAST[6:]]
+    assert command("prism-refactor", source, out, *options).code == 0
+    text = ["--num-tokens", "600", "--max-seq-length", "64", "--quiet"]
+    evaluated = command("prism-eval", source, out, *text, "--k", "2,8", "--json")
+    assert evaluated.code == 0, evaluated.err
+    report = json.loads(evaluated.out)
+    (original,) = report["original"]["points"]
+    assert original["k"] == 1
+    assert report["refactored"][-1]["points"][-1]["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
+    for memory in ("50%", "100%"):
+        result = command("prism-run", out, "--prompt", "The", "--k", 3, "--max-new-tokens", 4, "--fast-memory", memory, "--quiet")
+        assert result.code == 0, result.err
+    result = command("prism-finetune", out, tmp_path / "tuned", "--steps", 1, *FAST[:4], "--quiet")
+    assert result.code == 0, result.err
