@@ -69,7 +69,7 @@ def test_a_dense_model_is_split_like_an_expert(tmp_path, command, token_ids, mod
     assert f"The original is a dense {model_type}" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("model_type", mostly_long(DENSE, "llama", "phi3"))
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_its_twin_is_the_dense_model(tmp_path, token_ids, model_type):
     source = dense(model_type, tmp_path / "dense")
     layered = LayeredModel(Checkpoint(source), torch.float32)
