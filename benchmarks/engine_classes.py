@@ -19,7 +19,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prism_refactor.refactoring.engines import CLASSES
 from prism_refactor.refactoring.families import PROVEN
 
-_ASK_VLLM = "import json, vllm; from vllm import ModelRegistry as r; print(json.dumps([vllm.__version__, sorted(r.get_supported_archs())]))"
+# Without those that vLLM runs by transformers' own classes.
+_ASK_VLLM = """
+import json, vllm
+from vllm.model_executor.models import registry
+names = vllm.ModelRegistry.get_supported_archs() - registry._TRANSFORMERS_SUPPORTED_MODELS.keys()
+print(json.dumps([vllm.__version__, sorted(names)]))
+"""
+# Families of which vLLM does not take what transformers writes (docs/vllm.md).
+_IN_VAIN = ("hy_v3",)
 
 
 def vllm_classes(python: Path) -> tuple[str, set[str]]:
@@ -53,7 +61,8 @@ if __name__ == "__main__":
     own = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     found = {}
     for engine, (release, names) in (("vLLM", vllm_classes(given.vllm_python)), ("llama.cpp", llama_cpp_classes(given.llama_cpp_python))):
-        known = [model_type for model_type in families if own.get(model_type) in names]
+        failed = _IN_VAIN if engine == "vLLM" else ()
+        known = [model_type for model_type in families if own.get(model_type) in names and model_type not in failed]
         found[engine] = {"release": release, "model_types": known}
         print(f"{release}: {len(known)} of {len(families)}")
     CLASSES.write_text(json.dumps(found, indent=2) + "\n")

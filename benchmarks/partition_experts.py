@@ -50,7 +50,7 @@ def main(experts: int, family: str) -> None:
             start = time.perf_counter()
             with Workers(workers) as running:
                 run = Run(recipe, Architecture("num_experts", "num_experts_per_tok", "intermediate_size"), running, layers=1)
-                (found,) = partition_layers([(statistics, torch.ones(experts, neurons))], run)
+                (found,) = list(partition_layers([(statistics, torch.ones(experts, neurons))], run))
             seconds.append(time.perf_counter() - start)
             labels.append(np.stack([partition.labels for partition in found]))
         assert (labels[0] == labels[1]).all()

@@ -78,7 +78,8 @@ class Calibration:
 
     def samples(self, checkpoint: Checkpoint) -> int:
         """Rows of text."""
-        return self.num_samples or (DENSE_SAMPLES if checkpoint.dense else DEFAULT_SAMPLES)
+        default = DENSE_SAMPLES if checkpoint.dense else DEFAULT_SAMPLES
+        return default if self.num_samples is None else self.num_samples
 
     def sequence_length(self, checkpoint: Checkpoint) -> int:
         """Tokens per row. Raises UsageError when the model takes fewer than asked for."""

@@ -115,7 +115,9 @@ class PrismConfig:
 
     @property
     def whole_experts(self) -> list[int]:
-        """The sub-experts per token that cost as much as 1, 2, ... of the original's experts."""
+        """The sub-experts per token that cost as much as 1, 2, ... of the original's experts; of a dense one, shares of it."""
+        if self.max_active == self.sub_experts:
+            return sorted({max(1, self.sub_experts * eighths // 8) for eighths in (1, 2, 4, 6, 8)})
         return list(range(self.sub_experts, self.max_active + 1, self.sub_experts))
 
     @property

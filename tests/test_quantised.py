@@ -127,7 +127,7 @@ def weights_are(folder, **changes):
         ),
         ("gpt_oss", lambda folder: drop(folder, "_scales"), "complete the checkpoint"),
         ("gpt_oss", lambda folder: drop(folder, "_blocks"), "complete the checkpoint"),
-        ("mixtral", lambda folder: drop(folder, "_scale"), "has no "),
+        ("mixtral", lambda folder: drop(folder, "_scale"), "of a shape that fits"),
         ("mixtral", lambda folder: weights_are(folder, num_bits=3), "packed 3-bit numbers"),
         ("mixtral", lambda folder: weights_are(folder, type="float"), "numbers of type float"),
         ("mixtral", lambda folder: weights_are(folder, group_size=64), "of a shape that fits"),

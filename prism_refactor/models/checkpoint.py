@@ -27,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 
@@ -88,6 +88,7 @@ class Checkpoint:
             raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
         self._stored: dict[str, Stored] = {}
         self.quantised = self._dequantise()
+        self._check_layers()
         if twin:
             self._put(lambda: twin.stored(self.shapes, self._types))
         self._check_config()
@@ -188,13 +189,17 @@ class Checkpoint:
             raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
         if not any(experts in shape for shape in self.shapes.values()):
             raise InputError(f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; one is of another model")
-        stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
-        layers = self.text_config.num_hidden_layers
-        if not isinstance(layers, int) or not 1 <= layers <= len(stored):
-            raise InputError(f"{path}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint")
         length = getattr(self.text_config, "max_position_embeddings", None)
         if length is not None and (not isinstance(length, int) or length < 2):
             raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
+
+    def _check_layers(self) -> None:
+        stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
+        layers = self.text_config.num_hidden_layers
+        if not isinstance(layers, int) or not 1 <= layers <= len(stored):
+            raise InputError(
+                f"{self.path / 'config.json'}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint"
+            )
 
     @contextmanager
     def _shard(self, file: str) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.architectures import moe_block
-from prism_refactor.models.discovery import config_values, reduced
+from prism_refactor.models.discovery import config_values, first_layer, reduced
 from prism_refactor.models.proof import TOLERANCE, random_model
 from prism_refactor.models.stored import Stored
 from prism_refactor.models.transformers_models import build_meta_model, layers_of
@@ -70,8 +70,17 @@ class Twin:
     """
 
     def __init__(self, config: Any):
-        self.dense, self.config = config, _twin_config(config)
-        self.difference = _proven_difference(config)
+        self.dense = config
+        rotary = getattr(config, "rope_parameters", None) or {}
+        if rotary.get("rope_type") == "longrope":
+            raise InputError("its positions have a factor for each dimension (longrope), which its twin does not take")
+        try:
+            self.config = _twin_config(config)
+            self.difference = _proven_difference(config)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"transformers does not run a small model of its kind: {one_line(error)}") from error
 
     def stored(self, shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
         """Find what the twin's tensors are in the dense checkpoint.
@@ -83,21 +92,37 @@ class Twin:
             ({tensor of the twin: how it is stored}, names of the checkpoint's tensors that are not the twin's).
 
         Raises:
-            InputError: a tensor is missing.
+            InputError: a tensor is missing or has another shape than the config says, or some that become one have several types.
         """
-        models = (build_meta_model(config, torch.float32) for config in (self.dense, self.config))
+        dense, twin = (build_meta_model(config, torch.float32) for config in (self.dense, self.config))
+        expected = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
         found = {}
-        for name, (parts, shape, make) in _made_of(*models).items():
-            missing = [part for part in parts if part not in shapes]
-            if missing:
-                raise InputError(f"tensor {missing[0]} is missing; complete the checkpoint")
+        for name, (parts, shape, make) in _made_of(dense, twin).items():
+            for part in parts:
+                _check_part(part, expected[part], shapes)
+            if len({types[part] for part in parts}) > 1:
+                stored = " and ".join(types[part] for part in parts)
+                raise InputError(f"tensors {' and '.join(parts)} are stored in {stored}; convert the checkpoint to one type")
             found[name] = Stored(parts, shape, types[parts[0]], make)
         return found, {part for stored in found.values() for part in stored.parts}
 
 
+def _check_part(name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless a tensor of the dense model is in the checkpoint, as config.json says."""
+    if name not in shapes and name.partition(".")[2] in shapes:
+        raise InputError(f"tensor {name} is called {name.partition('.')[2]}; save it with save_pretrained of AutoModelForCausalLM")
+    if name not in shapes:
+        raise InputError(f"tensor {name} is missing; complete the checkpoint")
+    if shapes[name] != shape:
+        raise InputError(
+            f"tensor {name} has shape {list(shapes[name])}, config.json says {list(shape)}; one of them belongs to another model"
+        )
+
+
 def _twin_config(config: Any) -> Any:
     model_type, values = TWINS[config.model_type]
-    width = _feed_forward(layers_of(build_meta_model(config, torch.float32))[1][0])[1][-1].shape[1]
+    # One layer has the width of all; a config may say that there are millions.
+    width = _feed_forward(layers_of(build_meta_model(first_layer(config), torch.float32))[1][0])[1][-1].shape[1]
     twin = CONFIG_MAPPING[model_type]()
     # Not under another name either what is given here.
     own = {"model_type", *(alias for alias, key in twin.attribute_map.items() if key in values)}

@@ -117,6 +117,13 @@ def _with(config: Any, values: dict[str, Any]) -> Any:
         raise InputError(f"transformers does not take the sizes of a small model of its kind: {one_line(error)}") from error
 
 
+def first_layer(config: Any) -> Any:
+    """Return a config of the same kind and sizes with one layer."""
+    layers = config.num_hidden_layers
+    values = {key: value[:1] for key, value in config_values(config).items() if isinstance(value, list) and len(value) == layers}
+    return _with(config, values | {"num_hidden_layers": 1})
+
+
 class Sketch:
     """A small model without weights, looked at.
 

@@ -142,8 +142,9 @@ def _packed(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
         scales = f"{name}_scale"
         if any(name + end in shapes for end in _NOT_READ):
             raise InputError(f"tensor {name} has a zero point or an order of columns, which is not read here; {_REMEDY}")
+        # compressed-tensors writes -1, or nothing, for a whole row.
         columns = shape[-1] * _WORD // bits
-        if group and scales in shapes:
+        if isinstance(group, int) and group > 0 and scales in shapes:
             columns = shapes[scales][-1] * group
         if len(shape) != 2 or len(shapes.get(scales, ())) != 2 or -(-columns * bits // _WORD) != shape[1] or shapes[scales][0] != shape[0]:
             raise InputError(f"tensor {packed} of shape {list(shape)} has no {scales} of a shape that fits; complete the checkpoint")

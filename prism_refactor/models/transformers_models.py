@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -59,6 +60,13 @@ def build_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any
     # package that is not here or one from the Hub, is not ours to run: transformers takes the best it has itself.
     config = copy.deepcopy(config)
     config._attn_implementation = None
+    with warnings.catch_warnings():
+        # A shared expert of no neurons.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return _build(config, dtype, text_only)
+
+
+def _build(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
     if not text_only:
         return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -331,6 +331,8 @@ def load_offloaded(
         raise InputError(
             f"{folder}: is quantised ({checkpoint.quantised}), and experts are read as they are stored; offload a bf16 checkpoint"
         )
+    if checkpoint.dense:
+        raise InputError(f"{folder}: is a dense {checkpoint.dense}; refactor it first")
     layered = LayeredModel(checkpoint, checkpoint.dtype or torch.float32, device)
     layered.check()
     model: Any = layered.model

@@ -95,14 +95,13 @@ class LayerRefactoring:
         self.recipe = run.recipe
 
     def result(self) -> LayerResult:
-        """Partition the experts, split the weights, fit the router, and measure the layer's output.
+        """Split the weights, fit the router, and measure the layer's output.
 
         Raises:
             InputError: a weight or an output is not finite.
         """
-        partitions = self.partitions
-        labels = torch.from_numpy(np.stack([partition.labels for partition in partitions])).long()
-        order = torch.from_numpy(np.stack([partition.order() for partition in partitions]))
+        labels = torch.from_numpy(np.stack([partition.labels for partition in self.partitions])).long()
+        order = torch.from_numpy(np.stack([partition.order() for partition in self.partitions]))
         weights = self._split(order)
         _fill(self.target, weights)
         fitting, held_out = Routed.by(self.source, self.statistics.inputs).split()
@@ -114,7 +113,7 @@ class LayerRefactoring:
             errors = self._output_errors(original | fitted, held_out.inputs[:MEASURED])
         experts = [
             ExpertReport(tokens, round(partition.stored_loss, 6), round(partition.loss, 6))
-            for tokens, partition in zip(self.statistics.tokens_routed.tolist(), partitions, strict=True)
+            for tokens, partition in zip(self.statistics.tokens_routed.tolist(), self.partitions, strict=True)
         ]
         report = LayerReport(self.statistics.layer, errors, self.statistics.unrouted, experts)
         return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
@@ -211,15 +210,15 @@ def column_norms(block: MoeBlock) -> torch.Tensor:
     return norms
 
 
-def partition_layers(layers: Iterable[tuple[LayerStatistics, torch.Tensor]], run: Run) -> list[list[solvers.Partition]]:
-    """Partition every expert of some layers, side by side.
+def partition_layers(layers: list[tuple[LayerStatistics, torch.Tensor]], run: Run) -> Iterator[list[solvers.Partition]]:
+    """Partition every expert of some layers, side by side; yields the partitions of each layer.
 
     Args:
         layers: of each layer, its statistics, of which `layer` and `activations` ([tokens, neurons] per expert) are read, and the norms of
             down_proj's columns, float32 [experts, neurons].
         run: each expert's seed is its own, so the number of workers changes nothing.
     """
-    recipe, layers = run.recipe, list(layers)
+    recipe = run.recipe
 
     def tasks() -> Iterator[Task]:
         for statistics, norms in layers:
@@ -228,12 +227,10 @@ def partition_layers(layers: Iterable[tuple[LayerStatistics, torch.Tensor]], run
                 weights = norms[expert].numpy() if recipe.saliency == "contribution" else None
                 yield solvers.solve, (sample.float().abs().numpy(), recipe.sub_experts, recipe.kept, recipe.solver, seed, weights)
 
-    solved, found = run.workers.run(tasks()), []
-    with run.timings.stage("partitioning"):
-        for statistics, _ in layers:
-            partitions: list[solvers.Partition] = []
-            for _ in statistics.activations:
-                partitions.append(next(solved))
-                run.events.progress("experts partitioned", len(partitions), len(statistics.activations), (statistics.layer, run.layers))
-            found.append(partitions)
-    return found
+    solved = run.workers.run(tasks())
+    for statistics, _ in layers:
+        partitions: list[solvers.Partition] = []
+        for _ in statistics.activations:
+            partitions.append(next(solved))
+            run.events.progress("experts partitioned", len(partitions), len(statistics.activations), (statistics.layer, run.layers))
+        yield partitions

@@ -30,7 +30,7 @@ from prism_refactor.progress import Progress, versions
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.refactoring.layer import LayerRefactoring, Run, column_norms, partition_layers
-from prism_refactor.refactoring.plan import MODELING_FILE, Plan
+from prism_refactor.refactoring.plan import MODELING_FILE, Plan, layers_together
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
 from prism_refactor.solvers import Partition
@@ -42,7 +42,8 @@ SOURCE_CARD = "README.source.md"
 class Refactoring:
     """One run of `prism-refactor`: the statistics of each layer in, a refactored checkpoint out.
 
-    Memory is one layer: its statistics, its weights as stored, and its refactored weights.
+    Memory is one layer: its statistics, its weights as stored, and its refactored weights. Where a layer has fewer experts than there are
+    workers, statistics are those of several layers (`plan.layers_together`).
 
     Args:
         checkpoint: the source.
@@ -110,9 +111,9 @@ class _Writing:
         # Of the finished layers: tensors of the two files that are written at the end, and reports for the manifest.
         self.files: dict[str, dict[str, torch.Tensor]] = {"router": {}, "pictures": {}}
         self.reports: list[LayerReport] = []
-        # Layers whose experts are partitioned side by side: as many as give every worker an expert; and the last layer that was drawn.
-        self.together = max(1, workers.cores // job.plan.before[job.checkpoint.architecture.num_experts])
-        self.drawn = -1
+        # Layers whose experts are partitioned side by side, and the last layer that was drawn.
+        experts = job.plan.before[job.checkpoint.architecture.num_experts]
+        self.together, self.drawn = layers_together(len(job.plan.moe_layers), experts, workers.cores), -1
 
     def finish(self, statistics: StatisticsSource) -> Manifest:
         """Write everything that is not there yet; returns the manifest."""
@@ -151,22 +152,29 @@ class _Writing:
     def _partitioned(self, statistics: StatisticsSource) -> Iterator[tuple[LayerStatistics, list[Partition]]]:
         """The statistics of each layer, and the partitions of its experts."""
         arriving = iter(statistics)
-        while True:
-            with self.job.timings.stage("statistics"):
-                drawn = list(itertools.islice(arriving, self.together))
-            if not drawn:
-                return
-            for each in drawn:
-                if self.job.strict and each.unrouted:
-                    raise InputError(
-                        f"layer {each.layer}: experts {each.unrouted} saw no token (`strict`); use more or other text (`num_samples`, "
-                        "`datasets`)"
-                    )
-            self.drawn = drawn[-1].layer
-            partitioned = partition_layers([(each, self._column_norms(each.layer)) for each in drawn], self.layer_run)
-            for _ in range(len(drawn)):
-                # Not kept while the next layers run.
+        while drawn := self._draw(arriving):
+            solved = partition_layers([(each, self._column_norms(each.layer)) for each in drawn], self.layer_run)
+            partitioned = []
+            for index in [each.layer for each in drawn]:
+                with self._naming(index), self.job.timings.stage("partitioning"):
+                    partitioned.append(next(solved))
+            # Not kept while the next layers run.
+            del solved
+            while drawn:
                 yield drawn.pop(0), partitioned.pop(0)
+
+    def _draw(self, arriving: Iterator[LayerStatistics]) -> list[LayerStatistics]:
+        """The statistics of the next layers."""
+        with self.job.timings.stage("statistics"):
+            drawn = list(itertools.islice(arriving, self.together))
+        for each in drawn:
+            if self.job.strict and each.unrouted:
+                raise InputError(
+                    f"layer {each.layer}: experts {each.unrouted} saw no token (`strict`); use more or other text (`num_samples`, "
+                    "`datasets`)"
+                )
+            self.drawn = each.layer
+        return drawn
 
     def _column_norms(self, index: int) -> torch.Tensor:
         name = self.source.moe_blocks[index]
@@ -189,7 +197,7 @@ class _Writing:
     def _layer(
         self, index: int, arriving: Iterator[tuple[LayerStatistics, list[Partition]]]
     ) -> tuple[LayerReport | None, dict[str, dict[str, torch.Tensor]]]:
-        """Queue one layer's tensors; returns its report (None for a dense one) and its tensors of the last two files."""
+        """Queue one layer's tensors; returns its report (None for one without experts) and its tensors of the last two files."""
         if index not in self.job.plan.moe_layers:
             self._copy(self.source.tensors_under(self.source.layer_name(index)))
             return None, {}

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from prism_refactor.models.side_files import check_side_files
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock, names_on_disk
 from prism_refactor.recipe import Recipe
 from prism_refactor.resources import allowed_memory, free_disk
+from prism_refactor.solvers.genetic import LARGE
 
 MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
@@ -109,6 +111,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         memory_free=allowed_memory(),
         compute=_compute(layered, layers, calibration),
     )
+
+
+def layers_together(layers: int, experts: int, workers: int) -> int:
+    """Of how many layers the experts are partitioned side by side: as many as give every worker an expert."""
+    return min(layers, max(1, workers // experts))
 
 
 @dataclass(frozen=True)
@@ -208,17 +215,20 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     experts = layered.model.get_submodule(next(iter(layered.moe_blocks.values()))).experts
     count, hidden, neurons = FusedExperts(experts).shape
     tokens = calibration.tokens(layered.checkpoint)
-    # Layers of few experts are partitioned side by side.
-    together = max(1, (workers or 1) // count)
-    sample = together * count * min(calibration.tokens_per_expert, tokens) * neurons * width
+    together = layers_together(len(layered.moe_blocks), count, workers or 1)
+    # Of layers that are partitioned side by side the workers have all activations at once, twice in float32.
+    copies = together * (1 if together == 1 else 3)
+    sample = copies * count * min(calibration.tokens_per_expert, tokens) * neurons * width
     inputs = together * 4 * min(INPUT_SAMPLE, tokens) * hidden
+    # The picture of a layer's co-activation, in four steps.
+    picture = 4 * 4 * neurons**2
     peak = _LAYER_MARGIN * largest * (width + stored)
     if workers is not None:
         # A regression of D features needs about four D x D matrices in float64.
         regression = 4 * 8 * min(hidden, tokens) ** 2
         processes = workers * (regression + _WORKER_BYTES) if workers > 1 else regression
         peak = max(peak, 2 * _LAYER_MARGIN * largest * stored + processes + inputs)
-    return int(peak) + _text_bytes(layered, calibration) + sample + 2 * inputs + _FIXED_BYTES
+    return int(peak) + _text_bytes(layered, calibration) + sample + 2 * inputs + picture + _FIXED_BYTES
 
 
 def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration) -> int:
@@ -249,7 +259,9 @@ def partition_seconds(plan: Plan, recipe: Recipe, tokens: int, workers: int) -> 
     few = max(16, tokens // 8)
     saliency = np.random.default_rng(0).random((few, width), dtype=np.float32) ** 4
     solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    # As many generations as the whole problem gets.
+    options: dict[str, Any] = {"generations": 1} if recipe.solver == "genetic" and tokens * width > LARGE else {}
     start = time.perf_counter()
-    solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0)
+    solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0, **options)
     seconds = (time.perf_counter() - start) * tokens / few
     return seconds * num_experts * len(plan.moe_layers) / workers
