@@ -125,10 +125,13 @@ def main(work: Path, sizes: list[int], tokens: int, other: Path | None) -> None:
                     f"{way}, N = {size}: refactored in {seconds:.0f} s without profiling; largest process so far {peak:.2f} GiB", flush=True
                 )
             models[f"{way}, N = {size}"] = RefactoredCheckpoint(target)
-    print(f"verified: {command('prism-verify', folder, work / f'ours-{sizes[0]}', '--tolerance', 1e-4):.0f} s")
     source = Checkpoint(folder)
     for dataset in ([], *([[str(other)]] if other else [])):
         evaluate(work, source, models, dataset, tokens)
+    for name, model in models.items():
+        if name.startswith("ours"):
+            verified = [Path(sys.executable).with_name("prism-verify"), folder, model.path, "--quiet"]
+            print(f"\n{name}\n" + subprocess.run(verified, capture_output=True, text=True, check=False).stdout, flush=True)
 
 
 if __name__ == "__main__":

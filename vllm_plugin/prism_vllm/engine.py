@@ -42,6 +42,7 @@ _USED = {
     f"{_MOE}.router.base_router:BaseRouter._compute_routing": ("self", "hidden_states", "router_logits", "indices_type"),
     f"{_MOE}.config:RoutingMethodType.Custom": None,
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model": ("self", "vllm_config", "model_config"),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": ("self", "model_config", "model"),
     f"{_WORKER}.gpu_model_runner:GPUModelRunner._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
     f"{_WORKER}.gpu.model_states:resolve_model_state_cls": ("vllm_config", "model"),
     f"{_WORKER}.gpu.model_states.interface:ModelState.add_request": ("self", "req_index", "new_req_data"),
@@ -410,7 +411,19 @@ def install_requests() -> None:
 
 
 def install_repairs() -> None:
-    """Repair OLMoE's tied embeddings, and on CPUs the rotation of queries [T, heads, size], as DeepSeek and LFM2 have them."""
+    """Repair three things.
+
+    OLMoE's tied embeddings; on CPUs the rotation of queries [T, heads, size], as DeepSeek and LFM2 have them; tensors without elements, of
+    shared experts without neurons, which vLLM does not make and does not expect in a checkpoint.
+    """
+    loader = _module("vllm.model_executor.model_loader.default_loader").DefaultModelLoader
+    weights = loader.get_all_weights
+
+    @functools.wraps(weights)
+    def get_all_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ((name, value) for name, value in weights(self, *args, **kwargs) if value.numel())
+
+    loader.get_all_weights = get_all_weights
     rotary = _module("vllm.model_executor.layers.rotary_embedding.base").RotaryEmbedding
     forward = rotary.forward_cpu
 
