@@ -48,6 +48,8 @@ _FURTHER: dict[str, dict[str, Any]] = {
         **{"num_experts": 4, "num_shared_experts": 1, "moe_intermediate_size": 16, "intermediate_size": 48, "head_dim": 8},
         "mlp_layer_types": ["dense", "sparse"],
     },
+    # Dense ones.
+    **{model_type: {"intermediate_size": 512} for model_type in ("llama", "qwen2")},
     "laguna": {
         **{"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "intermediate_size": 48, "head_dim": 8},
         "num_attention_heads_per_layer": [4, 4],
