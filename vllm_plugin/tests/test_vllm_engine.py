@@ -226,7 +226,7 @@ def test_what_cannot_be_served_is_refused_at_start(python, folder, options, said
     assert said in line
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "lfm2_moe", "minimax_m2"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v3-grouped", "ernie4_5_moe", "lfm2_moe", "minimax_m2", "qwen2"])
 def test_what_vllm_computes_wrong_on_a_cpu_is_repaired(python, tmp_path, family):
     """Without the plugin the first log probability after the first differs by 0.1 and more, or vLLM fails."""
     source, text = random_model(family, tmp_path / "source"), random_text()
