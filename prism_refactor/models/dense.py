@@ -50,7 +50,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 _FEED_FORWARD = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
 # Config keys that transformers' models read and not all config classes have.
 _UNDECLARED = ("head_dim",)
-# And, where one matrix holds several of the twin's: (its name, theirs).
+# Where one dense matrix holds several of the twin's: {its name: theirs}.
 _JOINED = {"qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
 
 
