@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,7 +100,7 @@ def evaluate(work: Path, source: Checkpoint, models: dict[str, RefactoredCheckpo
     found = []
     for share in SHARES:
         copy = fixed(source, work / "statistics", share, work / f"fixed-{share}")
-        value = Comparison(copy, windows, replace(compute), 0).original.points[-1].perplexity
+        value = Comparison(copy, windows, compute, 0).original.points[-1].perplexity
         found.append(f"{value:.2f} ({whole / value:.3f})")
     rows.append(["fixed", *found])
     print(markdown(["perplexity (that of all / it)", "1/8", "1/4", "1/2", "3/4"], rows))

@@ -85,7 +85,8 @@ def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch
     bias = None if router.bias is None else router.bias.flatten().to(hidden.dtype)
     both = F.linear(hidden, router.weight.flatten(0, 3).to(hidden.dtype), bias)
     parts = both.view(-1, *router.weight.shape[:-1]).unbind(3)
-    return (ACTIVATIONS | UNGATED)[activation](*parts).abs().float().mean(-1).clamp_min(SMALLEST).log()
+    activate: Callable[..., torch.Tensor] = UNGATED[activation] if activation in UNGATED else ACTIVATIONS[activation]
+    return activate(*parts).abs().float().mean(-1).clamp_min(SMALLEST).log()
 
 
 def route(
