@@ -89,9 +89,9 @@ def oracle(block: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return router
 
 
-def compensated(router: Any, block: Any, inputs: torch.Tensor) -> Any:
+def compensated(router: Any, block: Any, sample: Routed) -> Any:
     """The router with the compensation fitted for it."""
-    for name, tensor in fit_compensation(router, block.experts, inputs).items():
+    for name, tensor in fit_compensation(router, block.experts, sample).items():
         router.register_buffer(name, tensor, persistent=False)
     return router
 
@@ -129,7 +129,7 @@ def refine(router: Any, experts: Any, sample: Routed) -> Any:
         inputs, chosen = sample.inputs[tokens], sample.experts[tokens]
         rows = F.linear((inputs - centre) @ whitening, step, bias).view(len(tokens), *shape[:2])
         with torch.no_grad():
-            _, _, start = router.rank(inputs)
+            start = router.rank(inputs, sample.weights[tokens], chosen)
         value = start + rows.gather(1, chosen[..., None].expand(-1, -1, shape[1])).flatten(1)
         ordered = value.sort(1, descending=True).values
         dropped = torch.sigmoid((ordered[:, k - 1 : k + 1].mean(1, keepdim=True) - value) / TEMPERATURE)
@@ -229,16 +229,15 @@ class Ablation:
             return two_level(block, config, tensors, "linear")
         bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale")}
         sub_experts = PrismConfig(**config.prism).sub_experts
-        original = two_level(block, config, bare, "linear").original
-        sample, _ = Routed(layer.inputs.float(), *original(layer.inputs.float())[1:]).split()
+        sample, _ = Routed(layer.inputs.float(), layer.weights.float(), layer.experts).split()
         if router == "linear -":
             return two_level(block, config, bare, "linear")
         if router == "refined":
-            return compensated(refine(two_level(block, config, bare, "linear"), block.experts, sample), block, sample.inputs)
+            return compensated(refine(two_level(block, config, bare, "linear"), block.experts, sample), block, sample)
         if router == "oracle -":
             return oracle(block, config, bare)
         if router == "oracle":
-            return compensated(oracle(block, config, bare), block, sample.inputs)
+            return compensated(oracle(block, config, bare), block, sample)
         labels = tensors["neuron_sub_expert"].long()
         rows = {name: tensor for name, tensor in bare.items() if name.startswith("original.")}
         marks = [coactive_marks(activations) for activations in layer.activations]

@@ -40,7 +40,9 @@ class LayerStatistics:
         tokens_routed: int64 [E].
         activation_sum: float64 [E, C], |activation| summed over the routed tokens.
         fired: int64 [E, C], routed tokens whose |activation| exceeds the mean over the expert's neurons.
-        inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the layer's MoE inputs in the compute dtype, in the order of the text.
+        inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the inputs of the layer's experts in the compute dtype, in the order of
+            the text.
+        weights, experts: [T, K] and int64 [T, K], how the model routes these.
         activations: per expert, a uniform sample [B_e, C] of the routed tokens' activations in the compute dtype.
         sampled: per expert, int64 [B_e], the positions of those tokens in the text, rising.
         unrouted: experts that saw no token; their statistics come from running their weights on `inputs`.
@@ -51,6 +53,8 @@ class LayerStatistics:
     activation_sum: torch.Tensor
     fired: torch.Tensor
     inputs: torch.Tensor
+    weights: torch.Tensor
+    experts: torch.Tensor
     activations: list[torch.Tensor]
     sampled: list[torch.Tensor]
     unrouted: list[int] = field(default_factory=list)
@@ -181,7 +185,8 @@ def merge_layers(parts: Iterable[LayerStatistics], priority: torch.Tensor, token
                 tokens, activations = tokens[kept], activations[kept]
             merged.sampled[expert], merged.activations[expert] = tokens, activations
         merged.tokens_routed += part.tokens_routed
-        merged.inputs = torch.cat([merged.inputs, part.inputs])
+        for name in ("inputs", "weights", "experts"):
+            setattr(merged, name, torch.cat([getattr(merged, name), getattr(part, name)]))
         del part
     assert merged is not None
     merged.unrouted = torch.nonzero(merged.tokens_routed == 0).flatten().tolist()
@@ -213,7 +218,8 @@ class LayerCollector:
         self._priority = priority.to(weight.device)
         self._sampled_inputs = torch.zeros(total_tokens, dtype=torch.bool, device=weight.device)
         self._sampled_inputs[priority.argsort()[:INPUT_SAMPLE].to(weight.device)] = True
-        self._inputs: list[torch.Tensor] = []
+        # Of each batch: inputs, weights and experts of the sampled tokens.
+        self._routed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._first = self._seen = first_token
         self._count = [0] * count
         self._activation_sum = torch.zeros(count, neurons, dtype=torch.float64, device=weight.device)
@@ -244,10 +250,10 @@ class LayerCollector:
             tokens, activations = tokens[chosen], activations[chosen]
         self._sample_tokens[expert], self._sample[expert] = tokens, activations
 
-    def end_batch(self, inputs: torch.Tensor) -> None:
-        """Close a batch of MoE inputs [tokens, H], all of whose experts have been added."""
+    def end_batch(self, inputs: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
+        """Close a batch of MoE inputs [tokens, H], all of whose experts have been added; see `LayerStatistics` for the others."""
         window = self._sampled_inputs[self._seen : self._seen + len(inputs)]
-        self._inputs.append(inputs[window])
+        self._routed.append((inputs[window], weights[window], experts[window]))
         self._seen += len(inputs)
 
     @torch.no_grad()
@@ -257,8 +263,8 @@ class LayerCollector:
         Raises:
             InputError: activations overflowed or the weights are not finite.
         """
-        inputs = torch.cat(self._inputs)
-        self._inputs = []
+        inputs, weights, experts = map(torch.cat, zip(*self._routed, strict=True))
+        self._routed = []
         unrouted = [expert for expert, count in enumerate(self._count) if count == 0]
         routed = torch.tensor(self._count)
         some = inputs[: self.tokens_per_expert]
@@ -279,6 +285,8 @@ class LayerCollector:
             activation_sum=self._activation_sum.cpu(),
             fired=self._fired.cpu(),
             inputs=inputs.cpu(),
+            weights=weights.cpu(),
+            experts=experts.cpu(),
             activations=self._sample,
             sampled=self._sample_tokens,
             unrouted=unrouted,
@@ -293,7 +301,7 @@ def observed_experts_forward(
     if collector is None:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
     output = experts_forward(self, hidden_states, top_k_index, top_k_weights, collector.add)
-    collector.end_batch(hidden_states)
+    collector.end_batch(hidden_states, top_k_weights, top_k_index)
     return output
 
 

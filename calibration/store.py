@@ -19,10 +19,10 @@ from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.progress import Progress, versions
 from prism_refactor.tensors import save_tensors
 
-FORMAT = 3
+FORMAT = 4
 # Share of a token's neurons that count as active in the pictures of a page.
 ACTIVE_SHARE = 1 / 8
-_SHARED = ("tokens_routed", "activation_sum", "fired", "inputs")
+_SHARED = ("tokens_routed", "activation_sum", "fired", "inputs", "weights", "experts")
 _PER_EXPERT = ("activations", "sampled")
 
 
@@ -167,11 +167,11 @@ def _write_layer(folder: Path, statistics: LayerStatistics) -> list[Path]:
 def estimated_bytes(checkpoint: Checkpoint, calibration: Calibration, shards: int = 1) -> int:
     """Size of the statistics folder, at most: input and activation samples and co-activation of every layer; and of the text's state."""
     architecture, config = checkpoint.architecture, checkpoint.text_config
-    experts, _, neurons, *_ = architecture.sizes(config).values()
+    experts, top_k, neurons, *_ = architecture.sizes(config).values()
     width = calibration.resolved_dtype(checkpoint).itemsize
     tokens = calibration.tokens(checkpoint)
     sample = min(calibration.tokens_per_expert, tokens)
-    inputs = width * min(INPUT_SAMPLE, tokens) * config.hidden_size
+    inputs = min(INPUT_SAMPLE, tokens) * (width * (config.hidden_size + top_k) + 8 * top_k)
     text = 2 * width * tokens * architecture.streams * config.hidden_size // shards
     return text + config.num_hidden_layers * (inputs + experts * (width * sample * neurons + 2 * neurons**2 + 16 * neurons + 8 * sample))
 
@@ -258,6 +258,6 @@ class Statistics:
                 activations, sampled = ([file.get_tensor(f"{name}.{expert}").clone() for expert in experts] for name in _PER_EXPERT)
             except SafetensorError as error:
                 raise InputError(f"{path}: does not hold what prism-profile writes ({error}); run it again") from None
-        if not all(torch.isfinite(value).all() for value in (shared["inputs"], *activations)):
+        if not all(torch.isfinite(value).all() for value in (shared["inputs"], shared["weights"], *activations)):
             raise InputError(f"{path}: holds numbers that are not finite; run prism-profile again")
         return LayerStatistics(layer=layer, activations=activations, sampled=sampled, unrouted=self._unrouted[layer], **shared)

@@ -63,7 +63,8 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     (activation,) = activations_like(block, torch.randn(5, 8), torch.randn(5, 8))
     tensors = random_tensors(kind, experts, top_k, config.hidden_size, block.experts.has_bias)
     groups = key.groups(config)
-    reference = TwoLevelRouter(router_of(block), SUB_EXPERTS, 4, kind, tensors, modeling_prism.activation_of(block.experts), groups)
+    function = modeling_prism.activation_of(block.experts)
+    reference = TwoLevelRouter(router_of(block), experts, SUB_EXPERTS, 4, kind, tensors, function, groups)
     if groups > 1:
         tensors["places"] = modeling_prism.places(experts, SUB_EXPERTS, groups).flatten()
     if "correction" in original_routing(block):
@@ -75,10 +76,10 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     hidden = torch.randn(TOKENS, config.hidden_size)
     full = top_k * SUB_EXPERTS
     with torch.inference_mode():
-        weights, chosen = reference.route(hidden)
+        _, weights, chosen = reference.route(hidden)
         for k in (torch.full((TOKENS,), full), torch.full((TOKENS,), 3), torch.randint(1, full + 1, (TOKENS,))):
             mixed = k if len(k.unique()) > 1 else None
-            kept, ids, missing = reference(hidden, int(k.max()), mixed)
+            kept, ids, missing = reference(hidden, weights, chosen, int(k.max()), mixed)
             found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, k, 4, activation)
             total = experts * SUB_EXPERTS
             torch.testing.assert_close(dense(found[0], found[1], total), dense(kept, ids, total), atol=1e-6, rtol=1e-5)

@@ -17,6 +17,7 @@ from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, install, 
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import MoeBlock
 from prism_refactor.routing.output import two_level_output
+from prism_refactor.routing.sample import Routed
 
 # Tokens that the output errors of a layer are measured on.
 JUDGED = 4096
@@ -84,10 +85,10 @@ def stream_losses(
                 with ExitStack() as stack:
                     if found is not None:
                         stack.enter_context(_routed(found[1], two_level, point, moe_layers))
-                    inputs = stack.enter_context(_inputs_of(found[1])) if found is not None and measure_layers and number == 0 else None
+                    calls = stack.enter_context(_calls_of(found[1])) if found is not None and measure_layers and number == 0 else None
                     stream.advance(index, state=number)
-                    if found is not None and inputs is not None:
-                        errors.append(_layer_errors(found[1], torch.cat(inputs)))
+                    if found is not None and calls is not None:
+                        errors.append(_layer_errors(found[1], calls))
                 events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
             moe_layers += found is not None
     with stream.head() as head:
@@ -110,25 +111,26 @@ def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int) -> It
 
 
 @contextmanager
-def _inputs_of(block: MoeBlock) -> Iterator[list[torch.Tensor]]:
-    """Give the inputs [T, H] of a block's forwards, as they come."""
-    inputs: list[torch.Tensor] = []
-    handle = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, 1)))
+def _calls_of(block: MoeBlock) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """Give what a block's experts are given, as it comes: inputs [T, H], experts int64 [T, K], weights [T, K]."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    handle = block.experts.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
     try:
-        yield inputs
+        yield calls
     finally:
         handle.remove()
 
 
-def _layer_errors(block: MoeBlock, inputs: torch.Tensor) -> torch.Tensor:
-    """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the inputs [T, H]."""
+def _layer_errors(block: MoeBlock, calls: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the tokens, see `_calls_of`."""
     router = block.experts.two_level
-    chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long()
-    inputs = inputs[chosen.to(inputs.device)]
-    full = router.original.top_k * router.sub_experts
-    exact = two_level_output(router, block.experts, inputs, full)
+    inputs, experts, weights = map(torch.cat, zip(*calls, strict=True))
+    chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long().to(inputs.device)
+    routed = Routed(inputs[chosen], weights[chosen], experts[chosen])
+    full = experts.shape[1] * router.sub_experts
+    exact = two_level_output(router, block.experts, routed, full)
     errors = [
-        (two_level_output(router, block.experts, inputs, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)
+        (two_level_output(router, block.experts, routed, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)
     ]
     return torch.tensor(errors, dtype=torch.float64)
 

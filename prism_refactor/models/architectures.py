@@ -26,6 +26,7 @@ class Architecture:
             one of `multiplied`, and sub-experts lie as `modeling_prism.places` says.
         carried: arguments in which a decoder layer gets what the one before gives beside hidden states, in their order.
         streams: hidden states of a token between layers.
+        plain_router: whether the router reads the rows that the experts read, and nothing else but tensors of its block.
     """
 
     num_experts: str
@@ -37,6 +38,7 @@ class Architecture:
     grouped: str | None = None
     carried: tuple[str, ...] = ()
     streams: int = 1
+    plain_router: bool = True
 
     @classmethod
     def of_refactored(cls, prism: PrismConfig) -> "Architecture":
@@ -95,8 +97,19 @@ def router_name(block: object) -> str | None:
 def routing_state(block: MoeBlock) -> dict[str, Any]:
     """Every tensor that routes a MoE block, by its name in the block: its router's, and those it holds itself."""
     name = router_name(block)
+    return {f"{name}.{leaf}": value for leaf, value in block.get_submodule(str(name)).state_dict().items()} | own_routing(block)
+
+
+def own_routing(block: MoeBlock) -> dict[str, torch.Tensor]:
+    """Tensors that a MoE block holds itself and gives its router: those with a number for each expert."""
     own = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
-    return {f"{name}.{leaf}": value for leaf, value in block.get_submodule(str(name)).state_dict().items()} | dict(own)
+    return {name: value for name, value in own if block.experts.num_experts in value.shape}
+
+
+def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The plain router's logits [T, E], weights [T, K] and experts int64 [T, K] for inputs [T, H]."""
+    logits, weights, experts = block.get_submodule(str(router_name(block)))(inputs, *own_routing(block).values())
+    return logits, weights, experts
 
 
 def replaced_parts(name: str, block: MoeBlock) -> list[str]:

@@ -2,13 +2,15 @@
 
 This file is copied into every refactored checkpoint, where `from_pretrained(folder, trust_remote_code=True)` uses it.
 
-The checkpoint is a plain model of its family with N times the experts. In place of its gate, the two-level router lets the original
-gate pick its top-K experts, ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted size), and runs the best k,
-each with the weight of its expert. Where the checkpoint has a compensation, what the others would have added on average is added in
+The checkpoint is a plain model of its family with N times the experts. In place of its gate the original one picks its top-K experts; the
+two-level router ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted size), and runs the best k, each with the
+weight of its expert. Where the checkpoint has a compensation, what the others would have added on average is added in
 their place, and the kept output is rescaled. At k = K * N that is the original model.
 """
 
+import copy
 import functools
+import itertools
 import json
 import os
 
@@ -35,7 +37,8 @@ class TwoLevelRouter(nn.Module):
     """Scores and picks sub-experts. Its tensors are buffers outside the state dict: saving the model saves the stock checkpoint.
 
     Args:
-        original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K]).
+        original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K], ...).
+        num_experts: E, of the original.
         sub_experts: N.
         factor: what `down_proj` is multiplied with; the weights are divided by it.
         kind: how sizes are predicted, see `tensors`.
@@ -46,19 +49,19 @@ class TwoLevelRouter(nn.Module):
         groups: see `places`.
     """
 
-    def __init__(self, original, sub_experts, factor, kind, tensors, activation=None, groups=1):
+    def __init__(self, original, num_experts, sub_experts, factor, kind, tensors, activation=None, groups=1):
         super().__init__()
         for module in original.modules():
             for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
-        self.original, self.sub_experts, self.factor, self.kind, self.activation = original, sub_experts, factor, kind, activation
+        self.original, self.num_experts, self.sub_experts, self.factor = original, num_experts, sub_experts, factor
+        self.kind, self.activation = kind, activation
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.groups = groups
         if groups > 1:
-            held = places(original.weight.shape[0], sub_experts, groups).flatten().to(original.weight.device)
-            self.register_buffer("places", held, persistent=False)
+            self.register_buffer("places", places(num_experts, sub_experts, groups).flatten().to(_device(original)), persistent=False)
         # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, k of
         # each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
         self.choose = None
@@ -82,26 +85,29 @@ class TwoLevelRouter(nn.Module):
         magnitude = self.activation(both.unflatten(-1, self.rows.shape[1:3])).abs().float()
         return magnitude.mean(-1).clamp_min(_SMALLEST).log()
 
-    def route(self, hidden_states):
-        """The original routing: (weights [T, K], experts int64 [T, K])."""
+    def route(self, hidden_states, *_):
+        """What the original router gives, in the place of the stock one: (logits, weights [T, K], experts int64 [T, K], ...)."""
         correction = (self.correction,) if hasattr(self, "correction") else ()
-        return self.original(hidden_states, *correction)[1:]
+        return self.original(hidden_states, *correction)
 
-    def rank(self, hidden_states):
-        """Original routing and the value by which its sub-experts are ranked.
+    def rank(self, hidden_states, weights, experts):
+        """The value by which sub-experts are ranked: log of weight x predicted size, float32 [T, K * N].
 
-        Returns:
-            (weights [T, K], experts int64 [T, K], log of weight x predicted size, float32 [T, K * N]), for MoE inputs [T, H].
+        Args:
+            hidden_states: MoE inputs [T, H].
+            weights: [T, K], of the original routing.
+            experts: int64 [T, K], which it chose.
         """
-        weights, experts = self.route(hidden_states)
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
-        return weights, experts, value.flatten(1)
+        return value.flatten(1)
 
-    def forward(self, hidden_states, k, token_k=None):
+    def forward(self, hidden_states, weights, experts, k, token_k=None):
         """Pick the k best sub-experts of each token.
 
         Args:
-            hidden_states: MoE inputs [..., H].
+            hidden_states: MoE inputs [T, H].
+            weights: [T, K], of the original routing.
+            experts: int64 [T, K], which it chose.
             k: sub-experts per token, at most K * N.
             token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the index that
                 transformers' experts skip (the number of sub-experts), with weight 0, in its other slots.
@@ -113,14 +119,13 @@ class TwoLevelRouter(nn.Module):
         Raises:
             ValueError: `token_k` does not hold one number per token.
         """
-        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         if token_k is not None and len(token_k) != len(hidden_states):
             raise ValueError(f"{len(token_k)} numbers of sub-experts for {len(hidden_states)} tokens; give one for each token")
-        most = self.original.top_k * self.sub_experts
+        most = experts.shape[1] * self.sub_experts
         everything = k == most and token_k is None
         if everything and self.choose is None:
-            return self._everything(*self.route(hidden_states))
-        weights, experts, value = self.rank(hidden_states)
+            return self._everything(weights, experts)
+        value = self.rank(hidden_states, weights, experts)
         compensated = hasattr(self, "compensation")
         order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
         slots = order // self.sub_experts
@@ -167,9 +172,9 @@ class TwoLevelRouter(nn.Module):
         if hasattr(self, "compensation"):
             absent = shares.float() * dropped, value.exp() * dropped
             missing = self.expected(numbers, *absent).to(hidden_states.dtype)
-            whole = own == self.original.top_k * self.sub_experts
+            whole = own == len(self.scale)
             kept = torch.where(whole, kept, (kept * self.scale[own - 1]).to(kept.dtype))
-        skipped = self.original.weight.shape[0] * self.sub_experts
+        skipped = self.num_experts * self.sub_experts
         return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped), missing
 
     def expected(self, numbers, shares, size):
@@ -191,23 +196,20 @@ class ActiveK:
         self.per_layer, self.per_token = list(per_layer), None
 
 
-def _two_level_forward(experts, forward, active, layer, hidden_states, *_, **__):
-    """The forward of an experts module with two-level routing: what the family's own router chose is not used."""
-    weights, indices, missing = experts.two_level(hidden_states, active.per_layer[layer], active.per_token)
+def _two_level_forward(experts, forward, active, layer, hidden_states, top_k_index, top_k_weights):
+    """The forward of an experts module with two-level routing, which is given what the original router chose."""
+    weights, indices, missing = experts.two_level(hidden_states, top_k_weights, top_k_index, active.per_layer[layer], active.per_token)
     output = forward(hidden_states, indices, weights)
     return output if missing is None else output + missing.view_as(output)
 
 
 def _original_router(router, config, state):
     """A router of the same class with the original number of experts and tensors, in the types of the one it stands for."""
-    sizes = {key: getattr(config, key) for key in config.prism["source"]}
+    # A copy, for some routers look at it when they run.
+    config = copy.copy(config)
     for key, value in config.prism["source"].items():
         setattr(config, key, value)
-    try:
-        original = type(router)(config)
-    finally:
-        for key, value in sizes.items():
-            setattr(config, key, value)
+    original = type(router)(config)
     original.load_state_dict({name: state[name].to(own.device, own.dtype) for name, own in router.state_dict().items()}, assign=True)
     return original.eval()
 
@@ -266,11 +268,17 @@ def two_level_router(block, config, tensors):
     router, recipe = router_of(block), config.prism
     groups = recipe.get("groups", 1)
     state = {name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")}
-    parts = {name: value.to(router.weight.device) for name, value in tensors.items() if name in _SUB_ROUTER}
+    parts = {name: value.to(_device(router)) for name, value in tensors.items() if name in _SUB_ROUTER}
     if "gate_neurons" in tensors:
         parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"], groups)
-    original = _original_router(router, config, state)
-    return TwoLevelRouter(original, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, activation_of(block.experts), groups)
+    original, experts = _original_router(router, config, state), block.experts.num_experts // recipe["sub_experts"]
+    activation = activation_of(block.experts)
+    return TwoLevelRouter(original, experts, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, activation, groups)
+
+
+def _device(router):
+    """Where a router's tensors are."""
+    return next(itertools.chain(router.parameters(), router.buffers())).device
 
 
 _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")
@@ -282,7 +290,7 @@ def router_of(block):
 
 
 def install(block, two_level, active, layer):
-    """Let a two-level router route one MoE block: it takes its place in front of the experts, behind the family's own router.
+    """Let a two-level router route one MoE block: it takes its place in front of the experts, its original router that of the stock one.
 
     Args:
         block: the MoE block.
@@ -295,11 +303,12 @@ def install(block, two_level, active, layer):
         uninstall(block)
     experts.two_level = two_level
     experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
+    router_of(block).forward = two_level.route
 
 
 def uninstall(block):
     """Undo `install`: the family's own router routes the block again."""
-    del block.experts.two_level, block.experts.forward
+    del block.experts.two_level, block.experts.forward, router_of(block).forward
 
 
 def router_tensors(path):

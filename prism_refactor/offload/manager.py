@@ -204,11 +204,12 @@ class OffloadManager:
     def _routed(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return what a layer's router would choose for some inputs [T, H]: int64 [T, k]."""
         block = self._blocks[layer]
+        weights, experts = route(block, hidden_states)
         two_level = getattr(block.experts, "two_level", None)
         if two_level is None:
-            return route(block, hidden_states)[1]
+            return experts
         active: Any = self.model.prism_active
-        return two_level(hidden_states, active.per_layer[layer], active.per_token)[1]
+        return two_level(hidden_states, weights, experts, active.per_layer[layer], active.per_token)[1]
 
     def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""

@@ -13,7 +13,8 @@ from prism_refactor.calibration.statistics import LayerStatistics, coactive_mark
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.formats import ExpertReport, LayerReport, PrismConfig
-from prism_refactor.models.architectures import Architecture, original_routing, repeat_routing, routing_state
+from prism_refactor.models.architectures import Architecture, original_routing, repeat_routing, routing, routing_state
+from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.modeling_prism import places, router_of, two_level_router
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
@@ -23,7 +24,7 @@ from prism_refactor.routing.compensation import fit_compensation
 from prism_refactor.routing.linear import fit_linear
 from prism_refactor.routing.output import relative_error, stock_output, two_level_output
 from prism_refactor.routing.proxy import gate_neurons
-from prism_refactor.routing.sample import Routed, in_float32, routing
+from prism_refactor.routing.sample import Routed, in_float32
 
 # Held-out inputs that the reported output errors are measured on, and what rounding can do to the output at full k.
 MEASURED, ROUNDING = 2048, 1e-4
@@ -104,19 +105,25 @@ class LayerRefactoring:
         order = torch.from_numpy(np.stack([partition.order() for partition in self.partitions]))
         weights = self._split(order)
         _fill(self.target, weights)
-        fitting, held_out = Routed.by(self.source, self.statistics.inputs).split()
+        fitting, held_out = self._sample().split()
         stored = original_routing(self.source)
         original = {name: value.float() for name, value in stored.items()}
         with self.run.timings.stage("fitting"), in_float32(self.target):
             fitted = self._fit_router(original, labels, fitting)
         with self.run.timings.stage("measuring"):
-            errors = self._output_errors(original | fitted, held_out.inputs[:MEASURED])
+            errors = self._output_errors(original | fitted, held_out.part(slice(MEASURED)))
         experts = [
             ExpertReport(tokens, round(partition.stored_loss, 6), round(partition.loss, 6))
             for tokens, partition in zip(self.statistics.tokens_routed.tolist(), self.partitions, strict=True)
         ]
         report = LayerReport(self.statistics.layer, errors, self.statistics.unrouted, experts)
         return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
+
+    def _sample(self) -> Routed:
+        """The sampled inputs and where the source sends them: found anew in float32 where that takes no more than they."""
+        if self.run.architecture.plain_router:
+            return Routed.by(self.source, self.statistics.inputs)
+        return Routed(self.statistics.inputs.float(), self.statistics.weights.float(), self.statistics.experts)
 
     def _split(self, order: torch.Tensor) -> Tensors:
         """Return the tensors of the refactored block."""
@@ -138,26 +145,29 @@ class LayerRefactoring:
             ]
             return {"gate_neurons": torch.stack(chosen)}
         fitted = fit_linear(experts, fitting, len(labels), recipe.sub_experts, self.run.workers.run)
-        return fitted | fit_compensation(two_level_router(self.target, self.config, original | fitted), experts, fitting.inputs)
+        return fitted | fit_compensation(two_level_router(self.target, self.config, original | fitted), experts, fitting)
 
-    def _output_errors(self, router: Tensors, inputs: torch.Tensor) -> dict[str, list[Any]]:
-        """Return the squared relative error of the layer's output at k = N, 2 N, ... K N sub-experts, and of the original at 1 ... K."""
-        top_k, sub_experts = router_of(self.source).top_k, self.recipe.sub_experts
-        experts = range(1, top_k + 1)
-        exact = stock_output(self.source, inputs, top_k)
-        outputs: dict[str, Iterable[torch.Tensor]] = {
-            "original": (stock_output(self.source, inputs, k) for k in experts),
-            "stock": (stock_output(self.target, inputs, sub_experts * k) for k in experts),
-        }
+    def _output_errors(self, router: Tensors, routed: Routed) -> dict[str, list[Any]]:
+        """Return the squared relative error of the layer's output at k = N, 2 N, ... K N sub-experts, and of the original at 1 ... K.
+
+        The latter and the stock router's only where the router is plain.
+        """
+        inputs, sub_experts = routed.inputs, self.recipe.sub_experts
+        experts = range(1, routed.experts.shape[1] + 1)
+        exact = experts_forward(self.source.experts, inputs, routed.experts, routed.weights)
+        outputs: dict[str, Iterable[torch.Tensor]] = {}
+        if self.run.architecture.plain_router:
+            outputs["original"] = (stock_output(self.source, inputs, k) for k in experts)
+            outputs["stock"] = (stock_output(self.target, inputs, sub_experts * k) for k in experts)
         if self.recipe.has_router:
             with in_float32(self.target):
                 two_level = two_level_router(self.target, self.config, router)
-            outputs["two-level"] = (two_level_output(two_level, self.target.experts, inputs, sub_experts * k) for k in experts)
+            outputs["two-level"] = (two_level_output(two_level, self.target.experts, routed, sub_experts * k) for k in experts)
         errors = {name: [round(relative_error(output, exact), 8) for output in each] for name, each in outputs.items()}
         if not np.isfinite([value for values in errors.values() for value in values]).all():
             raise InputError("its outputs are not finite; check the checkpoint")
         # Between experts of equal scores the stock router of the split model may choose otherwise.
-        exempt = {"original"} | ({"stock"} if _ties(self.source, inputs) else set())
+        exempt = {"original"} | ({"stock"} if "stock" in errors and _ties(self.source, inputs) else set())
         wrong = max((each[-1] for name, each in errors.items() if name not in exempt), default=0.0)
         if wrong > ROUNDING:
             raise InputError(

@@ -13,7 +13,7 @@ import torch
 from prism_refactor.models.experts import by_expert, sub_expert_activations, sub_expert_outputs
 from prism_refactor.models.modeling_prism import TwoLevelRouter
 from prism_refactor.models.transformers_models import ExpertsModule
-from prism_refactor.routing.sample import CHUNK
+from prism_refactor.routing.sample import Routed
 
 # Shares of the sub-experts that are kept while fitting; other k interpolate the factors.
 KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -61,24 +61,25 @@ class _Accumulator:
 
 
 @torch.inference_mode()
-def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Routed) -> dict[str, torch.Tensor]:
     """Fit the compensation of one layer.
 
     Args:
         router: the layer's two-level router, without compensation.
         experts: the refactored experts module with its weights.
-        inputs: float32 [T, H] MoE inputs.
+        routed: sample to fit on.
 
     Returns:
         compensation float32 [2, E, N, H]: mean and direction of every sub-expert; scale float32 [K * N]: factor on the kept output at
         k = 1 .. K * N, 1 at the last.
     """
     sub_experts, total = router.sub_experts, experts.num_experts
-    width = router.original.top_k * sub_experts
+    width = routed.experts.shape[1] * sub_experts
     choices = torch.tensor(sorted({max(1, round(share * width)) for share in KEPT_SHARES} - {width}))
-    accumulator = _Accumulator(2 * total, inputs.shape[1], len(choices))
-    for chunk in inputs.split(CHUNK):
-        weights, chosen, value = router.rank(chunk)
+    accumulator = _Accumulator(2 * total, routed.inputs.shape[1], len(choices))
+    for part in routed.chunks():
+        chunk, weights, chosen = part.inputs, part.weights, part.experts
+        value = router.rank(chunk, weights, chosen)
         position = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         dropped = (position >= choices[:, None, None]).float()
         index = (chosen[..., None] * sub_experts + torch.arange(sub_experts)).flatten(1)

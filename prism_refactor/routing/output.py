@@ -5,7 +5,7 @@ import torch
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.modeling_prism import TwoLevelRouter, router_of
 from prism_refactor.models.transformers_models import ExpertsModule, MoeBlock
-from prism_refactor.routing.sample import in_float32, route
+from prism_refactor.routing.sample import Routed, in_float32, route
 
 
 @torch.inference_mode()
@@ -22,10 +22,10 @@ def stock_output(block: MoeBlock, inputs: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def two_level_output(router: TwoLevelRouter, experts: ExpertsModule, inputs: torch.Tensor, k: int) -> torch.Tensor:
+def two_level_output(router: TwoLevelRouter, experts: ExpertsModule, routed: Routed, k: int) -> torch.Tensor:
     """Return the output [T, H] of the experts at k sub-experts, with what the router adds for the dropped ones."""
-    weights, indices, missing = router(inputs, k)
-    output = experts_forward(experts, inputs, indices, weights)
+    weights, indices, missing = router(routed.inputs, routed.weights, routed.experts, k)
+    output = experts_forward(experts, routed.inputs, indices, weights)
     return output if missing is None else output + missing
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prism_refactor.models.architectures import own_routing, routing
 from prism_refactor.models.modeling_prism import router_of
 from prism_refactor.models.transformers_models import MoeBlock
 
@@ -29,7 +30,7 @@ def run_here(tasks: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Ite
 def in_float32(block: MoeBlock) -> Iterator[None]:
     """Let the routing of a MoE block compute in float32 for a while; the experts follow their input's type."""
     router = router_of(block)
-    tensors = [*router.parameters(), *router.buffers(), *_own_tensors(block)]
+    tensors = [*router.parameters(), *router.buffers(), *own_routing(block).values()]
     stored = [tensor.data for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.float()
@@ -41,18 +42,9 @@ def in_float32(block: MoeBlock) -> Iterator[None]:
 
 
 def route(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router's weights [T, k] and experts int64 [T, k] for inputs [T, H]; it is given what its block keeps for it."""
+    """The plain router's weights [T, k] and experts int64 [T, k] for inputs [T, H]."""
     _, weights, experts = routing(block, inputs)
     return weights, experts
-
-
-def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `route`, and first the router's logits [T, E]."""
-    return router_of(block)(inputs, *_own_tensors(block))
-
-
-def _own_tensors(block: MoeBlock) -> list[torch.Tensor]:
-    return [*block.parameters(recurse=False), *block.buffers(recurse=False)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Routed:
     @classmethod
     @torch.inference_mode()
     def by(cls, block: MoeBlock, inputs: torch.Tensor) -> "Routed":
-        """Route inputs [T, H] with the original block's router, which computes in float32 here."""
+        """Route inputs [T, H] with the original block's plain router, which computes in float32 here."""
         inputs = inputs.float()
         with in_float32(block):
             return cls(inputs, *route(block, inputs))
@@ -81,8 +73,17 @@ class Routed:
         """(for fitting, held out)."""
         cut = len(self.inputs) - len(self.inputs) // HELD_OUT
         parts = (slice(None, cut), slice(cut, None)) if cut < len(self.inputs) else (slice(None), slice(None))
-        fitting, held_out = (Routed(self.inputs[part], self.weights[part], self.experts[part]) for part in parts)
+        fitting, held_out = map(self.part, parts)
         return fitting, held_out
+
+    def part(self, rows: slice) -> "Routed":
+        """Some of the rows."""
+        return Routed(self.inputs[rows], self.weights[rows], self.experts[rows])
+
+    def chunks(self) -> Iterator["Routed"]:
+        """All rows, `CHUNK` at a time."""
+        for start in range(0, len(self.inputs), CHUNK):
+            yield self.part(slice(start, start + CHUNK))
 
     def tokens_of(self, expert: int) -> torch.Tensor:
         """Positions of the inputs routed to one expert, int64 [n]; where there are next to none, the first of the layer's."""
