@@ -97,6 +97,8 @@ class PrismConfig:
         groups: of experts, among which the family's router chooses, in the original; 1 where it does not. See `modeling_prism.places`.
         carried: see `Architecture.carried`.
         keys: those of `source` in that order, which is lost where somebody sorts a JSON object; empty in checkpoints of version 0.2.
+        stock: whether the checkpoint is a model of split experts in the family's own classes. Else it is the original, with each expert's
+            neurons in another order, and its experts are cut when the two-level router is attached.
     """
 
     sub_experts: int
@@ -107,6 +109,7 @@ class PrismConfig:
     groups: int = 1
     carried: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    stock: bool = True
 
     @property
     def max_active(self) -> int:

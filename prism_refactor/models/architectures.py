@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prism_refactor.errors import UsageError
+from prism_refactor.errors import InputError, UsageError
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.transformers_models import MoeBlock
 
@@ -26,7 +26,8 @@ class Architecture:
             one of `multiplied`, and sub-experts lie as `modeling_prism.places` says.
         carried: arguments in which a decoder layer gets what the one before gives beside hidden states, in their order.
         streams: hidden states of a token between layers.
-        plain_router: whether the router reads the rows that the experts read, and nothing else but tensors of its block.
+        plain_router: whether the router reads the rows that the experts read, and nothing else but tensors of its block, and has a `top_k`.
+        stock: whether the family's own classes can run the split model; see `PrismConfig.stock`.
     """
 
     num_experts: str
@@ -39,12 +40,14 @@ class Architecture:
     carried: tuple[str, ...] = ()
     streams: int = 1
     plain_router: bool = True
+    stock: bool = True
 
     @classmethod
     def of_refactored(cls, prism: PrismConfig) -> "Architecture":
-        """Return what a refactored checkpoint says about its original; `divided` and `streams` are not known."""
+        """Return what a refactored checkpoint says about its original; `divided`, `streams` and `plain_router` are not known."""
         num_experts, top_k, width, *multiplied = prism.keys or prism.source
-        return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, carried=tuple(prism.carried))
+        carried = tuple(prism.carried)
+        return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, carried=carried, stock=prism.stock)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -53,7 +56,7 @@ class Architecture:
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Return the sizes that change, as {config key: value}, from a transformers config, in the order of `keys`."""
-        return {key: int(getattr(config.get_text_config(), key)) for key in self.keys}
+        return {key: size_in(config, key) for key in self.keys}
 
     def groups(self, config: Any) -> int:
         """Return how many groups of experts a transformers config of the original has; 1 where they do not matter."""
@@ -79,6 +82,25 @@ class Architecture:
     def factor(self, sub_experts: int) -> int:
         """Return what `down_proj` must be multiplied with."""
         return sub_experts if self.shared_weight else 1
+
+
+def dotted(*names: str) -> str:
+    """Join the names of modules; a module's own name in itself is empty."""
+    return ".".join(filter(None, names))
+
+
+def size_in(config: Any, key: str) -> int:
+    """Return a size from a transformers config, where it may be a number or a list of one for each layer, all the same.
+
+    Raises:
+        InputError: layers differ.
+    """
+    value = getattr(config.get_text_config(), key)
+    if not isinstance(value, list):
+        return int(value)
+    if len(set(value)) != 1:
+        raise InputError(f"config.json has layers of different {key}, which are not split")
+    return int(value[0])
 
 
 def moe_block(layer: nn.Module) -> tuple[str, Any] | None:
@@ -112,10 +134,13 @@ def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.
     return logits, weights, experts
 
 
-def replaced_parts(name: str, block: MoeBlock) -> list[str]:
-    """Modules and buffers of the MoE block called `name` that a refactoring replaces: router, experts, routing tensors of its own."""
-    own = [leaf for leaf in routing_state(block) if "." not in leaf]
-    return [f"{name}.{part}" for part in (router_name(block), "experts", *own)]
+def replaced_parts(name: str, block: MoeBlock, stock: bool = True) -> list[str]:
+    """Modules and buffers of the MoE block called `name` that a refactoring replaces: router, experts, routing tensors of its own.
+
+    Where the result is no stock model of split experts, only the experts.
+    """
+    routers = [router_name(block), *own_routing(block)] if stock else []
+    return [f"{name}.{part}" for part in ("experts", *routers)]
 
 
 def original_routing(block: MoeBlock) -> dict[str, torch.Tensor]:

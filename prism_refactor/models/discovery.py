@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.models.architectures import router_name, routing_state
+from prism_refactor.models.architectures import own_routing, routing_state, size_in
 from prism_refactor.models.modeling_prism import inner_projection, router_of
-from prism_refactor.models.proof import TRIED, Proof, moe_blocks, prove
+from prism_refactor.models.proof import TRIED, Proof, moe_blocks, prove, prove_in_place
 from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
 
 _EXPERTS, _ACTIVE = 12, 2
+# What families call the number of experts that a token uses.
+_ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 # What keys that many families share are made at most. All sizes differ, so that a tensor's shape tells which it has.
 _SMALL: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), _ACTIVE),
+    **dict.fromkeys(_ACTIVE_KEYS, _ACTIVE),
     **dict.fromkeys(("n_group", "num_expert_group", "zero_expert_num"), 4),
     **dict.fromkeys(("topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
@@ -81,6 +83,8 @@ def reduced(config: Any) -> Any:
     for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
         if isinstance(values.get(key), int) and values[key] > most:
             values[key] = most
+        elif isinstance(values.get(key), list) and all(isinstance(value, int) for value in values[key]):
+            values[key] = [min(value, most) for value in values[key]]
     if by_dimension and values.get("head_dim") is None and isinstance(before.get("num_attention_heads"), int):
         # Heads have a share of the hidden size.
         values["hidden_size"] = before["hidden_size"] // before["num_attention_heads"] * values["num_attention_heads"]
@@ -155,7 +159,7 @@ class Sketch:
                 raise InputError(f"{name}: {obstacle}")
         first = self.blocks[0][1]
         self.experts, _, self.width = FusedExperts(first.experts).shape
-        self.top_k: int = router_of(first).top_k
+        self.top_k: int = getattr(router_of(first), "top_k", None) or next((size_in(config, key) for key in _active_keys(config)), 0)
         if not 1 <= self.top_k <= self.experts:
             raise InputError(f"{self.experts} experts, of which a token uses {self.top_k}, make no router; correct the config")
         self._inside = {f"{name}.experts." for name, _ in self.blocks}
@@ -177,18 +181,39 @@ def _why_no_blocks(model: Any) -> str:
 
 def _obstacle(block: Any) -> str | None:
     """Why the experts of a block cannot be split; None if they can."""
-    experts, router = block.experts, router_of(block)
+    experts = block.experts
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm behind every expert: a sum of parts is not normed like the whole"
     if not hasattr(experts, inner_projection(experts)):
         return "its experts are not fused"
     if not all(hasattr(experts, flag) for flag in ("has_bias", "is_transposed", "is_concatenated")):
         return f"{type(experts).__name__} does not follow transformers' interface of experts"
-    if not isinstance(getattr(router, "top_k", None), int) or not hasattr(router, "weight"):
-        return f"its router, {type(router).__name__}, has no top_k and weight of its own"
-    if sum(not name.startswith(f"{router_name(block)}.") for name in routing_state(block)) > 1:
+    if len(own_routing(block)) > 1:
         return "more than one routing tensor outside its router"
     return None
+
+
+def _active_keys(config: Any) -> list[str]:
+    """The keys of a config that may hold the number of experts that a token uses, by their names."""
+    return [key for key in _ACTIVE_KEYS if getattr(config, key, None)]
+
+
+def _size_keys(config: Any, plain: Sketch) -> list[str]:
+    """The keys of the number of experts, of a token's experts, and of their width, where they are not to change."""
+    values = config_values(config)
+
+    def found(old: int, new: int, fits: Callable[[Sketch], bool]) -> str | None:
+        candidates = [key for key, value in values.items() if value == old and _is_size(value)]
+        return next((key for key in candidates if _fits(config, {key: new}, fits)), None)
+
+    keys = [
+        found(plain.experts, plain.experts * TRIED, lambda new: new.experts == plain.experts * TRIED),
+        next((key for key in _active_keys(config) if size_in(config, key) == plain.top_k), None),
+        found(plain.width, plain.width // TRIED, lambda new: new.width == plain.width // TRIED),
+    ]
+    if None in keys:
+        raise InputError("no keys of its config set the sizes of its experts")
+    return [str(key) for key in keys]
 
 
 def _find_keys(config: Any, plain: Sketch, multiplied: tuple[str, ...]) -> tuple[list[str], Any]:
@@ -274,5 +299,12 @@ def discover(config: Any) -> Proof:
         small = reduced(config)
         plain, values = Sketch(small), config_values(small)
         groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
-        _known[name] = prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
+        try:
+            _known[name] = prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
+        except InputError as error:
+            obstacle = str(error)
+            try:
+                _known[name] = prove_in_place(small, _size_keys(small, plain), obstacle)
+            except InputError:
+                raise error from None
     return _known[name]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prism_refactor.errors import InputError, UsageError, one_line
-from prism_refactor.models.architectures import moe_block
+from prism_refactor.models.architectures import dotted, moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.transformers_models import Conversion, build_meta_model, layers_of, names_on_disk
 
@@ -59,7 +59,7 @@ class LayeredModel:
         found = {index: found[0] for index, layer in enumerate(self.layers) if (found := moe_block(layer)) is not None}
         if not found:
             raise InputError(f"{self.checkpoint.path}: none of its layers has experts")
-        return {index: f"{self.layer_name(index)}.{name}" for index, name in found.items()}
+        return {index: dotted(self.layer_name(index), name) for index, name in found.items()}
 
     def _match_tensors(self) -> dict[str, list[str]]:
         """State-dict name -> the checkpoint tensors it is made of, by transformers' own conversion rules."""

@@ -6,6 +6,9 @@ The checkpoint is a plain model of its family with N times the experts. In place
 two-level router ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted size), and runs the best k, each with the
 weight of its expert. Where the checkpoint has a compensation, what the others would have added on average is added in
 their place, and the kept output is rescaled. At k = K * N that is the original model.
+
+Where a family cannot be that in its own classes, the checkpoint is the original with each expert's neurons in another order; its experts
+are cut here, in memory, and its router is left as it is.
 """
 
 import copy
@@ -37,7 +40,8 @@ class TwoLevelRouter(nn.Module):
     """Scores and picks sub-experts. Its tensors are buffers outside the state dict: saving the model saves the stock checkpoint.
 
     Args:
-        original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K], ...).
+        original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K], ...). None where
+            the model has it.
         num_experts: E, of the original.
         sub_experts: N.
         factor: what `down_proj` is multiplied with; the weights are divided by it.
@@ -51,7 +55,7 @@ class TwoLevelRouter(nn.Module):
 
     def __init__(self, original, num_experts, sub_experts, factor, kind, tensors, activation=None, groups=1):
         super().__init__()
-        for module in original.modules():
+        for module in original.modules() if original is not None else ():
             for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
@@ -224,6 +228,55 @@ def places(experts, sub_experts, groups=1):
     return numbers.view(groups, sub_experts, -1).transpose(1, 2).reshape(experts, sub_experts) if groups > 1 else numbers.view(experts, -1)
 
 
+def cut(experts, sub_experts):
+    """Cut each expert of a module into equal sub-experts of neurons that follow each other: E * N experts in the place of E.
+
+    Saving the module saves it as it was.
+    """
+    experts.num_experts *= sub_experts
+    for name, value in [*experts.named_parameters(recurse=False)]:
+        held = value.new_empty(0)
+        for expert, whole in enumerate(value.data):
+            parts = cut_tensor(experts, name, whole, sub_experts)
+            if expert == 0:
+                held = parts.new_empty(len(value) * sub_experts, *parts.shape[1:])
+            held[expert * sub_experts : (expert + 1) * sub_experts] = parts
+        setattr(experts, name, nn.Parameter(held, requires_grad=value.requires_grad))
+    experts.register_state_dict_post_hook(functools.partial(_joined, sub_experts))
+
+
+def cut_tensor(experts, name, whole, sub_experts):
+    """Cut one expert's part of a tensor of an experts module into those of its sub-experts, [N, ...]; all N add its output's bias once."""
+    if name == "down_proj_bias":
+        return (whole / sub_experts).expand(sub_experts, -1)
+    turned = experts.is_transposed and whole.ndim == 2
+    rows = whole.T if turned else whole
+    if name == "down_proj":
+        parts = rows.unflatten(1, (sub_experts, -1)).transpose(0, 1)
+    else:
+        # Rows of gate and up, one after the other or in turns; or one kind of row.
+        kinds = 2 if name.startswith("gate_up") and experts.is_concatenated else 1
+        parts = rows.unflatten(0, (kinds, sub_experts, -1)).transpose(0, 1).flatten(1, 2)
+    return parts.transpose(1, 2) if turned else parts
+
+
+def _joined(sub_experts, experts, state, prefix, _):
+    """Put tensors that `cut` has cut together again, in a state dict."""
+    for name, _ in experts.named_parameters(recurse=False):
+        parts = state[prefix + name].unflatten(0, (-1, sub_experts))
+        if name == "down_proj_bias":
+            state[prefix + name] = parts.sum(1)
+            continue
+        turned = experts.is_transposed and parts.ndim == 4
+        rows = parts.transpose(2, 3) if turned else parts
+        if name == "down_proj":
+            whole = rows.transpose(1, 2).flatten(2, 3)
+        else:
+            kinds = 2 if name.startswith("gate_up") and experts.is_concatenated else 1
+            whole = rows.unflatten(2, (kinds, -1)).transpose(1, 2).flatten(1, 3)
+        state[prefix + name] = (whole.transpose(1, 2) if turned else whole).contiguous()
+
+
 def inner_projection(experts):
     """What an experts module calls the matrix that its inputs are multiplied with."""
     return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
@@ -260,7 +313,7 @@ def two_level_router(block, config, tensors):
     """The two-level router of one MoE block (with a router and `experts`, weights loaded) of a refactored model.
 
     Args:
-        block: the MoE block.
+        block: the MoE block; its experts have been cut, see `cut`, where they are stored whole.
         config: the refactored model's config.
         tensors: the block's entries of the router file.
     """
@@ -271,7 +324,7 @@ def two_level_router(block, config, tensors):
     parts = {name: value.to(_device(router)) for name, value in tensors.items() if name in _SUB_ROUTER}
     if "gate_neurons" in tensors:
         parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"], groups)
-    original, experts = _original_router(router, config, state), block.experts.num_experts // recipe["sub_experts"]
+    original, experts = _original_router(router, config, state) if state else None, block.experts.num_experts // recipe["sub_experts"]
     activation = activation_of(block.experts)
     return TwoLevelRouter(original, experts, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, activation, groups)
 
@@ -303,12 +356,14 @@ def install(block, two_level, active, layer):
         uninstall(block)
     experts.two_level = two_level
     experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
-    router_of(block).forward = two_level.route
+    if two_level.original is not None:
+        router_of(block).forward = two_level.route
 
 
 def uninstall(block):
     """Undo `install`: the family's own router routes the block again."""
-    del block.experts.two_level, block.experts.forward, router_of(block).forward
+    del block.experts.two_level, block.experts.forward
+    router_of(block).__dict__.pop("forward", None)
 
 
 def router_tensors(path):
@@ -337,8 +392,12 @@ def attach(model, folder):
         raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")
     tensors, names = router_tensors(os.path.join(folder, ROUTER_FILE)), {id(module): name for name, module in model.named_modules()}
     blocks = moe_blocks(model)
-    model.prism_active = ActiveK([getattr(config, recipe["top_k"])] * len(blocks))
+    # As config.json says, or a caller of `from_pretrained`.
+    k = getattr(config, recipe["top_k"]) if recipe.get("stock", True) else full_k(config)
+    model.prism_active = ActiveK([k] * len(blocks))
     for layer, block in enumerate(blocks):
+        if not recipe.get("stock", True) and not hasattr(block.experts, "two_level"):
+            cut(block.experts, recipe["sub_experts"])
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
     return model
 
@@ -379,6 +438,9 @@ def set_active(model, k):
         ValueError: k is not between 1 and N times the original top-k, or has not one number per MoE layer.
     """
     most, active = full_k(model.config), getattr(model, "prism_active", None)
+    prism = model.config.get_text_config().prism
+    if active is None and not prism.get("stock", True):
+        raise ValueError("this model is the original without two-level routing; attach it first")
     gates = moe_gates(model) if active is None else []
     layers = len(gates or active.per_layer)
     per_layer = [k] * layers if isinstance(k, int) else list(k)
@@ -386,12 +448,22 @@ def set_active(model, k):
         raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {layers} MoE layers")
     _check_k(per_layer, most)
     # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
-    config = model.config.get_text_config()
-    setattr(config, config.prism["top_k"], max(per_layer))
+    if prism.get("stock", True):
+        setattr(model.config.get_text_config(), prism["top_k"], max(per_layer))
     if active is not None:
         active.per_layer, active.per_token = per_layer, None
     for layer, gate in enumerate(gates):
-        gate.top_k = per_layer[layer]
+        set_top_k(gate, prism["top_k"], per_layer[layer])
+
+
+def set_top_k(router, key, k):
+    """Let a family's own router choose k experts; `key`: what its config calls that number."""
+    if hasattr(router, "top_k"):
+        router.top_k = k
+    else:
+        # A config of its own: layers may differ.
+        router.config = copy.copy(router.config)
+        setattr(router.config, key, k)
 
 
 def set_token_active(model, token_k):

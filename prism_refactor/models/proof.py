@@ -1,7 +1,8 @@
 """Proof that a split of experts is exact: a small random model and what becomes of it give the same.
 
 `prove` splits a small model in every way that may be right, and accepts the one whose logits and experts' outputs are the source's, with
-the stock router and with the two-level router, where every other way is further off.
+the stock router and with the two-level router, where every other way is further off. `prove_in_place` cuts the experts of a model that is
+else left as it is.
 """
 
 import itertools
@@ -15,8 +16,8 @@ from torch import nn
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, routing_state
-from prism_refactor.models.modeling_prism import ActiveK, full_k, install, places, router_of, two_level_router, uninstall
+from prism_refactor.models.architectures import Architecture, dotted, moe_block, original_routing, repeat_routing, routing, routing_state
+from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, places, router_of, two_level_router, uninstall
 from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
@@ -31,7 +32,7 @@ def moe_blocks(model: Any) -> Iterator[tuple[str, Any]]:
     for index, layer in enumerate(layers):
         found = moe_block(layer)
         if found is not None:
-            yield f"{name}.{index}.{found[0]}", found[1]
+            yield dotted(name, str(index), found[0]), found[1]
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,19 @@ class Proof:
         architecture: how the model is split.
         experts: class of the experts module.
         stock: largest difference of a logit, or of an output of the experts, between the small model and its split, at full k; in units of
-            the standard deviation of what differs, where that is above 1.
+            the standard deviation of what differs, where that is above 1. Where its own classes cannot run the split one, of the model with
+            neurons in another order.
         two_level: the same with the two-level router.
-        runner_up: of the second best plan.
+        runner_up: of the second best plan; 0 where there is one plan.
+        obstacle: why its own classes cannot run the split model; None if they can.
     """
 
     architecture: Architecture
     experts: str
     stock: float
     two_level: float
-    runner_up: float
+    runner_up: float = 0.0
+    obstacle: str | None = None
 
 
 def random_model(config: Any) -> Any:
@@ -70,7 +74,8 @@ def random_model(config: Any) -> Any:
             elif not name.endswith(("A_log", "dt_bias")):
                 value.data.add_(torch.randn_like(value), alpha=0.1)
         for _, block in moe_blocks(model):
-            router_of(block).weight.data.mul_(4)
+            for value in router_of(block).parameters():
+                value.data.mul_(4 if value.ndim == 2 else 1)
             for value in routing_state(block).values():
                 if value.is_floating_point() and value.numel() == max(value.shape):
                     # Large enough to decide which experts are chosen.
@@ -88,6 +93,7 @@ class _Run:
     Attributes:
         logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
         outputs: of every experts module that ran, [T, H].
+        given: its arguments: inputs [T, H], experts int64 [T, K], weights [T, K].
         calls: (positional arguments, named ones, output) of every decoder layer.
         leaves_for_later: whether layers are given an empty dict or list, where they leave something for later ones.
     """
@@ -95,13 +101,11 @@ class _Run:
     @torch.inference_mode()
     def __init__(self, model: Any, seed: int = 1):
         self.outputs: list[torch.Tensor] = []
+        self.given: list[tuple[torch.Tensor, ...]] = []
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         vocabulary = model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
-        handles = [
-            block.experts.register_forward_hook(lambda module, given, output: self.outputs.append(output.flatten(0, -2)))
-            for _, block in moe_blocks(model)
-        ]
+        handles = [block.experts.register_forward_hook(self._experts_ran) for _, block in moe_blocks(model)]
         layers = layers_of(model)[1]
         self.leaves_for_later = False
         handles.append(layers[0].register_forward_pre_hook(self._look_at, with_kwargs=True))
@@ -112,6 +116,10 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _experts_ran(self, _: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.given.append(given)
+        self.outputs.append(output.flatten(0, -2))
 
     def _look_at(self, _: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.leaves_for_later = any(isinstance(value, dict | list) and not value for value in named.values())
@@ -162,6 +170,71 @@ def _same(one: Any, other: Any) -> bool:
     return True
 
 
+@torch.inference_mode()
+def _is_plain(model: Any, run: _Run) -> bool:
+    """`Architecture.plain_router`, from a run of a small model."""
+    for (_, block), (inputs, experts, _) in zip(moe_blocks(model), run.given, strict=True):
+        router = router_of(block)
+        try:
+            _, _, found = routing(block, inputs)
+            own, router.top_k = router.top_k, 1
+            _, _, best = routing(block, inputs)
+            router.top_k = own
+        except Exception:
+            return False
+        if not torch.equal(found, experts) or best.shape[1] != 1:
+            return False
+    return True
+
+
+def _first_run(config: Any) -> tuple[Any, _Run]:
+    """A small random model, and what it gives."""
+    source = random_model(config)
+    try:
+        exact = _Run(source)
+    except Exception as error:
+        raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
+    if len(exact.outputs) != len(list(moe_blocks(source))):
+        raise InputError("some of its MoE layers do not run on text")
+    return source, exact
+
+
+def _stream_facts(model: Any, run: _Run) -> dict[str, Any]:
+    """Fields of its `Architecture` that say how a model runs."""
+    rows, length, _ = run.logits.shape
+    streams = run.calls[0][0][0].numel() // (rows * length * model.config.hidden_size)
+    return {"carried": _carried(model, run), "streams": streams, "plain_router": _is_plain(model, run)}
+
+
+def prove_in_place(config: Any, keys: list[str], obstacle: str) -> Proof:
+    """Cut the experts of a random model of a small config, all else left as it is.
+
+    Args:
+        config: small.
+        keys: of the numbers of experts and of a token's experts, and of their width.
+        obstacle: why its own classes cannot run the split model.
+
+    Raises:
+        InputError: the outputs change, or the model cannot be run a layer at a time.
+    """
+    source, exact = _first_run(config)
+    architecture = Architecture(*keys, shared_weight=False, stock=False, **_stream_facts(source, exact))
+    generator = torch.Generator().manual_seed(2)
+    for _, block in moe_blocks(source):
+        fused = FusedExperts(block.experts)
+        experts, _, width = fused.shape
+        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])
+        for name, value in fused.reordered(order).items():
+            getattr(block.experts, name).data.copy_(value)
+    stock = _Run(source).difference(exact)
+    for _, block in moe_blocks(source):
+        cut(block.experts, TRIED)
+    two_level = _two_level(source, source, architecture).difference(exact)
+    if not max(stock, two_level) < TOLERANCE:
+        raise InputError(f"cutting its experts in place changes its outputs by {max(stock, two_level):.2g}")
+    return Proof(architecture, type(block.experts).__name__, stock, two_level, obstacle=obstacle)
+
+
 def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Proof:
     """Split a random model of a small config in every way that may be right.
 
@@ -173,23 +246,15 @@ def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Pr
     Raises:
         InputError: no way is right, or the model cannot be run a layer at a time.
     """
-    source = random_model(config)
-    try:
-        exact = _Run(source)
-    except Exception as error:
-        raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
-    blocks = list(moe_blocks(source))
-    if len(exact.outputs) != len(blocks):
-        raise InputError("some of its MoE layers do not run on text")
-    carried, first = _carried(source, exact), exact.calls[0][0][0]
-    streams = first.numel() // (exact.logits.shape[0] * exact.logits.shape[1] * config.hidden_size)
+    source, exact = _first_run(config)
+    facts = _stream_facts(source, exact)
     best = float("inf")
     # First without: a router that chooses groups by their best expert needs nothing for them.
     for multiplied in ((), *groups):
         grouped = multiplied[0] if multiplied else None
         keys, split = find_keys(multiplied)
         target = random_model(split)
-        found = sorted(_differences(source, target, keys, (grouped, carried, streams), exact), key=lambda pair: pair[0])
+        found = sorted(_differences(source, target, keys, facts | {"grouped": grouped}, exact), key=lambda pair: pair[0])
         (difference, architecture), (second, _) = found[:2]
         best = min(best, difference)
         if difference < TOLERANCE and second > WORSE * difference:
@@ -197,14 +262,14 @@ def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Pr
             two_level = _two_level(source, target, architecture).difference(exact)
             if not two_level < TOLERANCE:
                 raise InputError(f"with the two-level router its outputs change by {two_level:.2g}")
-            return Proof(architecture, type(blocks[0][1].experts).__name__, difference, two_level, second)
+            return Proof(architecture, type(next(moe_blocks(source))[1].experts).__name__, difference, two_level, second)
     raise InputError(f"no way to split its experts leaves its outputs as they are; they change by {best:.2g}")
 
 
 def _differences(
-    source: Any, target: Any, keys: list[str], more: tuple[str | None, tuple[str, ...], int], exact: _Run
+    source: Any, target: Any, keys: list[str], facts: dict[str, Any], exact: _Run
 ) -> Iterator[tuple[float, Architecture]]:
-    """(difference from the source, plan) of every plan with some keys; `more`: the last fields of all."""
+    """(difference from the source, plan) of every plan with some keys; `facts`: fields of all."""
     # Of the split model, which has two experts at least.
     routing = routing_state(next(moe_blocks(target))[1])
     vectors = [name for name, value in routing.items() if value.ndim == 1 or min(value.shape) == 1]
@@ -213,7 +278,7 @@ def _differences(
     count = 0 if getattr(source.config, experts) == getattr(source.config, top_k) else len(vectors)
     subsets = [chosen for size in range(count + 1) for chosen in itertools.combinations(vectors, size)]
     for shared, divided in itertools.product((True, False), subsets[:8]):
-        architecture = Architecture(experts, top_k, width, tuple(multiplied), shared, divided, *more)
+        architecture = Architecture(experts, top_k, width, tuple(multiplied), shared, divided, **facts)
         _fill(source, target, architecture)
         yield _Run(target).difference(exact), architecture
 
@@ -239,14 +304,15 @@ def _fill(source: Any, target: Any, architecture: Architecture) -> None:
 def _two_level(source: Any, target: Any, architecture: Architecture) -> _Run:
     """The split model at full k with its two-level router."""
     config = target.config
-    sizes = {key: getattr(source.config, key) for key in architecture.keys}
-    groups = architecture.groups(source.config)
-    config.prism = vars(PrismConfig(TRIED, architecture.factor(TRIED), "linear", architecture.top_k, sizes, groups))
+    sizes, groups = architecture.sizes(source.config), architecture.groups(source.config)
+    factor = architecture.factor(TRIED)
+    config.prism = vars(PrismConfig(TRIED, factor, "linear", architecture.top_k, sizes, groups, stock=architecture.stock))
     active = ActiveK([full_k(config)])
     blocks = list(zip(moe_blocks(source), moe_blocks(target), strict=True))
     try:
         for (_, before), (_, after) in blocks:
-            install(after, two_level_router(after, config, original_routing(before)), active, 0)
+            original = original_routing(before) if architecture.stock else {}
+            install(after, two_level_router(after, config, original), active, 0)
         return _Run(target)
     except Exception as error:
         raise InputError(f"the two-level router does not run in it: {one_line(error)}") from error

@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from prism_refactor.errors import InputError
-from prism_refactor.models.modeling_prism import activation_of, auto_class, inner_projection
+from prism_refactor.models.modeling_prism import activation_of, auto_class, cut_tensor, inner_projection
 
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -286,40 +286,44 @@ class FusedExperts:
         Raises:
             InputError: scaling overflows the dtype (only fp16 can).
         """
-        experts = self.module
         result: dict[str, torch.Tensor] = {}
         total, sub_experts = held.shape
         for expert in range(total):
-            inner = getattr(experts, self.inner)[expert]
-            parts = {self.inner: self._cut_rows(inner, order[expert], sub_experts, experts.is_transposed)}
-            columns = experts.down_proj[expert].T if experts.is_transposed else experts.down_proj[expert]
-            scaled = columns[:, order[expert]] * factor
-            if not torch.isfinite(scaled).all():
-                raise InputError(
-                    f"expert {expert}: down_proj times {factor} overflows {scaled.dtype}; convert the checkpoint to bf16 first"
-                )
-            cut = scaled.unflatten(1, (sub_experts, -1)).transpose(0, 1)
-            parts["down_proj"] = cut.transpose(1, 2) if experts.is_transposed else cut
-            if experts.has_bias:
-                bias = getattr(experts, f"{self.inner}_bias")[expert][:, None]
-                parts[f"{self.inner}_bias"] = self._cut_rows(bias, order[expert], sub_experts, transposed=False)[..., 0]
-                # All N sub-experts together add the expert's bias once.
-                parts["down_proj_bias"] = (experts.down_proj_bias[expert] * (factor / sub_experts)).expand(sub_experts, -1)
-            for name, value in parts.items():
+            for name, whole in self._reordered(expert, order[expert], factor):
+                parts = cut_tensor(self.module, name, whole, sub_experts)
                 if name not in result:
-                    result[name] = value.new_empty(total * sub_experts, *value.shape[1:])
-                result[name][held[expert]] = value
+                    result[name] = parts.new_empty(total * sub_experts, *parts.shape[1:])
+                result[name][held[expert]] = parts
         return result
 
-    def _cut_rows(self, matrix: torch.Tensor, order: torch.Tensor, sub_experts: int, transposed: bool) -> torch.Tensor:
-        """Return [N, 2C / N, H] (transposed like the source) of one expert's gate and up rows [2C, H]; a row for two without gate."""
-        rows = matrix.T if transposed else matrix
-        # The two rows of a neuron are C apart, or neighbours.
-        together, each = self.module.is_concatenated, len(rows) // len(order)
-        pairs = rows.unflatten(0, (each, -1)) if together else rows.unflatten(0, (-1, each)).transpose(0, 1)
-        cut = pairs[:, order].unflatten(1, (sub_experts, -1)).transpose(0, 1)
-        cut = (cut if together else cut.transpose(1, 2)).flatten(1, 2)
-        return cut.transpose(1, 2) if transposed else cut
+    def reordered(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors of the module with each expert's neurons in another order, int64 [E, C], and the same outputs."""
+        result: dict[str, torch.Tensor] = {}
+        for expert in range(len(order)):
+            for name, whole in self._reordered(expert, order[expert], 1):
+                result.setdefault(name, torch.empty_like(getattr(self.module, name)))[expert] = whole
+        return result
+
+    def _reordered(self, expert: int, order: torch.Tensor, factor: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of one expert, its neurons in another order and its output multiplied with a factor."""
+        for name, value in self.module.named_parameters(recurse=False):
+            whole = value.data[expert]
+            if name == "down_proj_bias":
+                yield name, whole * factor
+                continue
+            turned = self.module.is_transposed and whole.ndim == 2
+            rows = whole.T if turned else whole
+            if name == "down_proj":
+                rows = rows[:, order] * factor
+                if not torch.isfinite(rows).all():
+                    raise InputError(
+                        f"expert {expert}: down_proj times {factor} overflows {rows.dtype}; convert the checkpoint to bf16 first"
+                    )
+            elif self.module.is_concatenated:
+                rows = rows.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+            else:
+                rows = rows.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+            yield name, rows.T if turned else rows
 
 
 class ExpertSlots(nn.Module):
