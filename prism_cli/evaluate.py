@@ -111,6 +111,10 @@ def _request(model: "RefactoredCheckpoint", choices: str | None, router: str, al
     routers = ["stock", "two-level"] if router == "both" else [router]
     if not prism.has_router:
         routers = ["stock"]
+    if not prism.stock:
+        if router == "stock":
+            raise UsageError(f"--router stock: {model.path} as a stock model is the original; use --router two-level")
+        routers = ["two-level"]
     if allocated and "two-level" not in routers:
         raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
     values = _choices(choices, prism.max_active) if choices else prism.whole_experts

@@ -56,8 +56,11 @@ def main(
 
     check_target(out_dir, refactored_dir, overwrite, MANIFEST)
     checkpoint = RefactoredCheckpoint(refactored_dir)
+    if router == "stock" and not checkpoint.prism.stock:
+        raise UsageError(f"--router stock: {refactored_dir} as a stock model is the original; use --router two-level")
     if router == "two-level" and checkpoint.prism.router != "linear":
-        raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; use --router stock")
+        otherwise = "use --router stock" if checkpoint.prism.stock else "refactor with --router linear"
+        raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; {otherwise}")
     full = checkpoint.prism.max_active
     most = full - 1 if router == "two-level" else full
     first, last = first_k or max(1, full // 4), last_k or max(1, full * 3 // 4)

@@ -73,6 +73,12 @@ RECIPE_OPTIONS = (
 )
 
 
+_TWO_LEVEL_ONLY = (
+    "two-level only: its own classes cannot run split experts (prism-profile --explain says why), so experts are split when\n"
+    "prism_refactor.load or trust_remote_code loads the result; a plain load is the original"
+)
+
+
 def _list_architectures(context: click.Context, _: click.Parameter, asked: bool) -> None:
     """Callback of an eager flag: print the families and exit."""
     if asked:
@@ -218,7 +224,9 @@ def _summary(manifest: Manifest, out_dir: Path) -> str:
         rows.append([layer.layer, len(layer.experts), min(expert.tokens for expert in layer.experts), f"{before:.3f}", f"{after:.3f}"])
     header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned"]
     changes = ", ".join(f"{key} {value} -> {manifest.result[key]}" for key, value in manifest.source.sizes.items())
-    notes = "\n".join(engine_notes(manifest.result, manifest.source.model_type))
+    notes = "\n".join(engine_notes(manifest.result, manifest.source.model_type, manifest.source.stock))
+    if not manifest.source.stock:
+        notes = f"{_TWO_LEVEL_ONLY}\n{notes}"
     recipe = manifest.recipe
     caption = (
         f"dropped: mean share of an expert's activation outside each token's best {recipe.kept} of {recipe.sub_experts} sub-experts\n"
@@ -244,7 +252,7 @@ def _json_summary(manifest: Manifest, out_dir: Path, found: list[tuple[Requireme
     required = [{"requirement": item.text, "value": value, "holds": item.holds(value)} for item, value in found]
     seconds = {stage: round(value, 3) for stage, value in seconds.items()}
     sizes = {key: {"source": before, "result": manifest.result[key]} for key, before in manifest.source.sizes.items()}
-    engines = engine_notes(manifest.result, manifest.source.model_type)
+    engines = engine_notes(manifest.result, manifest.source.model_type, manifest.source.stock)
     found_all = {"sizes": sizes, "layers": layers, "engines": engines, "required": required, "seconds": seconds}
     return json.dumps({"out_dir": str(out_dir)} | found_all, indent=2)
 
@@ -265,6 +273,7 @@ def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers:
         f"disk: {gib(plan.disk_needed)} to write, {gib(plan.disk_free)} free",
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
         f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {shared}, besides fitting and writing",
-        *engine_notes(plan.after, plan.model_type),
+        *([] if plan.stock else [_TWO_LEVEL_ONLY]),
+        *engine_notes(plan.after, plan.model_type, plan.stock),
     ]
     return "\n".join(lines)

@@ -99,6 +99,7 @@ class PrismConfig:
         keys: those of `source` in that order, which is lost where somebody sorts a JSON object; empty in checkpoints of version 0.2.
         stock: whether the checkpoint is a model of split experts in the family's own classes. Else it is the original, with each expert's
             neurons in another order, and its experts are cut when the two-level router is attached.
+        plain_router: see `Architecture.plain_router`.
     """
 
     sub_experts: int
@@ -110,6 +111,7 @@ class PrismConfig:
     carried: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     stock: bool = True
+    plain_router: bool = True
 
     @property
     def max_active(self) -> int:
@@ -167,6 +169,7 @@ class Source:
         sizes: those that the refactoring changes, by config key.
         quantised: how its weights are, as its config.json names it; None if they are not.
         dense: the model type of a dense original, which was read as a `model_type` of one expert; None of a Mixture of Experts.
+        stock: see `PrismConfig.stock`.
     """
 
     name: str
@@ -175,6 +178,7 @@ class Source:
     sizes: dict[str, int]
     quantised: str | None = None
     dense: str | None = None
+    stock: bool = True
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,26 @@ FAMILIES = {
         "vision": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4},
     },
 }
+# Their own classes cannot run split experts.
+IN_PLACE = {
+    # Its dense network has the width of its experts.
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "intermediate_size": 32, "head_dim": 8},
+    # So have its dense layers; a mamba and an attention layer.
+    "jamba": {
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "intermediate_size": 32,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_d_conv": 2,
+        "mamba_dt_rank": 8,
+    },
+    # Its router chooses two experts, whatever it is told.
+    "phimoe": {"num_local_experts": 4, "intermediate_size": 32},
+}
 # Of a model of images and text: in the example's vocabulary.
 IMAGE_TOKENS = {"image_token_id": 4000, "video_token_id": 4001, "vision_start_token_id": 4002, "vision_end_token_id": 4003}
 # Enough calibration for a meaningful router, little enough for a test.
@@ -179,7 +199,7 @@ def command(capsys):
 
 def build(family: str, folder: Path, **changes) -> Path:
     """Save a small random model of a family, with the example's tokenizer; large weights, so that routing is not degenerate."""
-    values = SMALL | FAMILIES.get(family, {}) | {"initializer_range": 0.2} | changes
+    values = SMALL | (FAMILIES | IN_PLACE).get(family, {}) | {"initializer_range": 0.2} | changes
     model_type = values.pop("model_type", family)
     set_seed(0)
     if "vision" in values:

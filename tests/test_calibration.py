@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import EXAMPLE, FAMILIES, FAST, build, load, logits
+from conftest import EXAMPLE, FAMILIES, FAST, IN_PLACE, build, load, logits
 
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
@@ -20,7 +20,7 @@ from prism_refactor.models.stream import ComputeOptions, LayerStream
 QUICK = Calibration(num_samples=6, max_seq_length=48, tokens_per_expert=20, batch_size=4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | IN_PLACE)
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_streaming_gives_the_models_own_logits(models, token_ids, family, batch_size):
     stream = LayerStream(Checkpoint(models[family]), token_ids, ComputeOptions(torch.float32, batch_size=batch_size))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, FAMILIES, FAST, build, files, load
+from conftest import EXAMPLE, FAMILIES, FAST, IN_PLACE, build, files, load
 from safetensors.torch import load_file, save_file
 
 from prism_refactor.errors import InputError, UsageError
@@ -21,7 +21,7 @@ from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.models.writer import BLOCK, ShardWriter
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | IN_PLACE)
 def test_loading_layer_by_layer_gives_the_weights_that_transformers_loads(models, family):
     expected = load(models[family]).state_dict()
     layered = LayeredModel(Checkpoint(models[family]), torch.float32)

@@ -21,6 +21,8 @@ class CostModel:
 
     def __init__(self, checkpoint: Checkpoint, router: str, length: int):
         self.router, self.prism = router, PrismConfig.of(checkpoint.config)
+        # Of what is stored as one expert.
+        self.parts = 1 if self.prism is None or self.prism.stock else self.prism.sub_experts
         is_proxy = router == "two-level" and self.prism is not None and self.prism.router == "proxy"
         self.gate_neurons = Manifest.read(checkpoint.path).recipe.gate_neurons if is_proxy else 0
         model: Any = LayeredModel(checkpoint, None).model
@@ -44,7 +46,7 @@ class CostModel:
         """At k experts, or sub-experts, in each MoE layer."""
         parameters, flops = self.dense, self.fixed_flops
         for block, k in zip(self.blocks, per_layer, strict=True):
-            one = sum(math.prod(parameter.shape[1:]) for parameter in block.experts.parameters())
+            one = sum(math.prod(parameter.shape[1:]) for parameter in block.experts.parameters()) // self.parts
             extra_parameters, extra_flops = self._two_level(block, k) if self.router == "two-level" else (0, 0)
             parameters += k * one + extra_parameters
             flops += 2 * k * one + extra_flops
@@ -54,7 +56,8 @@ class CostModel:
         """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
         assert self.prism is not None
         sub_experts, full = self.prism.sub_experts, self.prism.max_active
-        total, hidden, _ = FusedExperts(block.experts).shape
+        stored, hidden, _ = FusedExperts(block.experts).shape
+        total = stored * self.parts
         gate = total // sub_experts * hidden
         if k == full:
             return gate, 2 * gate

@@ -1,5 +1,6 @@
 """Next-token losses of one checkpoint at many operating points, in one pass over its layers."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from prism_refactor.events import Events
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
-from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, install, router_of, router_tensors, two_level_router, uninstall
+from prism_refactor.models.modeling_prism import (
+    ROUTER_FILE,
+    ActiveK,
+    install,
+    router_of,
+    router_tensors,
+    set_top_k,
+    two_level_router,
+    uninstall,
+)
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import MoeBlock
 from prism_refactor.routing.output import two_level_output
@@ -80,11 +90,11 @@ def stream_losses(
             found = moe_block(layer)
             two_level = None
             if found is not None and routers:
-                two_level = two_level_router(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+                two_level = two_level_router(found[1], checkpoint.config, routers[stream.layered.moe_blocks[index]])
             for number, point in enumerate(points):
                 with ExitStack() as stack:
                     if found is not None:
-                        stack.enter_context(_routed(found[1], two_level, point, moe_layers))
+                        stack.enter_context(_routed(found[1], two_level, point, moe_layers, checkpoint.architecture.top_k))
                     calls = stack.enter_context(_calls_of(found[1])) if found is not None and measure_layers and number == 0 else None
                     stream.advance(index, state=number)
                     if found is not None and calls is not None:
@@ -97,17 +107,31 @@ def stream_losses(
 
 
 @contextmanager
-def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int) -> Iterator[None]:
-    """Let a block route as an operating point says."""
+def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int, key: str) -> Iterator[None]:
+    """Let a block route as an operating point says; `key`: what the config calls the number of a token's experts."""
     if point.router != "two-level":
-        router_of(block).top_k = point.k[moe_layer]
-        yield
+        k = point.k[moe_layer]
+        set_top_k(router_of(block), key, k)
+        handle = block.experts.register_forward_pre_hook(functools.partial(_heaviest, k))
+        try:
+            yield
+        finally:
+            handle.remove()
         return
     install(block, two_level, ActiveK(point.k), moe_layer)
     try:
         yield
     finally:
         uninstall(block)
+
+
+def _heaviest(k: int, _: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """What experts are given: of a router that always chooses the same number, the k of the largest weights."""
+    hidden, experts, weights = arguments
+    if experts.shape[1] <= k:
+        return None
+    kept = weights.topk(k).indices
+    return hidden, experts.gather(1, kept), weights.gather(1, kept)
 
 
 @contextmanager

@@ -44,10 +44,10 @@ class Architecture:
 
     @classmethod
     def of_refactored(cls, prism: PrismConfig) -> "Architecture":
-        """Return what a refactored checkpoint says about its original; `divided`, `streams` and `plain_router` are not known."""
+        """Return what a refactored checkpoint says about its original; `divided` and `streams` are not known."""
         num_experts, top_k, width, *multiplied = prism.keys or prism.source
-        carried = tuple(prism.carried)
-        return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, carried=carried, stock=prism.stock)
+        known = {"carried": tuple(prism.carried), "stock": prism.stock, "plain_router": prism.plain_router}
+        return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, **known)
 
     @property
     def keys(self) -> tuple[str, ...]:

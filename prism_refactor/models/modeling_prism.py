@@ -313,15 +313,19 @@ def two_level_router(block, config, tensors):
     """The two-level router of one MoE block (with a router and `experts`, weights loaded) of a refactored model.
 
     Args:
-        block: the MoE block; its experts have been cut, see `cut`, where they are stored whole.
+        block: the MoE block; its experts are cut where the checkpoint holds them whole and this was not done before.
         config: the refactored model's config.
         tensors: the block's entries of the router file.
     """
     config = config.get_text_config()
     router, recipe = router_of(block), config.prism
+    if not recipe.get("stock", True) and block.experts.num_experts == recipe["source"][(recipe.get("keys") or [*recipe["source"]])[0]]:
+        cut(block.experts, recipe["sub_experts"])
     groups = recipe.get("groups", 1)
     state = {name.removeprefix("original."): value for name, value in tensors.items() if name.startswith("original.")}
-    parts = {name: value.to(_device(router)) for name, value in tensors.items() if name in _SUB_ROUTER}
+    # Of what is in memory, whoever loads which part.
+    device = _device(router if state else block.experts)
+    parts = {name: value.to(device) for name, value in tensors.items() if name in _SUB_ROUTER}
     if "gate_neurons" in tensors:
         parts |= _gate_neuron_rows(block.experts, tensors["gate_neurons"], groups)
     original, experts = _original_router(router, config, state) if state else None, block.experts.num_experts // recipe["sub_experts"]
@@ -329,9 +333,9 @@ def two_level_router(block, config, tensors):
     return TwoLevelRouter(original, experts, recipe["sub_experts"], recipe["factor"], recipe["router"], parts, activation, groups)
 
 
-def _device(router):
-    """Where a router's tensors are."""
-    return next(itertools.chain(router.parameters(), router.buffers())).device
+def _device(module):
+    """Where a module's tensors are."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")
@@ -396,8 +400,6 @@ def attach(model, folder):
     k = getattr(config, recipe["top_k"]) if recipe.get("stock", True) else full_k(config)
     model.prism_active = ActiveK([k] * len(blocks))
     for layer, block in enumerate(blocks):
-        if not recipe.get("stock", True) and not hasattr(block.experts, "two_level"):
-            cut(block.experts, recipe["sub_experts"])
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
     return model
 

@@ -332,6 +332,11 @@ def load_offloaded(
         raise InputError(
             f"{folder}: is quantised ({checkpoint.quantised}), and experts are read as they are stored; offload a bf16 checkpoint"
         )
+    prism = PrismConfig.of(checkpoint.config)
+    if prism and not prism.stock:
+        raise InputError(
+            f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; load it without offloading"
+        )
     if checkpoint.dense:
         raise InputError(f"{folder}: is a dense {checkpoint.dense}; refactor it first")
     layered = LayeredModel(checkpoint, checkpoint.dtype or torch.float32, device)
@@ -345,7 +350,6 @@ def load_offloaded(
         slots = _slots(disk, fast_memory, _most(checkpoint))
         _check_memory(disk, slots, fast_memory, read, device)
         _load_resident(layered, set(modules))
-        prism = PrismConfig.of(checkpoint.config)
         if prism and prism.has_router:
             _attach(layered, blocks, folder)
         copy_out_of_files(model, device)
@@ -353,6 +357,10 @@ def load_offloaded(
         pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
         cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
         unneeded.callback(cache.close)
+        if not checkpoint.architecture.plain_router:
+            if prefetch == "router":
+                raise UsageError("`prefetch` router: the model's router reads more than the experts' input; use activation or none")
+            prefetch = "activation" if prefetch == "both" else prefetch
         model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
         for number, block in enumerate(blocks.values()):
             block.experts.offload, block.experts.offload_layer = model.offload, number

@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 _TWO_LEVEL = """
-With the two-level router, which loses much less below {most}:
+{two_level}
 
 ```python
 model = {loader}.from_pretrained(folder, trust_remote_code=True{active})
@@ -31,7 +31,9 @@ import prism_refactor
 model = prism_refactor.load(folder, k={half})
 prism_refactor.set_active(model, {most})  # as often as you like
 ```
+"""
 
+_PLUGIN = """
 In vLLM, with the plugin `prism-vllm` (without it vLLM runs the stock router):
 
 ```sh
@@ -64,7 +66,15 @@ def model_card(manifest: Manifest, loader: str) -> str:
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     values["stock_active"] = "" if source.dense else values["active"]
     before, after = manifest.dropped
-    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type))
+    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type, source.stock))
+    values["two_level"] = f"With the two-level router, which loses much less below {most}:"
+    loads = _STOCK + _TWO_LEVEL + _PLUGIN if recipe.has_router else _STOCK
+    if not source.stock:
+        loads = _STOCK + _TWO_LEVEL
+        values |= {"stock": f"As a plain `{source.model_type}` it is the original, which cannot run split experts:", "stock_active": ""}
+        values["two_level"] = f"With the two-level router, which splits them in memory, at any k from 1 to {most}:"
+        # Its config has the original's number.
+        values["active"] = ""
     text = f"""---
 library_name: transformers
 tags: [mixture-of-experts, elastic, prism-refactor]
@@ -75,7 +85,7 @@ Every {"feed-forward network" if source.dense else "expert"} of `{source.name}` 
 neurons fire together (MoE-Prism, arXiv 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where
 the original {"runs all" if source.dense else f"chooses from 1 to {source.sizes[top_k]} whole experts"}. {trained} {exact}
 
-{_STOCK.format(**values)}{_TWO_LEVEL.format(**values) if recipe.has_router else ""}
+{loads.format(**values)}
 ## Where it runs
 
 {engines}

@@ -21,12 +21,13 @@ def _classes() -> dict[str, Any]:
     return dict(json.loads(CLASSES.read_text()))
 
 
-def engine_notes(sizes: dict[str, int], model_type: str) -> list[str]:
+def engine_notes(sizes: dict[str, int], model_type: str, stock: bool = True) -> list[str]:
     """Return a sentence for each engine, and one more where experts are narrow.
 
     Args:
         sizes: the sizes after refactoring, by config key: number of experts, top-k, width, perhaps others.
         model_type: of the refactored model.
+        stock: whether its own classes run the split experts; else they run the original.
 
     Example:
         >>> engine_notes({"num_experts": 1024, "num_experts_per_tok": 128, "intermediate_size": 64}, "olmoe")[0]
@@ -43,7 +44,9 @@ def engine_notes(sizes: dict[str, int], model_type: str) -> list[str]:
         ("llama.cpp", LLAMA_CPP_EXPERTS, "the stock router", "it does not run it"),
     ):
         known = _classes()[engine]
-        if experts > most:
+        if not stock:
+            notes.append(f"{engine}: runs it as the original, if it runs {model_type}")
+        elif experts > most:
             notes.append(f"{engine}: cannot run it: {experts} sub-experts in a layer, its limit is {most}; lower --sub-experts")
         elif model_type not in known["model_types"]:
             notes.append(f"{engine}: has no class for {model_type} ({known['release']}); {otherwise}")

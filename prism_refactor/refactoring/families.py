@@ -43,8 +43,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 
 _INTRODUCTION = """# Families
 
-Written by `make docs` with transformers {version}: {count} families of Mixture-of-Experts models can be split. No list decides. For every
-config, `prism-refactor` builds a small random model of the same kind, finds which config keys set the number of experts, their width and
+Written by `make docs` with transformers {version}: {count} families of Mixture-of-Experts models can be split, {in_place} more for the
+two-level router only. No list decides. For every config, `prism-refactor` builds a small random model of the same kind, finds which config keys set the number of experts, their width and
 the number that a token uses, splits the experts, and compares. A family that is not in this table is tried in the same way.
 `prism-profile --explain MODEL_DIR` prints what is found for a checkpoint.
 
@@ -70,6 +70,14 @@ How it is exact: copies of an expert have equal rows in the router, so at full k
 - Layers that predict further tokens are copied as they are; their number (`num_nextn_predict_layers`) becomes 0, because the sizes are no
   longer theirs.
 """
+_IN_PLACE = """## Two-level only
+
+The classes of these families cannot run split experts, for the reason beside them. Their checkpoint is the original, with each expert's
+neurons in another order: a plain load, in transformers or another engine, is the original. `prism_refactor.load` and `trust_remote_code`
+cut the experts in memory, a layer at a time, and route them by two levels. `--router replicate`, offloading, and the vLLM plugin refuse
+such a checkpoint. "plain": the largest difference between the original and the plain load.
+"""
+_IN_PLACE_HEADER = ["model_type", "config keys", "plain", "two-level", "why"]
 _DENSE = """## Dense models
 
 A dense model is read as a Mixture of Experts of one expert, in a family whose attention and norms are the same; see [dense.md](dense.md).
@@ -114,7 +122,7 @@ def try_family(config: Any) -> dict[str, Any]:
     except InputError as error:
         return {"reason": str(error)}
     architecture = proof.architecture
-    return {
+    return ({"two_level_only": proof.obstacle} if proof.obstacle else {}) | {
         "keys": list(architecture.keys),
         "shared_weight": architecture.shared_weight,
         "divided": list(architecture.divided),
@@ -137,19 +145,26 @@ def _row(model_type: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parts(known: dict[str, Any]) -> tuple[list[list[str]], dict[str, str]]:
-    """Rows of the families that can be split, and the reasons why others cannot."""
+def _parts(known: dict[str, Any]) -> tuple[list[list[str]], list[list[str]], dict[str, str]]:
+    """Rows of the families that can be split, of those that can be for the two-level router only, and the reasons why others cannot."""
     families = known["families"]
-    rows = [_row(model_type, found) for model_type, found in families.items() if "reason" not in found]
-    return rows, {model_type: found["reason"] for model_type, found in families.items() if "reason" in found}
+    in_place = {model_type: found for model_type, found in families.items() if "two_level_only" in found}
+    refused = {model_type: found["reason"] for model_type, found in families.items() if "reason" in found}
+    rows = [_row(model_type, found) for model_type, found in families.items() if model_type not in in_place.keys() | refused.keys()]
+    return rows, [_in_place_row(model_type, found) for model_type, found in in_place.items()], refused
+
+
+def _in_place_row(model_type: str, found: dict[str, Any]) -> list[str]:
+    return [model_type, ", ".join(found["keys"]), f"{found['stock']:.1e}", f"{found['two_level']:.1e}", found["two_level_only"]]
 
 
 def page() -> str:
     """docs/architectures.md."""
     known = json.loads(PROVEN.read_text())
-    rows, refused = _parts(known)
-    lines = [_INTRODUCTION.format(version=known["transformers"], count=len(rows))]
+    rows, in_place, refused = _parts(known)
+    lines = [_INTRODUCTION.format(version=known["transformers"], count=len(rows), in_place=len(in_place))]
     lines += _markdown(_HEADER, rows)
+    lines += ["", _IN_PLACE, *_markdown(_IN_PLACE_HEADER, in_place)]
     lines += ["", _DENSE, *_markdown(_DENSE_HEADER, _dense_rows(known))]
     lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
     lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
@@ -174,11 +189,12 @@ def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 def listing() -> str:
     """The families as a table, for `--list-architectures`."""
     known = json.loads(PROVEN.read_text())
-    rows, refused = _parts(known)
+    rows, in_place, refused = _parts(known)
+    only = table(_IN_PLACE_HEADER, in_place)
     dense = table(_DENSE_HEADER, _dense_rows(known))
     reasons = "\n".join(f"not {model_type}: {reason}" for model_type, reason in refused.items())
     proven = f"proven with transformers {known['transformers']}; another family is tried when it comes: prism-profile --explain MODEL_DIR"
-    return f"{table(_HEADER, rows)}\n\n{dense}\n\n{reasons}\n{proven}"
+    return f"{table(_HEADER, rows)}\n\ntwo-level only\n{only}\n\n{dense}\n\n{reasons}\n{proven}"
 
 
 def explanation(folder: Path) -> str:
@@ -220,6 +236,10 @@ def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
             f"{proof.two_level:.1e} with the two-level one; of the next best split {proof.runner_up:.1e}",
         ),
     ]
+    if proof.obstacle:
+        proven = f"a small random model of its kind: largest difference {proof.stock:.1e} with neurons in another order, "
+        facts[-1] = ("proof", f"{proven}{proof.two_level:.1e} with its experts split in two and the two-level router")
+        facts.append(("two-level only", f"its own classes cannot run split experts: {proof.obstacle}"))
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.rjust(width)}  {value}" for name, value in facts]
     return "\n".join([f"{checkpoint.path} can be split:", *lines])

@@ -15,7 +15,7 @@ from prism_refactor.events import Events
 from prism_refactor.formats import ExpertReport, LayerReport, PrismConfig
 from prism_refactor.models.architectures import Architecture, original_routing, repeat_routing, routing, routing_state
 from prism_refactor.models.experts import experts_forward
-from prism_refactor.models.modeling_prism import places, router_of, two_level_router
+from prism_refactor.models.modeling_prism import cut, places, router_of, two_level_router
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
@@ -103,10 +103,14 @@ class LayerRefactoring:
         """
         labels = torch.from_numpy(np.stack([partition.labels for partition in self.partitions])).long()
         order = torch.from_numpy(np.stack([partition.order() for partition in self.partitions]))
-        weights = self._split(order)
+        stock = self.run.architecture.stock
+        weights = self._split(order) if stock else _named(FusedExperts(self.source.experts).reordered(order))
         _fill(self.target, weights)
+        if not stock:
+            del weights
+            cut(self.target.experts, self.recipe.sub_experts)
         fitting, held_out = self._sample().split()
-        stored = original_routing(self.source)
+        stored = original_routing(self.source) if stock else {}
         original = {name: value.float() for name, value in stored.items()}
         with self.run.timings.stage("fitting"), in_float32(self.target):
             fitted = self._fit_router(original, labels, fitting)
@@ -117,6 +121,9 @@ class LayerRefactoring:
             for tokens, partition in zip(self.statistics.tokens_routed.tolist(), self.partitions, strict=True)
         ]
         report = LayerReport(self.statistics.layer, errors, self.statistics.unrouted, experts)
+        if not stock:
+            # Together again.
+            weights = _named(self.target.experts.state_dict())
         return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
 
     def _sample(self) -> Routed:
@@ -131,7 +138,7 @@ class LayerRefactoring:
         held = places(len(order), prism.sub_experts, prism.groups)
         routing = repeat_routing(self.source, self.target, self.run.architecture, held)
         split = FusedExperts(self.source.experts).split(order, held, prism.factor)
-        return routing | {f"experts.{name}": value for name, value in split.items()}
+        return routing | _named(split)
 
     def _fit_router(self, original: Tensors, labels: torch.Tensor, fitting: Routed) -> Tensors:
         """Return the sub-router's entries of the router file."""
@@ -158,7 +165,8 @@ class LayerRefactoring:
         outputs: dict[str, Iterable[torch.Tensor]] = {}
         if self.run.architecture.plain_router:
             outputs["original"] = (stock_output(self.source, inputs, k) for k in experts)
-            outputs["stock"] = (stock_output(self.target, inputs, sub_experts * k) for k in experts)
+            if self.run.architecture.stock:
+                outputs["stock"] = (stock_output(self.target, inputs, sub_experts * k) for k in experts)
         if self.recipe.has_router:
             with in_float32(self.target):
                 two_level = two_level_router(self.target, self.config, router)
@@ -182,6 +190,11 @@ class LayerRefactoring:
             "after": self.statistics.coactivation_picture(expert, share, order[expert]),
             "expert": torch.tensor([expert]),
         }
+
+
+def _named(experts: Tensors) -> Tensors:
+    """Tensors of an experts module by their names in the block."""
+    return {f"experts.{name}": value for name, value in experts.items()}
 
 
 @torch.inference_mode()

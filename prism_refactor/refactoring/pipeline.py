@@ -18,7 +18,7 @@ from prism_refactor.events import Events
 from prism_refactor.files import output_folder, write_json
 from prism_refactor.formats import CARD, MANIFEST_FORMAT, PICTURE_FILE, LayerReport, Manifest, PrismConfig, Source, parse
 from prism_refactor.models import modeling_prism
-from prism_refactor.models.architectures import replaced_parts
+from prism_refactor.models.architectures import dotted, replaced_parts, router_name
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.discovery import FURTHER_LAYERS
 from prism_refactor.models.layered import LayeredModel
@@ -212,12 +212,13 @@ class _Writing:
         index, source = statistics.layer, self.source
         name = source.moe_blocks[index]
         block = self.target.get_submodule(name)
-        parts = replaced_parts(name, block)
-        with source.loaded(*parts), self._naming(index):
+        with source.loaded(*replaced_parts(name, block)), self._naming(index):
             result = LayerRefactoring(source.model.get_submodule(name), block, self.config, statistics, partitions, self.layer_run).result()
             # Clones: leaving the block sends the source's own tensors back to the meta device.
-            router = {f"{parts[0]}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
+            prefix = dotted(name, router_name(block))
+            router = {f"{prefix}.{leaf}": value.clone().contiguous() for leaf, value in result.router.items()}
         block.to("meta")
+        parts = replaced_parts(name, block, self.checkpoint.architecture.stock)
         converted = {tensor for part in parts for tensor in source.tensors_under(part)}
         self._copy([tensor for tensor in source.tensors_under(source.layer_name(index)) if tensor not in converted])
         experts = {f"{name}.{leaf}": value for leaf, value in result.weights.items() if leaf.startswith("experts.")}
@@ -256,7 +257,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     wraps = checkpoint.text_config is not checkpoint.config
     text = dict(values["text_config"]) if wraps else values
     text.pop("quantization_config", None)
-    for key, value in plan.after.items():
+    for key, value in (plan.after if architecture.stock else {}).items():
         # A size may be stored under another name that transformers accepts for it.
         names = {name for pair in checkpoint.text_config.attribute_map.items() if key in pair for name in pair} & text.keys()
         text |= dict.fromkeys(names or {key}, value)
@@ -271,12 +272,15 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
             architecture.groups(checkpoint.config),
             [*architecture.carried],
             [*architecture.keys],
+            architecture.stock,
+            architecture.plain_router,
         )
     )
     if recipe.has_router:
         values["auto_map"] = values.get("auto_map", {}) | {auto_class(checkpoint.config).__name__: "modeling_prism.PrismForCausalLM"}
-    # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
-    text |= {key: 0 for key in FURTHER_LAYERS if text.get(key)}
+    if architecture.stock:
+        # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
+        text |= {key: 0 for key in FURTHER_LAYERS if text.get(key)}
     if wraps:
         values["text_config"] = text
     write_json(folder / "config.json", values)
@@ -292,6 +296,7 @@ def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[Layer
         job.plan.before,
         checkpoint.quantised,
         checkpoint.dense,
+        checkpoint.architecture.stock,
     )
     recipe = replace(job.recipe, keep=job.recipe.kept)
     return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)

@@ -40,6 +40,7 @@ class Plan:
         before, after: the config keys that change, with their values.
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
+        stock: see `Architecture.stock`.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         quantised: how the source's weights are; they are read and written as bfloat16. None if they are not.
         disk_needed, disk_free: at the output folder.
@@ -54,6 +55,7 @@ class Plan:
     moe_layers: list[int]
     tensors_in: int
     tensors_out: int
+    stock: bool
     bytes_out: int
     quantised: str | None
     disk_needed: int
@@ -74,13 +76,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     if PrismConfig.of(config) is not None:
         raise InputError(f"{checkpoint.path}: is refactored already; start from the original checkpoint")
     after = architecture.refactored_sizes(config, recipe.sub_experts)
+    if not architecture.stock and not recipe.has_router:
+        raise UsageError(
+            f"`router` {recipe.router}: a {config.model_type} cannot run split experts in its own classes, so it needs a sub-expert router; "
+            "use linear or proxy"
+        )
     layered = LayeredModel(checkpoint, None)
     layered.check()
     layers = [*layered.moe_blocks]
     _check_names(layered)
     extra_bytes = extra_tensors = 0
     for block in layered.moe_blocks.values():
-        for part in replaced_parts(block, layered.model.get_submodule(block)):
+        for part in replaced_parts(block, layered.model.get_submodule(block)) if architecture.stock else []:
             names = layered.tensors_under(part)
             repeated = [name for name in names if not part.endswith(".experts") or "down_proj_bias" in name]
             extra_bytes += (recipe.sub_experts - 1) * sum(checkpoint.sizes[name] for name in repeated)
@@ -103,6 +110,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         moe_layers=layers,
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + extra_tensors,
+        stock=architecture.stock,
         bytes_out=bytes_out,
         quantised=checkpoint.quantised,
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
@@ -177,9 +185,9 @@ def _check_names(layered: LayeredModel) -> None:
             )
 
 
-def replaced_state(name: str, block: MoeBlock) -> dict[str, torch.Tensor]:
-    """The state of what a refactoring replaces in the MoE block called `name`, by its names in the model."""
-    state = routing_state(block) | block.experts.state_dict(prefix="experts.")
+def replaced_state(name: str, block: MoeBlock, stock: bool = True) -> dict[str, torch.Tensor]:
+    """The state of what a refactoring replaces in the MoE block called `name`, by its names in the model; see `replaced_parts`."""
+    state = (routing_state(block) if stock else {}) | block.experts.state_dict(prefix="experts.")
     return {f"{name}.{leaf}": value for leaf, value in state.items()}
 
 
@@ -236,7 +244,7 @@ def _compute(layered: LayeredModel, layers: list[int], calibration: Calibration)
     block = layered.model.get_submodule(layered.moe_blocks[layers[0]])
     count, _, _ = FusedExperts(block.experts).shape
     inside = sum(value.numel() for value in block.experts.parameters())
-    active = getattr(config, architecture.top_k) * inside // count
+    active = architecture.sizes(config)[architecture.top_k] * inside // count
     dense = sum(value.numel() for layer in layered.layers for value in layer.parameters()) - len(layers) * inside
     return calibration.tokens(layered.checkpoint) * (dense + len(layers) * active)
 

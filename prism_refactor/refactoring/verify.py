@@ -66,7 +66,8 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, events: Events | Non
     """
     old = LayeredModel(source, None)
     blocks = old.moe_blocks.values()
-    parts = [part for name in blocks for part in replaced_parts(name, old.model.get_submodule(name))]
+    stock = source.architecture.stock
+    parts = [part for name in blocks for part in replaced_parts(name, old.model.get_submodule(name), stock)]
     split = {tensor for part in parts for tensor in old.tensors_under(part)}
     kept = set(source.weight_map) - split
     missing = sorted(kept - set(result.weight_map))
@@ -78,7 +79,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, events: Events | Non
         return [str(error)]
     expected: dict[str, tuple[int, ...]] = {}
     for name in blocks:
-        state = replaced_state(name, new.model.get_submodule(name))
+        state = replaced_state(name, new.model.get_submodule(name), stock)
         expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
     names = kept | set(expected)
     problems = [f"missing tensor {name}" for name in sorted(names - set(result.weight_map))]
@@ -125,25 +126,26 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
         shapes |= dict.fromkeys(("bias", "ceiling"), (experts, sub_experts))
         shapes["compensation"] = (2, experts, sub_experts, hidden)
         shapes["scale"] = (full_k(config),)
-    original = original_routing(before)
+    original = original_routing(before) if prism.stock else {}
     if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
         name: tuple(value.shape) for name, value in original.items()
     }:
         return [f"{ROUTER_FILE} does not hold the tensors of a '{kind}' router"]
     problems = []
-    stock, held = routing_state(after), places(experts, sub_experts, prism.groups)
-    if not all(torch.isfinite(value).all() for value in [*router.values(), *stock.values()]):
+    routing, held = routing_state(after), places(experts, sub_experts, prism.groups)
+    if not all(torch.isfinite(value).all() for value in [*router.values(), *routing.values()]):
         problems.append(f"a router tensor of {ROUTER_FILE} or of the stock gate is not finite")
     if not all(torch.equal(value, router[name]) for name, value in original.items()):
         problems.append(f"the original gate in {ROUTER_FILE} is not the source's")
-    repeated = repeat_routing(before, after, architecture, held)
-    if not all(torch.equal(stock[name], value) for name, value in repeated.items()):
+    repeated = repeat_routing(before, after, architecture, held) if prism.stock else {}
+    if not all(torch.equal(routing[name], value) for name, value in repeated.items()):
         problems.append("the stock gate is not the source's repeated")
     groups = router["neuron_sub_expert"]
     if not all((row.bincount(minlength=sub_experts) == neurons // sub_experts).all() for row in groups.clamp(0, sub_experts)):
         return [*problems, f"the partition in {ROUTER_FILE} is not balanced"]
     order = groups.argsort(dim=1, stable=True)
-    expected = FusedExperts(before.experts).split(order, held, prism.factor)
+    fused = FusedExperts(before.experts)
+    expected = fused.split(order, held, prism.factor) if prism.stock else fused.reordered(order)
     if not all(torch.equal(value, getattr(after.experts, name)) for name, value in expected.items()):
         problems.append(f"its sub-experts are not the source's experts split by {ROUTER_FILE}")
     return problems
@@ -183,7 +185,7 @@ def _final_hidden(stream: LayerStream, mode: str, events: Events) -> LayerStream
         with stream.layer(index) as layer:
             found = moe_block(layer)
             if found and routers:
-                two_level = two_level_router(found[1], checkpoint.config, routers[f"{stream.layered.layer_name(index)}.{found[0]}"])
+                two_level = two_level_router(found[1], checkpoint.config, routers[stream.layered.moe_blocks[index]])
                 install(found[1], two_level, ActiveK([full_k(checkpoint.config)]), 0)
             stream.advance(index)
         events.progress(f"{mode} checked", 1, 1, (index, len(stream)))

@@ -160,6 +160,8 @@ def install_checks(problem: str | None) -> None:
             serving = serving_of(self)
             if serving is None:
                 return
+            if not serving.checkpoint.config.get("stock", True):
+                raise CheckpointError("its experts are stored whole, and vLLM cannot split them; set PRISM_VLLM=0 to serve the original")
             if problem is not None:
                 version = _module("vllm").__version__
                 raise CheckpointError(f"this plugin was made for vLLM {RELEASES}; {version} {problem}; install one of these")
