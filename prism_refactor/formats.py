@@ -99,7 +99,7 @@ class PrismConfig:
         keys: those of `source` in that order, which is lost where somebody sorts a JSON object; empty in checkpoints of version 0.2.
         stock: whether the checkpoint is a model of split experts in the family's own classes. Else it is the original, with each expert's
             neurons in another order, and its experts are cut when the two-level router is attached.
-        plain_router: see `Architecture.plain_router`.
+        plain_router, tokens: see `Architecture`.
     """
 
     sub_experts: int
@@ -112,6 +112,7 @@ class PrismConfig:
     keys: list[str] = field(default_factory=list)
     stock: bool = True
     plain_router: bool = True
+    tokens: list[str] = field(default_factory=list)
 
     @property
     def max_active(self) -> int:

@@ -24,7 +24,9 @@ class Architecture:
         divided: routing tensors, by their names in the block, that are divided by N: corrections of scores that copies share.
         grouped: config key of the number of groups of experts, where the router chooses among groups by more than their best expert; it is
             one of `multiplied`, and sub-experts lie as `modeling_prism.places` says.
-        carried: arguments in which a decoder layer gets what the one before gives beside hidden states, in their order.
+        carried: arguments in which a decoder layer gets what the one before gives beside hidden states, in their order; empty for what none
+            gets.
+        tokens: arguments in which a decoder layer gets the token ids.
         streams: hidden states of a token between layers.
         plain_router: whether the router reads the rows that the experts read, and nothing else but tensors of its block, and has a `top_k`.
         stock: whether the family's own classes can run the split model; see `PrismConfig.stock`.
@@ -38,6 +40,7 @@ class Architecture:
     divided: tuple[str, ...] = ()
     grouped: str | None = None
     carried: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     streams: int = 1
     plain_router: bool = True
     stock: bool = True
@@ -46,7 +49,7 @@ class Architecture:
     def of_refactored(cls, prism: PrismConfig) -> "Architecture":
         """Return what a refactored checkpoint says about its original; `divided` and `streams` are not known."""
         num_experts, top_k, width, *multiplied = prism.keys or prism.source
-        known = {"carried": tuple(prism.carried), "stock": prism.stock, "plain_router": prism.plain_router}
+        known: Any = {"carried": tuple(prism.carried), "tokens": tuple(prism.tokens), "stock": prism.stock, "plain_router": prism.plain_router}
         return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, **known)
 
     @property

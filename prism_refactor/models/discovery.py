@@ -55,7 +55,7 @@ _GROUPS, _KEPT_GROUPS = ("n_group", "num_expert_group"), "topk_group"
 
 
 def reduced(config: Any) -> Any:
-    """Return a config of the same kind with small sizes, the same flags, and a layer of every kind.
+    """Return a config of the same kind with small sizes, the same flags, and a layer of every kind, with the one behind it.
 
     Raises:
         InputError: transformers does not take the smaller sizes.
@@ -68,7 +68,9 @@ def reduced(config: Any) -> Any:
         raise InputError(f"{layers_key} is {layers}")
     per_layer = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
     kinds = [repr(kind) for kind in zip(*per_layer.values(), strict=True)]
-    kept = sorted({*range(min(layers, _SHORTEST)), *(kinds.index(kind) for kind in kinds)})[:_LONGEST]
+    # And the layer behind it, which may be given something by it.
+    first = {kinds.index(kind) + behind for kind in kinds for behind in (0, 1)}
+    kept = sorted({*range(min(layers, _SHORTEST)), *(index for index in first if index < layers)})[:_LONGEST]
     values |= {key: [value[index] for index in kept] for key, value in per_layer.items()}
     values |= {key: 0 for key in FURTHER_LAYERS if values.get(key)}
     # Then the first output of a model would not be its logits.

@@ -18,7 +18,7 @@ from prism_refactor.errors import InputError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture, dotted, moe_block, original_routing, repeat_routing, routing, routing_state
 from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, places, router_of, two_level_router, uninstall
-from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of
+from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of, named_arguments
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
 TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
@@ -94,35 +94,40 @@ class _Run:
         logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
         outputs: of every experts module that ran, [T, H].
         given: its arguments: inputs [T, H], experts int64 [T, K], weights [T, K].
-        calls: (positional arguments, named ones, output) of every decoder layer.
-        leaves_for_later: whether layers are given an empty dict or list, where they leave something for later ones.
+        ids: the text, int64 [rows, T].
+        calls: of every decoder layer (hidden states, other arguments by name, output).
+        leaves_for_later: whether layers are given an empty dict or list, and one has put something there for later ones.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Any, seed: int = 1):
         self.outputs: list[torch.Tensor] = []
         self.given: list[tuple[torch.Tensor, ...]] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[tuple[torch.Tensor, dict[str, Any], Any]] = []
+        self._left: list[Any] = []
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
+        self.ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
         handles = [block.experts.register_forward_hook(self._experts_ran) for _, block in moe_blocks(model)]
         layers = layers_of(model)[1]
-        self.leaves_for_later = False
         handles.append(layers[0].register_forward_pre_hook(self._look_at, with_kwargs=True))
         for layer in layers:
-            handles.append(layer.register_forward_hook(lambda _, *call: self.calls.append(call), with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._layer_ran, with_kwargs=True))
         try:
-            self.logits = model(input_ids=ids, use_cache=False)[0]
+            self.logits = model(input_ids=self.ids, use_cache=False)[0]
         finally:
             for handle in handles:
                 handle.remove()
+        self.leaves_for_later = any(self._left)
 
     def _experts_ran(self, _: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self.given.append(given)
         self.outputs.append(output.flatten(0, -2))
 
+    def _layer_ran(self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        self.calls.append((given[0], named_arguments(layer, given[1:], named), output))
+
     def _look_at(self, _: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.leaves_for_later = any(isinstance(value, dict | list) and not value for value in named.values())
+        self._left = [value for value in named.values() if isinstance(value, dict | list) and not value]
 
     def difference(self, other: "_Run") -> float:
         """The largest one of a logit or an expert's output; infinite where not the same blocks ran."""
@@ -133,36 +138,44 @@ class _Run:
         return max(differences) if all(map(math.isfinite, differences)) else float("inf")
 
 
-def _carried(model: Any, run: _Run) -> tuple[str, ...]:
-    """`Architecture.carried`, from a run of a small model.
+def _arguments_of_layers(model: Any, run: _Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`Architecture.carried` and `tokens`, from a run of a small model.
 
     Raises:
-        InputError: its layers cannot be run one at a time: they are given more than hidden states and what is the same for all text.
+        InputError: its layers cannot be run one at a time: they are given more than hidden states, what the layer before gives, token ids,
+            and what is the same for all text.
     """
     layer = type(layers_of(model)[1][0]).__name__
     refusal = InputError(f"its layers ({layer}) get more than hidden states, and arguments that are the same for all text")
-    names: list[str] = []
-    last: list[Any] = []
-    for number, (given, named, output) in enumerate(run.calls):
-        hidden, *others = output if isinstance(output, tuple) else (output,)
-        if len(given) != 1 or hidden.shape != given[0].shape or run.leaves_for_later:
+    others = [output[1:] if isinstance(output, tuple) else () for _, _, output in run.calls]
+    outputs = [output[0] if isinstance(output, tuple) else output for _, _, output in run.calls]
+    unlike = any(output.shape != hidden.shape for output, (hidden, _, _) in zip(outputs, run.calls, strict=True))
+    if unlike or run.leaves_for_later or len({len(each) for each in others}) > 1:
+        raise refusal
+    carried: list[str] = []
+    for place in range(len(others[0])):
+        pairs = [(before[place], named) for before, (_, named, _) in zip(others[:-1], run.calls[1:], strict=True)]
+        # Some layers give nothing.
+        names = [name for name in run.calls[-1][1] if all(named.get(name) is value for value, named in pairs)]
+        given = any(value is not None for value, _ in pairs)
+        if given and not names:
             raise refusal
-        if number:
-            names = [name for given_on in last for name, value in named.items() if value is given_on is not None]
-            if len(names) != len(last):
-                raise refusal
-        last = others
+        carried.append(names[0] if given else "")
     again = _Run(model, seed=2)
+    tokens: list[str] = []
     for (_, one, _), (_, other, _) in zip(run.calls, again.calls, strict=True):
-        if any(not _same(one[name], other[name]) for name in one.keys() - names):
-            raise refusal
-    return tuple(names)
+        for name in one.keys() - set(carried) - set(tokens):
+            if not _same(one[name], other[name]):
+                if not _same(one[name], run.ids):
+                    raise refusal
+                tokens.append(name)
+    return tuple(carried), tuple(sorted(tokens))
 
 
 def _same(one: Any, other: Any) -> bool:
     """Whether an argument of a layer is the same for two texts."""
     if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
+        return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, tuple | list):
         return all(map(_same, one, other))
     if isinstance(one, dict):
@@ -202,8 +215,9 @@ def _first_run(config: Any) -> tuple[Any, _Run]:
 def _stream_facts(model: Any, run: _Run) -> dict[str, Any]:
     """Fields of its `Architecture` that say how a model runs."""
     rows, length, _ = run.logits.shape
-    streams = run.calls[0][0][0].numel() // (rows * length * model.config.hidden_size)
-    return {"carried": _carried(model, run), "streams": streams, "plain_router": _is_plain(model, run)}
+    streams = run.calls[0][0].numel() // (rows * length * model.config.hidden_size)
+    carried, tokens = _arguments_of_layers(model, run)
+    return {"carried": carried, "tokens": tokens, "streams": streams, "plain_router": _is_plain(model, run)}
 
 
 def prove_in_place(config: Any, keys: list[str], obstacle: str) -> Proof:

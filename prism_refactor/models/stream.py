@@ -13,6 +13,7 @@ from torch import nn
 
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.transformers_models import named_arguments
 
 # Hidden states that together need more than this are kept in an unnamed temporary file instead of in memory.
 MEMORY_LIMIT = 2**30
@@ -78,7 +79,8 @@ class LayerStream:
         self.states: list[torch.Tensor] = []
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         # What layers give the next one beside the hidden states, by the name of its argument: of each version and batch.
-        self._carried_names = checkpoint.architecture.carried
+        self._carried_names, self._token_names = checkpoint.architecture.carried, checkpoint.architecture.tokens
+        self._rows = rows
         self._carried: dict[tuple[int, int], dict[str, Any]] = {}
         self._embed(rows, compute.dtype, states)
 
@@ -120,8 +122,8 @@ class LayerStream:
         """What every decoder layer is given when none changes anything: (hidden states, named arguments)."""
         received: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-        def stand_in(hidden: torch.Tensor, **arguments: Any) -> Any:
-            received.append((hidden, arguments))
+        def stand_in(hidden: torch.Tensor, *given: Any, **named: Any) -> Any:
+            received.append((hidden, named_arguments(self.layered.layers[len(received)], given, named)))
             if len(received) == len(self.layered.layers):
                 raise _LayersReached
             return self._as_output(hidden)
@@ -153,13 +155,13 @@ class LayerStream:
         layer, hidden = self.layered.layers[index], self.states[state]
         for batch in self._batches(len(hidden)):
             carried = {name: _moved(value, self.device) for name, value in self._carried.get((state, batch.start), {}).items()}
-            arguments = self._arguments[batch.stop - batch.start][index] | carried
+            tokens = dict.fromkeys(self._token_names, self._rows[batch].to(self.device))
+            arguments = self._arguments[batch.stop - batch.start][index] | carried | tokens
             output = layer(hidden[batch].to(self.device), **arguments)
             if self._carried_names:
                 output, *others = output
-                self._carried[state, batch.start] = {
-                    name: _moved(other, "cpu") for name, other in zip(self._carried_names, others, strict=True)
-                }
+                given_on = zip(self._carried_names, others, strict=True)
+                self._carried[state, batch.start] = {name: _moved(other, "cpu") for name, other in given_on if name}
             hidden[batch] = output.cpu()
             if on_batch:
                 on_batch(batch.stop)

@@ -48,6 +48,18 @@ def layers_of(model: Any) -> tuple[str, nn.ModuleList]:
     return next((name, module) for name, module in model.named_modules() if module is found)
 
 
+def named_arguments(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Return what a decoder layer is given beside hidden states, by the names of its arguments.
+
+    Args:
+        layer: of the class that is called, whatever stands in for its forward.
+        given: positional arguments after the hidden states.
+        named: the others.
+    """
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+    return dict(zip(names, given, strict=False)) | named
+
+
 def build_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any:
     """Return the model of a config, with random weights, in evaluation mode.
 

@@ -274,6 +274,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
             [*architecture.keys],
             architecture.stock,
             architecture.plain_router,
+            [*architecture.tokens],
         )
     )
     if recipe.has_router:
