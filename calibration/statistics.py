@@ -40,8 +40,8 @@ class LayerStatistics:
         tokens_routed: int64 [E].
         activation_sum: float64 [E, C], |activation| summed over the routed tokens.
         fired: int64 [E, C], routed tokens whose |activation| exceeds the mean over the expert's neurons.
-        inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the inputs of the layer's experts in the compute dtype, in the order of
-            the text.
+        inputs: [T, H], a uniform sample of at most `INPUT_SAMPLE` of the inputs of the layer's experts, in the compute dtype and in the
+            order of the text.
         weights, experts: [T, K] and int64 [T, K], how the model routes these.
         activations: per expert, a uniform sample [B_e, C] of the routed tokens' activations in the compute dtype.
         sampled: per expert, int64 [B_e], the positions of those tokens in the text, rising.

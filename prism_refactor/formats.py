@@ -170,7 +170,7 @@ class Source:
         sizes: those that the refactoring changes, by config key.
         quantised: how its weights are, as its config.json names it; None if they are not.
         dense: the model type of a dense original, which was read as a `model_type` of one expert; None of a Mixture of Experts.
-        stock: see `PrismConfig.stock`.
+        stock, plain_router: see `PrismConfig`.
     """
 
     name: str
@@ -180,6 +180,7 @@ class Source:
     quantised: str | None = None
     dense: str | None = None
     stock: bool = True
+    plain_router: bool = True
 
 
 @dataclass(frozen=True)

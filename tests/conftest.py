@@ -133,6 +133,45 @@ FAMILIES = {
         "index_n_heads": 2,
         "index_head_dim": 16,
     },
+    # Its router is given all its block's inputs in one piece, and a bias that the block keeps.
+    "afmoe": {
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 16,
+    },
+    # Its layers hold their experts themselves; their router has other inputs, a scale for each expert, and no top-k of its own.
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "hidden_size_per_layer_input": 0,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+    },
+    # Of images and text; its experts are not marked as ones that other implementations can run, and their activations are clamped.
+    "step3p7": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "n_routed_experts": 4,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "share_expert_dim": 24,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "swiglu_limits": [0.0, 0.0, 0.5],
+        "vision": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1.0, "image_size": 28},
+    },
     # A model of images and text: its language model is split, the rest is copied.
     "qwen3_vl_moe": {
         "num_experts": 4,
@@ -140,11 +179,24 @@ FAMILIES = {
         "moe_intermediate_size": 16,
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        "vision": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4},
+        "vision": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4}
+        | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     },
 }
+# The vLLM plugin routes them: their routers read what their experts read.
+PLAIN = [family for family in FAMILIES if family not in ("afmoe", "gemma4_text")]
 # Their own classes cannot run split experts.
 IN_PLACE = {
+    # Layers of hyper-connections; the first chooses experts by a table of tokens.
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "num_hash_layers": 1,
+    },
+    # Its router chooses one expert or none, and gives the next layer's its state.
+    "zaya": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 1, "head_dim": 8, "router_hidden_size": 16},
     # Its dense network has the width of its experts.
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "intermediate_size": 32, "head_dim": 8},
     # So have its dense layers; a mamba and an attention layer.
@@ -203,7 +255,7 @@ def build(family: str, folder: Path, **changes) -> Path:
     model_type = values.pop("model_type", family)
     set_seed(0)
     if "vision" in values:
-        vision = values.pop("vision") | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        vision = values.pop("vision")
         config = AutoConfig.for_model(model_type, text_config=values, vision_config=vision, **IMAGE_TOKENS)
     else:
         config = AutoConfig.for_model(model_type, **values)

@@ -14,6 +14,7 @@ from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import attach, cut, full_k, moe_blocks, set_active
 from prism_refactor.offload.manager import load_offloaded
 from prism_refactor.offload.options import CacheBudget
+from prism_refactor.progress import Progress
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_what_is_cut_is_saved_whole(transposed, concatenated):
     experts = torch.nn.Module()
     experts.num_experts, experts.is_transposed, experts.is_concatenated = 3, transposed, concatenated
     for name, shape in (("gate_up_proj", (16, 5)), ("down_proj", (5, 8)), ("gate_up_proj_bias", (16,)), ("down_proj_bias", (5,))):
-        shape = shape[::-1] if transposed and len(shape) == 2 else shape
-        experts.register_parameter(name, torch.nn.Parameter(torch.randn(3, *shape)))
+        turned = transposed and len(shape) == 2
+        experts.register_parameter(name, torch.nn.Parameter(torch.randn(3, *(shape[::-1] if turned else shape))))
     before = experts.state_dict()
     cut(experts, 4)
     assert experts.num_experts == 12
@@ -80,8 +81,6 @@ def test_what_is_cut_is_saved_whole(transposed, concatenated):
 def test_an_interrupted_run_ends_with_the_same_bytes(written, command, models, tmp_path, monkeypatch):
     _, out = written("jamba")
     finished = files(out)
-    from prism_refactor.progress import Progress
-
     finish = Progress.finish_layer
 
     def stop(self, *arguments):
@@ -105,7 +104,9 @@ def test_evaluation_runs_the_two_level_router(written, command):
     assert curve["router"] == "two-level"
     assert curve["points"][-1]["perplexity"] == pytest.approx(found["original"]["points"][-1]["perplexity"], rel=1e-4)
     # A sub-expert has a quarter of what is stored as one expert.
-    assert curve["points"][0]["cost"]["active_parameters"] == pytest.approx(found["original"]["points"][0]["cost"]["active_parameters"], rel=0.1)
+    assert curve["points"][0]["cost"]["active_parameters"] == pytest.approx(
+        found["original"]["points"][0]["cost"]["active_parameters"], rel=0.1
+    )
     refused = command("prism-eval", source, out, *options, "--router", "stock")
     assert refused.code == 2
     assert "as a stock model is the original; use --router two-level" in refused.err
@@ -123,7 +124,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(written, command, models, tm
     assert result.code == 2
     assert "--router replicate" in result.err
     assert "use linear or proxy" in result.err
-    source, out = written("jamba")
+    _, out = written("jamba")
     result = command("prism-finetune", out, tmp_path / "tuned", "--router", "stock")
     assert result.code == 2
     assert "use --router two-level" in result.err

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, FAST, load, mostly_long
+from conftest import FAST, PLAIN, load, mostly_long
 from hypothesis import given
 from hypothesis import strategies as st
 from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
@@ -53,7 +53,7 @@ def activations_like(block, gate, up):
 
 
 @pytest.mark.parametrize("kind", ["linear", "proxy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     model = load(models[family])
     block, key = moe_blocks(model)[0], Checkpoint(models[family]).architecture
@@ -115,7 +115,7 @@ def local():
     return open_checkpoint
 
 
-@pytest.mark.parametrize("family", mostly_long(FAMILIES, "olmoe", "gpt_oss", "deepseek_v3-grouped", "granitemoeshared"))
+@pytest.mark.parametrize("family", mostly_long(PLAIN, "olmoe", "gpt_oss", "deepseek_v3-grouped", "granitemoeshared"))
 def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", "--router", "proxy", *FAST).code == 0
     model = load(tmp_path / "out")

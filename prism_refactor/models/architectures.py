@@ -49,7 +49,12 @@ class Architecture:
     def of_refactored(cls, prism: PrismConfig) -> "Architecture":
         """Return what a refactored checkpoint says about its original; `divided` and `streams` are not known."""
         num_experts, top_k, width, *multiplied = prism.keys or prism.source
-        known: Any = {"carried": tuple(prism.carried), "tokens": tuple(prism.tokens), "stock": prism.stock, "plain_router": prism.plain_router}
+        known: Any = {
+            "carried": tuple(prism.carried),
+            "tokens": tuple(prism.tokens),
+            "stock": prism.stock,
+            "plain_router": prism.plain_router,
+        }
         return cls(num_experts, top_k, width, tuple(multiplied), prism.factor > 1, **known)
 
     @property
@@ -87,7 +92,7 @@ class Architecture:
         return sub_experts if self.shared_weight else 1
 
 
-def dotted(*names: str) -> str:
+def dotted(*names: str | None) -> str:
     """Join the names of modules; a module's own name in itself is empty."""
     return ".".join(filter(None, names))
 

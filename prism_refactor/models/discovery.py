@@ -6,7 +6,8 @@ their width and the number that a token uses, by building it with one key change
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from prism_refactor.models.transformers_models import FusedExperts, build_meta_m
 _EXPERTS, _ACTIVE = 12, 2
 # What families call the number of experts that a token uses.
 _ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+_SHARED_WIDTHS = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
 # What keys that many families share are made at most. All sizes differ, so that a tensor's shape tells which it has.
 _SMALL: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
@@ -30,7 +32,7 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "d_ff"), 48),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"), 40),
+    **dict.fromkeys(_SHARED_WIDTHS, 40),
     **dict.fromkeys(("num_attention_heads", "swa_num_attention_heads"), 4),
     **{"q_lora_rank": 28, "kv_lora_rank": 20, "vocab_size": 256, "max_position_embeddings": 512, "sliding_window": 16},
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
@@ -82,11 +84,7 @@ def reduced(config: Any) -> Any:
         values["per_layer_config"] = {str(new): own[str(old)] for new, old in enumerate(kept) if str(old) in own}
     rotary = values.get("rope_parameters")
     by_dimension = isinstance(rotary, dict) and any(isinstance(value, list) for value in rotary.values())
-    for key, most in (_SMALL if by_dimension else _SMALL | _HEAD).items():
-        if isinstance(values.get(key), int) and values[key] > most:
-            values[key] = most
-        elif isinstance(values.get(key), list) and all(isinstance(value, int) for value in values[key]):
-            values[key] = [min(value, most) for value in values[key]]
+    values |= _shrunk(values, _SMALL if by_dimension else _SMALL | _HEAD)
     if by_dimension and values.get("head_dim") is None and isinstance(before.get("num_attention_heads"), int):
         # Heads have a share of the hidden size.
         values["hidden_size"] = before["hidden_size"] // before["num_attention_heads"] * values["num_attention_heads"]
@@ -105,6 +103,18 @@ def reduced(config: Any) -> Any:
     if isinstance(values.get("moe_layer_end_index"), int):
         values["moe_layer_end_index"] = min(values["moe_layer_end_index"], len(kept) - 1)
     return _with(config, values)
+
+
+def _shrunk(values: dict[str, Any], most: dict[str, int]) -> dict[str, Any]:
+    """Sizes, or lists of them, that are made smaller."""
+    found: dict[str, Any] = {}
+    for key, largest in most.items():
+        value = values.get(key)
+        if isinstance(value, int) and value > largest:
+            found[key] = largest
+        elif isinstance(value, list) and all(isinstance(each, int) for each in value):
+            found[key] = [min(each, largest) for each in value]
+    return found
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -161,7 +171,7 @@ class Sketch:
                 raise InputError(f"{name}: {obstacle}")
         first = self.blocks[0][1]
         self.experts, _, self.width = FusedExperts(first.experts).shape
-        self.top_k: int = getattr(router_of(first), "top_k", None) or next((size_in(config, key) for key in _active_keys(config)), 0)
+        self.top_k = _active(first, config)
         if not 1 <= self.top_k <= self.experts:
             raise InputError(f"{self.experts} experts, of which a token uses {self.top_k}, make no router; correct the config")
         self._inside = {f"{name}.experts." for name, _ in self.blocks}
@@ -188,7 +198,7 @@ def _obstacle(block: Any) -> str | None:
         return "a norm behind every expert: a sum of parts is not normed like the whole"
     if not hasattr(experts, inner_projection(experts)):
         return "its experts are not fused"
-    if not all(hasattr(experts, flag) for flag in ("has_bias", "is_transposed", "is_concatenated")):
+    if not all(hasattr(experts, flag) for flag in ("num_experts", "has_bias", "is_transposed", "is_concatenated")):
         return f"{type(experts).__name__} does not follow transformers' interface of experts"
     if len(own_routing(block)) > 1:
         return "more than one routing tensor outside its router"
@@ -198,6 +208,18 @@ def _obstacle(block: Any) -> str | None:
 def _active_keys(config: Any) -> list[str]:
     """The keys of a config that may hold the number of experts that a token uses, by their names."""
     return [key for key in _ACTIVE_KEYS if getattr(config, key, None)]
+
+
+def _active(block: Any, config: Any) -> int:
+    """How many experts a block's router chooses: as it says, as it does without weights, or as the config says; 0 if none does."""
+    router = router_of(block)
+    if isinstance(getattr(router, "top_k", None), int):
+        return int(router.top_k)
+    try:
+        _, _, chosen = router(torch.empty(1, FusedExperts(block.experts).shape[1], device="meta"))
+        return int(chosen.shape[1])
+    except Exception:
+        return next((size_in(config, key) for key in _active_keys(config)), 0)
 
 
 def _size_keys(config: Any, plain: Sketch) -> list[str]:
@@ -298,15 +320,30 @@ def discover(config: Any) -> Proof:
     """
     name = json.dumps([type(config).__name__, config_values(config)], sort_keys=True)
     if name not in _known:
-        small = reduced(config)
-        plain, values = Sketch(small), config_values(small)
-        groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
-        try:
-            _known[name] = prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
-        except InputError as error:
-            obstacle = str(error)
-            try:
-                _known[name] = prove_in_place(small, _size_keys(small, plain), obstacle)
-            except InputError:
-                raise error from None
+        with _one_thread():
+            _known[name] = _discover(config)
     return _known[name]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small products take longer with several threads, and much longer where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _discover(config: Any) -> Proof:
+    small = reduced(config)
+    plain, values = Sketch(small), config_values(small)
+    groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
+    try:
+        return prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
+    except InputError as error:
+        try:
+            return prove_in_place(small, _size_keys(small, plain), str(error))
+        except InputError:
+            raise error from None

@@ -47,7 +47,19 @@ class LayeredModel:
         self._layers_name, self.layers = layers_of(self.model)
         self._conversion = Conversion(self.model)
         self._known = set(self.model.state_dict())
+        self._prefix = self._missing_prefix()
         self._sources = self._match_tensors()
+
+    def _missing_prefix(self) -> str:
+        """What the names of the checkpoint's tensors lack before those that transformers gives them: 'model.', where it holds no more."""
+        prefix, known = f"{self.model.base_model_prefix}.", self.checkpoint.weight_map
+        names = [name for name in names_on_disk(self.model, self.model.state_dict()) if name.startswith(f"{prefix}layers.")]
+        bare = [name for name in names if name not in known and name.removeprefix(prefix) in known]
+        return prefix if names and len(bare) == len(names) else ""
+
+    def names_on_disk(self, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return some of a model's state in the names and layout of this checkpoint; the model is this one, or what becomes of it."""
+        return {name.removeprefix(self._prefix): value for name, value in names_on_disk(model, state).items()}
 
     def layer_name(self, index: int) -> str:
         """The dotted name of a decoder layer, as in the state dict."""
@@ -69,7 +81,8 @@ class LayeredModel:
             sources[self._conversion.target(name, state)].append(name)
         tied = self._conversion.tied()
         missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
-        if missing:
+        # One tensor on disk may be several of the model's.
+        if missing and self.names_on_disk(self.model, state).keys() - self.checkpoint.weight_map.keys():
             raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
         return dict(sources)
 
@@ -79,7 +92,7 @@ class LayeredModel:
 
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:
-        """Materialise parts of the model (dotted names of modules or buffers) for the duration of a `with` block.
+        """Materialise parts of the model (dotted names of modules, parameters or buffers) for the duration of a `with` block.
 
         Raises:
             InputError: a tensor is missing or has another shape than the config says.
@@ -91,8 +104,8 @@ class LayeredModel:
         finally:
             for part in parts:
                 owner, leaf = self._owner(part)
-                if leaf in owner._buffers:
-                    owner._buffers[leaf] = owner._buffers[leaf].to("meta")
+                if leaf in owner._buffers or leaf in owner._parameters:
+                    _put(owner, leaf, getattr(owner, leaf).detach().to("meta"))
                 else:
                     self.model.get_submodule(part).to("meta")
             _return_freed_memory()
@@ -112,18 +125,24 @@ class LayeredModel:
         with self.checkpoint.slices(names) as slices:
             wrong = self._conversion.load(slices, None if widened else self.dtype, self.device)
         owner, leaf = self._owner(part)
-        state = {part: owner._buffers[leaf]} if leaf in owner._buffers else self.model.get_submodule(part).state_dict(prefix=f"{part}.")
+        if leaf in owner._buffers or leaf in owner._parameters:
+            state = {part: getattr(owner, leaf)}
+        else:
+            state = self.model.get_submodule(part).state_dict(prefix=f"{part}.")
         wrong += [name for name, value in state.items() if value.is_meta]
         if wrong:
             raise InputError(f"{self.checkpoint.path}: {wrong[0]} is missing or does not have the shape that config.json says")
         if widened:
             for owner, leaf, _ in self._stored_under(part):
-                _put(owner, leaf, getattr(owner, leaf).detach().float())
+                value = getattr(owner, leaf).detach()
+                _put(owner, leaf, value.float() if value.is_floating_point() else value)
 
     def _adopt_dtypes(self, part: str) -> None:
         """Give the meta parameters the types of the tensors on disk, so that loading does not convert."""
         for owner, leaf, names in self._stored_under(part):
-            _put(owner, leaf, torch.empty_like(getattr(owner, leaf), dtype=self._stored_dtype(names)))
+            value = getattr(owner, leaf)
+            if value.is_floating_point():
+                _put(owner, leaf, torch.empty_like(value, dtype=self._stored_dtype(names)))
 
     def _stored_under(self, part: str) -> Iterator[tuple[Any, str, list[str]]]:
         """(module, leaf, names on disk) of every tensor of a part of the model that the checkpoint has."""
@@ -157,7 +176,7 @@ class LayeredModel:
                 a tensor of the model is not there.
         """
         state = self.model.state_dict()
-        expected = names_on_disk(self.model, state)
+        expected = self.names_on_disk(self.model, state)
         for name in sorted(expected.keys() - self.checkpoint.shapes.keys()):
             there = self._sources.get(self._conversion.target(name, state), [])
             if set(there) & expected.keys():
@@ -175,7 +194,7 @@ class LayeredModel:
                 )
         for target, names in self._sources.items():
             # What transformers does not know is passed through whatever it is.
-            if target in self._known:
+            if target in self._known and state[target].is_floating_point():
                 self._stored_dtype(names)
 
 

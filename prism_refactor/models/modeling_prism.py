@@ -249,13 +249,13 @@ def cut_tensor(experts, name, whole, sub_experts):
     """Cut one expert's part of a tensor of an experts module into those of its sub-experts, [N, ...]; all N add its output's bias once."""
     if name == "down_proj_bias":
         return (whole / sub_experts).expand(sub_experts, -1)
-    turned = experts.is_transposed and whole.ndim == 2
+    turned = _flag(experts, "is_transposed") and whole.ndim == 2
     rows = whole.T if turned else whole
     if name == "down_proj":
         parts = rows.unflatten(1, (sub_experts, -1)).transpose(0, 1)
     else:
         # Rows of gate and up, one after the other or in turns; or one kind of row.
-        kinds = 2 if name.startswith("gate_up") and experts.is_concatenated else 1
+        kinds = 2 if name.startswith("gate_up") and _flag(experts, "is_concatenated") else 1
         parts = rows.unflatten(0, (kinds, sub_experts, -1)).transpose(0, 1).flatten(1, 2)
     return parts.transpose(1, 2) if turned else parts
 
@@ -267,12 +267,12 @@ def _joined(sub_experts, experts, state, prefix, _):
         if name == "down_proj_bias":
             state[prefix + name] = parts.sum(1)
             continue
-        turned = experts.is_transposed and parts.ndim == 4
+        turned = _flag(experts, "is_transposed") and parts.ndim == 4
         rows = parts.transpose(2, 3) if turned else parts
         if name == "down_proj":
             whole = rows.transpose(1, 2).flatten(2, 3)
         else:
-            kinds = 2 if name.startswith("gate_up") and experts.is_concatenated else 1
+            kinds = 2 if name.startswith("gate_up") and _flag(experts, "is_concatenated") else 1
             whole = rows.unflatten(2, (kinds, -1)).transpose(1, 2).flatten(1, 3)
         state[prefix + name] = (whole.transpose(1, 2) if turned else whole).contiguous()
 
@@ -287,6 +287,11 @@ def activation_of(experts):
     return experts._apply_gate if hasattr(experts, "gate_up_proj") else experts.act_fn
 
 
+def _flag(experts, name):
+    """Whether an experts module has biases, or stores matrices turned, or gate before up: as transformers says, where it says it."""
+    return getattr(experts, name, name == "is_concatenated")
+
+
 def _gate_neuron_rows(experts, neurons, groups):
     """Rows of the gate neurons [E, N, r], which are positions inside each sub-expert, in the order of the experts' own: [E, N, 2r, H].
 
@@ -294,17 +299,17 @@ def _gate_neuron_rows(experts, neurons, groups):
     """
     inner = inner_projection(experts)
     rows = getattr(experts, inner).detach()
-    rows = rows.transpose(1, 2) if experts.is_transposed else rows
+    rows = rows.transpose(1, 2) if _flag(experts, "is_transposed") else rows
     neurons = neurons.to(rows.device)
     held = places(*neurons.shape[:2], groups).to(rows.device)
     index = neurons
     if inner == "gate_up_proj":
         # A neuron's gate and up rows are C / N apart, or neighbours.
         index = torch.cat([neurons, neurons + rows.shape[1] // 2], -1)
-        if not experts.is_concatenated:
+        if not _flag(experts, "is_concatenated"):
             index = torch.stack([2 * neurons, 2 * neurons + 1], -1).flatten(2)
     found = {"rows": rows[held].gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))}
-    if experts.has_bias:
+    if _flag(experts, "has_bias"):
         found["row_bias"] = getattr(experts, f"{inner}_bias").detach()[held].gather(2, index)
     return found
 
@@ -375,7 +380,8 @@ def router_tensors(path):
     blocks = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
-            block, _, leaf = next(parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1])
+            # A router may have a part of that name.
+            block, _, leaf = min(parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1])
             blocks.setdefault(block, {})[leaf] = file.get_tensor(name)
     return blocks
 

@@ -17,11 +17,14 @@ from torch import nn
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture, dotted, moe_block, original_routing, repeat_routing, routing, routing_state
+from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, places, router_of, two_level_router, uninstall
 from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of, named_arguments
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
 TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
+# Tokens of the random texts.
+_LENGTH = 24
 # Finds, for further keys that are multiplied, (all keys that change, the config of the split model).
 FindKeys = Callable[[tuple[str, ...]], tuple[list[str], Any]]
 
@@ -88,7 +91,7 @@ class _Run:
 
     Args:
         model: the model.
-        seed: of the text.
+        other: another text, whose first half is the same.
 
     Attributes:
         logits: [rows, T, V], of a model without a head its last hidden states [rows, T, H].
@@ -100,13 +103,16 @@ class _Run:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, seed: int = 1):
+    def __init__(self, model: Any, other: bool = False):
         self.outputs: list[torch.Tensor] = []
         self.given: list[tuple[torch.Tensor, ...]] = []
         self.calls: list[tuple[torch.Tensor, dict[str, Any], Any]] = []
         self._left: list[Any] = []
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(1)
+        self.ids, others = (torch.randint(3, vocabulary, (2, _LENGTH), generator=generator) for _ in range(2))
+        if other:
+            self.ids[:, _LENGTH // 2 :] = others[:, _LENGTH // 2 :]
         handles = [block.experts.register_forward_hook(self._experts_ran) for _, block in moe_blocks(model)]
         layers = layers_of(model)[1]
         handles.append(layers[0].register_forward_pre_hook(self._look_at, with_kwargs=True))
@@ -143,7 +149,7 @@ def _arguments_of_layers(model: Any, run: _Run) -> tuple[tuple[str, ...], tuple[
 
     Raises:
         InputError: its layers cannot be run one at a time: they are given more than hidden states, what the layer before gives, token ids,
-            and what is the same for all text.
+            and what is the same for all text. Or it is not causal.
     """
     layer = type(layers_of(model)[1][0]).__name__
     refusal = InputError(f"its layers ({layer}) get more than hidden states, and arguments that are the same for all text")
@@ -161,7 +167,10 @@ def _arguments_of_layers(model: Any, run: _Run) -> tuple[tuple[str, ...], tuple[
         if given and not names:
             raise refusal
         carried.append(names[0] if given else "")
-    again = _Run(model, seed=2)
+    again = _Run(model, other=True)
+    known = slice(_LENGTH // 2)
+    if not (run.logits[:, known] - again.logits[:, known]).abs().max() < TOLERANCE * run.logits.std().clamp_min(1):
+        raise InputError("it is no causal language model: what it says of a token depends on the text behind it")
     tokens: list[str] = []
     for (_, one, _), (_, other, _) in zip(run.calls, again.calls, strict=True):
         for name in one.keys() - set(carried) - set(tokens):
@@ -209,6 +218,12 @@ def _first_run(config: Any) -> tuple[Any, _Run]:
         raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
     if len(exact.outputs) != len(list(moe_blocks(source))):
         raise InputError("some of its MoE layers do not run on text")
+    for (name, block), given, output in zip(moe_blocks(source), exact.given, exact.outputs, strict=True):
+        with torch.inference_mode():
+            inputs, experts, weights = given
+            ours = experts_forward(block.experts, inputs, experts, weights)
+        if not (ours - output).abs().max() / output.std().clamp_min(1) < TOLERANCE:
+            raise InputError(f"{name}: {type(block.experts).__name__} computes otherwise than transformers' interface of experts")
     return source, exact
 
 
@@ -232,13 +247,12 @@ def prove_in_place(config: Any, keys: list[str], obstacle: str) -> Proof:
         InputError: the outputs change, or the model cannot be run a layer at a time.
     """
     source, exact = _first_run(config)
-    architecture = Architecture(*keys, shared_weight=False, stock=False, **_stream_facts(source, exact))
+    experts, top_k, width = keys
+    architecture = Architecture(experts, top_k, width, shared_weight=False, stock=False, **_stream_facts(source, exact))
     generator = torch.Generator().manual_seed(2)
     for _, block in moe_blocks(source):
         fused = FusedExperts(block.experts)
-        experts, _, width = fused.shape
-        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])
-        for name, value in fused.reordered(order).items():
+        for name, value in fused.reordered(_random_order(fused, generator)).items():
             getattr(block.experts, name).data.copy_(value)
     stock = _Run(source).difference(exact)
     for _, block in moe_blocks(source):
@@ -280,9 +294,7 @@ def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Pr
     raise InputError(f"no way to split its experts leaves its outputs as they are; they change by {best:.2g}")
 
 
-def _differences(
-    source: Any, target: Any, keys: list[str], facts: dict[str, Any], exact: _Run
-) -> Iterator[tuple[float, Architecture]]:
+def _differences(source: Any, target: Any, keys: list[str], facts: dict[str, Any], exact: _Run) -> Iterator[tuple[float, Architecture]]:
     """(difference from the source, plan) of every plan with some keys; `facts`: fields of all."""
     # Of the split model, which has two experts at least.
     routing = routing_state(next(moe_blocks(target))[1])
@@ -303,16 +315,20 @@ def _fill(source: Any, target: Any, architecture: Architecture) -> None:
     state = {name: value for name, value in source.state_dict().items() if ".experts." not in name}
     for (name, before), (_, after) in zip(moe_blocks(source), moe_blocks(target), strict=True):
         fused = FusedExperts(before.experts)
-        experts, _, width = fused.shape
-        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])
-        held = places(experts, TRIED, groups)
-        split = fused.split(order, held, architecture.factor(TRIED))
+        held = places(fused.shape[0], TRIED, groups)
+        split = fused.split(_random_order(fused, generator), held, architecture.factor(TRIED))
         state |= {f"{name}.experts.{leaf}": value for leaf, value in split.items()}
         state |= {f"{name}.{leaf}": value for leaf, value in repeat_routing(before, after, architecture, held).items()}
     own = target.state_dict()
     for name, value in state.items():
         if name in own:
             own[name].copy_(value)
+
+
+def _random_order(fused: FusedExperts, generator: torch.Generator) -> torch.Tensor:
+    """Each expert's neurons in random order, int64 [E, C]."""
+    experts, _, neurons = fused.shape
+    return torch.stack([torch.randperm(neurons, generator=generator) for _ in range(experts)])
 
 
 def _two_level(source: Any, target: Any, architecture: Architecture) -> _Run:

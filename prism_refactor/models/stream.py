@@ -105,9 +105,10 @@ class LayerStream:
         """Fill the store with the first layer's input and note, once per batch size, what else every layer is given."""
         name = next(name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings())
         for module in self.model.modules():
-            if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to(self.device)
-        with self.layered.loaded(name):
+            for leaf, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
+        with self.layered.loaded(name, *self._decoder_tensors()):
             for batch in self._batches(len(rows)):
                 received = self._received(rows[batch])
                 if not self.states:
@@ -116,6 +117,20 @@ class LayerStream:
                 for state in self.states:
                     state[batch] = received[0][0].cpu()
                 self._arguments.setdefault(batch.stop - batch.start, [arguments for _, arguments in received])
+
+    @property
+    def _decoder_name(self) -> str:
+        return self.layered.layer_name(0).rpartition(".layers.")[0]
+
+    @property
+    def _decoder(self) -> nn.Module:
+        """The module that holds the layers."""
+        return self.model.get_submodule(self._decoder_name)
+
+    def _decoder_tensors(self) -> list[str]:
+        """Names of the tensors that it holds itself and the checkpoint has."""
+        names = [name for name, _ in [*self._decoder.named_parameters(recurse=False), *self._decoder.named_buffers(recurse=False)]]
+        return [own for name in names if self.layered.tensors_under(own := f"{self._decoder_name}.{name}")]
 
     @torch.inference_mode()
     def _received(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
@@ -173,9 +188,8 @@ class LayerStream:
         What a family does to logits (granitemoe divides them) is done; its layers are stood in for.
         """
         parts = [name for name, module in self.model.named_children() if module is not self.model.base_model]
-        decoder = self.layered.layer_name(0).rpartition(".layers.")[0]
-        others = [name for name, module in self.model.get_submodule(decoder).named_children() if module is not self.layered.layers]
-        parts += [f"{decoder}.{name}" for name in others]
+        others = [name for name, module in self._decoder.named_children() if module is not self.layered.layers]
+        parts += [*(f"{self._decoder_name}.{name}" for name in others), *self._decoder_tensors()]
         owned = [part for part in parts if self.layered.tensors_under(part)]
         with self.layered.loaded(*owned):
             self.model.tie_weights()

@@ -26,13 +26,14 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from prism_refactor.errors import InputError
 from prism_refactor.models.modeling_prism import activation_of, auto_class, cut_tensor, inner_projection
 
+_ARGUMENTS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -79,6 +80,8 @@ def build_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any
 
 
 def _build(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
+    for part in {type(config), type(config.get_text_config())}:
+        _adopt_experts(part)
     if not text_only:
         return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -88,10 +91,33 @@ def _build(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
     return _unregistered_class(config)._from_config(config, dtype=dtype).eval()
 
 
+def _classes_beside(config_class: type) -> list[Any]:
+    """The classes in the module of a family's models."""
+    if ".configuration_" not in config_class.__module__:
+        return []
+    modeling = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    return [found for _, found in inspect.getmembers(modeling, inspect.isclass) if found.__module__ == modeling.__name__]
+
+
+def _adopt_experts(config_class: type) -> None:
+    """Let a family's experts run through transformers' registry of implementations, where transformers has not marked them for it.
+
+    They are known by their name and arguments; the proof compares what they give there with what they give themselves.
+    """
+    classes = _classes_beside(config_class)
+    found = [each for each in classes if each.__name__.endswith("Experts") and [*inspect.signature(each.forward).parameters] == _ARGUMENTS]
+    for experts in found:
+        if not hasattr(experts.forward, "__wrapped__"):
+            use_experts_implementation(experts)
+            for model in classes:
+                if issubclass(model, PreTrainedModel):
+                    # Else found by reading the module's source.
+                    model._can_set_experts_implementation_cached_value = True
+
+
 def _unregistered_class(config: Any) -> Any:
     """The class of a text model that transformers builds only as a part of another: in its family's module, for this config."""
-    modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    classes = [found for _, found in inspect.getmembers(modeling, inspect.isclass) if issubclass(found, PreTrainedModel)]
+    classes = [found for found in _classes_beside(type(config)) if issubclass(found, PreTrainedModel)]
     fitting = [found for found in classes if found.config_class is type(config) and hasattr(found, "forward") and "Text" in found.__name__]
     models = [found for found in fitting if found.__name__.endswith("Model") and not found.__name__.endswith("PreTrainedModel")]
     if not models:
@@ -129,7 +155,10 @@ class Conversion:
 
     def target(self, name: str, state: dict[str, torch.Tensor]) -> str:
         """Return the name in the model's state of what a tensor on disk is a part of; its own where transformers does not know it."""
-        return rename_source_key(name, self._renamings, self._converters, self.model.base_model_prefix, state)[0]
+        prefix = self.model.base_model_prefix
+        found = str(rename_source_key(name, self._renamings, self._converters, prefix, state)[0])
+        # As transformers does: a rule may fit a name that is right already.
+        return name if found not in state and name in state else found
 
     def turns(self, name: str) -> bool:
         """Whether loading transposes the tensor called `name` in the model if its shape is the other way round."""

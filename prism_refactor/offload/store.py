@@ -20,7 +20,6 @@ from torch import nn
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.transformers_models import names_on_disk
 from prism_refactor.models.writer import BLOCK
 from prism_refactor.offload.options import DIRECT
 
@@ -143,7 +142,7 @@ class DiskStore:
         self.shapes = {name: tuple(value.shape[1:]) for name, value in parameters.items()}
         self.dtype = next(iter(parameters.values())).dtype
         self.sub_expert_bytes = sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
-        self._layouts = [_layouts(layered.model, block) for block in blocks]
+        self._layouts = [_layouts(layered, block) for block in blocks]
         self._align = BLOCK if mode == DIRECT else 1
         self._offsets = {file: _offsets(checkpoint, file) for file in sorted(set(checkpoint.weight_map.values()))}
         self._reads = {(layer, expert): self._find(layer, expert) for layer in range(self.layers) for expert in range(self.experts)}
@@ -290,9 +289,9 @@ def _offsets(checkpoint: Checkpoint, file: str) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _layouts(model: Any, block: str) -> list[_Layout]:
+def _layouts(layered: LayeredModel, block: str) -> list[_Layout]:
     """How the experts of one module are stored, from what transformers makes of two experts whose elements are numbered."""
-    module = model.get_submodule(block)
+    module = layered.model.get_submodule(block)
     parameters = dict(module.named_parameters(recurse=False))
     numbered, starts, total = {}, {}, 0
     for name, value in parameters.items():
@@ -304,7 +303,7 @@ def _layouts(model: Any, block: str) -> list[_Layout]:
     try:
         # Some conversions look at the shapes in the model.
         module._parameters.update({name: nn.Parameter(value[:2], requires_grad=False) for name, value in parameters.items()})
-        on_disk = names_on_disk(model, numbered)
+        on_disk = layered.names_on_disk(layered.model, numbered)
     finally:
         module._parameters.update(parameters)
     for name, tensor in on_disk.items():

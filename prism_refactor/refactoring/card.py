@@ -66,9 +66,9 @@ def model_card(manifest: Manifest, loader: str) -> str:
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     values["stock_active"] = "" if source.dense else values["active"]
     before, after = manifest.dropped
-    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type, source.stock))
+    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type, source.stock, source.plain_router))
     values["two_level"] = f"With the two-level router, which loses much less below {most}:"
-    loads = _STOCK + _TWO_LEVEL + _PLUGIN if recipe.has_router else _STOCK
+    loads = _STOCK + (_TWO_LEVEL if recipe.has_router else "") + (_PLUGIN if recipe.has_router and source.plain_router else "")
     if not source.stock:
         loads = _STOCK + _TWO_LEVEL
         values |= {"stock": f"As a plain `{source.model_type}` it is the original, which cannot run split experts:", "stock_active": ""}

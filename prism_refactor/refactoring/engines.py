@@ -21,13 +21,14 @@ def _classes() -> dict[str, Any]:
     return dict(json.loads(CLASSES.read_text()))
 
 
-def engine_notes(sizes: dict[str, int], model_type: str, stock: bool = True) -> list[str]:
+def engine_notes(sizes: dict[str, int], model_type: str, stock: bool = True, plain_router: bool = True) -> list[str]:
     """Return a sentence for each engine, and one more where experts are narrow.
 
     Args:
         sizes: the sizes after refactoring, by config key: number of experts, top-k, width, perhaps others.
         model_type: of the refactored model.
         stock: whether its own classes run the split experts; else they run the original.
+        plain_router: whether the vLLM plugin can route it by two levels.
 
     Example:
         >>> engine_notes({"num_experts": 1024, "num_experts_per_tok": 128, "intermediate_size": 64}, "olmoe")[0]
@@ -38,7 +39,7 @@ def engine_notes(sizes: dict[str, int], model_type: str, stock: bool = True) -> 
         (
             "vLLM",
             VLLM_EXPERTS,
-            "two-level router with the plugin prism-vllm, else the stock router",
+            "two-level router with the plugin prism-vllm, else the stock router" if plain_router else "the stock router",
             "its Transformers backend may run it",
         ),
         ("llama.cpp", LLAMA_CPP_EXPERTS, "the stock router", "it does not run it"),

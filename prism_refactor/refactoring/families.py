@@ -41,15 +41,17 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "step3p5": {"sliding_window": 512},
+    "step3p7": {"text_config": {"sliding_window": 512}},
     "mimo_v2_flash": {"head_dim": 192, "v_head_dim": 128, "num_key_value_heads": 4},
 }
 
 _INTRODUCTION = """# Families
 
 Written by `make docs` with transformers {version}: {count} families of Mixture-of-Experts models can be split, {in_place} more for the
-two-level router only. No list decides. For every config, `prism-refactor` builds a small random model of the same kind, finds which config keys set the number of experts, their width and
-the number that a token uses, splits the experts, and compares. A family that is not in this table is tried in the same way.
-`prism-profile --explain MODEL_DIR` prints what is found for a checkpoint.
+two-level router only. No list decides. For every config, `prism-refactor` builds a small random model of the same kind, finds which config
+keys set the number of experts, their width and the number that a token uses, splits the experts, and compares. A family that is not in
+this table is tried in the same way. `prism-profile --explain MODEL_DIR` prints what is found for a checkpoint.
 
 A split is accepted when logits and the outputs of all experts modules are equal at full k, for the stock router and for the two-level
 router, and when every other way to split is at least ten times further off. The differences below are the largest ones, in float32.

@@ -24,7 +24,7 @@ from prism_refactor.models.discovery import FURTHER_LAYERS
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
-from prism_refactor.models.transformers_models import build_meta_model, names_on_disk
+from prism_refactor.models.transformers_models import build_meta_model
 from prism_refactor.models.writer import ShardWriter
 from prism_refactor.progress import Progress, versions
 from prism_refactor.recipe import Recipe
@@ -237,7 +237,7 @@ class _Writing:
 
     def _add(self, state: dict[str, torch.Tensor]) -> None:
         """Queue some of the refactored model's tensors under their names on disk."""
-        for name, tensor in names_on_disk(self.target, state).items():
+        for name, tensor in self.source.names_on_disk(self.target, state).items():
             self.writer.add(name, tensor)
 
     def _copy_outer_tensors(self) -> None:
@@ -298,6 +298,7 @@ def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[Layer
         checkpoint.quantised,
         checkpoint.dense,
         checkpoint.architecture.stock,
+        checkpoint.architecture.plain_router,
     )
     recipe = replace(job.recipe, keep=job.recipe.kept)
     return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)

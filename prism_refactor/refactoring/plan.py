@@ -17,7 +17,7 @@ from prism_refactor.models.architectures import replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, dtype_name
 from prism_refactor.models.side_files import check_side_files
-from prism_refactor.models.transformers_models import FusedExperts, MoeBlock, names_on_disk
+from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.resources import allowed_memory, free_disk
 from prism_refactor.solvers.genetic import LARGE
@@ -40,7 +40,7 @@ class Plan:
         before, after: the config keys that change, with their values.
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
-        stock: see `Architecture.stock`.
+        stock, plain_router: see `Architecture`.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         quantised: how the source's weights are; they are read and written as bfloat16. None if they are not.
         disk_needed, disk_free: at the output folder.
@@ -56,6 +56,7 @@ class Plan:
     tensors_in: int
     tensors_out: int
     stock: bool
+    plain_router: bool
     bytes_out: int
     quantised: str | None
     disk_needed: int
@@ -78,8 +79,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     after = architecture.refactored_sizes(config, recipe.sub_experts)
     if not architecture.stock and not recipe.has_router:
         raise UsageError(
-            f"`router` {recipe.router}: a {config.model_type} cannot run split experts in its own classes, so it needs a sub-expert router; "
-            "use linear or proxy"
+            f"`router` {recipe.router}: a {config.model_type} cannot run split experts in its own classes, so it needs a sub-expert "
+            "router; use linear or proxy"
         )
     layered = LayeredModel(checkpoint, None)
     layered.check()
@@ -94,7 +95,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
             if part.endswith(".experts"):
                 # Families store a tensor per expert, or one for all.
                 state = layered.model.get_submodule(part).state_dict(prefix=f"{part}.")
-                stored = len(names_on_disk(layered.model, state))
+                stored = len(layered.names_on_disk(layered.model, state))
                 extra_tensors += stored * (recipe.sub_experts if stored > len(state) else 1) - len(names)
     side_bytes = check_side_files(checkpoint.path, (CARD, MANIFEST, MODELING_FILE))
     before = architecture.sizes(config)
@@ -111,6 +112,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         tensors_in=len(checkpoint.sizes),
         tensors_out=len(checkpoint.sizes) + extra_tensors,
         stock=architecture.stock,
+        plain_router=architecture.plain_router,
         bytes_out=bytes_out,
         quantised=checkpoint.quantised,
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
@@ -175,7 +177,7 @@ def _check_names(layered: LayeredModel) -> None:
         return
     for name in layered.moe_blocks.values():
         block = layered.model.get_submodule(name)
-        expected = set(names_on_disk(layered.model, replaced_state(name, block)))
+        expected = set(layered.names_on_disk(layered.model, replaced_state(name, block)))
         found = {tensor for part in replaced_parts(name, block) for tensor in layered.tensors_under(part)}
         if expected != found:
             example = sorted(expected ^ found)[0]

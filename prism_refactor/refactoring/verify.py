@@ -15,7 +15,7 @@ from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, places, router_tensors, two_level_router
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.stream import ComputeOptions, LayerStream
-from prism_refactor.models.transformers_models import FusedExperts, names_on_disk
+from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.recipe import LOGIT_TOLERANCE
 from prism_refactor.refactoring.pipeline import copied_name
 from prism_refactor.refactoring.plan import MODELING_FILE, replaced_state
@@ -80,7 +80,7 @@ def compare_tensors(source: Checkpoint, result: Checkpoint, events: Events | Non
     expected: dict[str, tuple[int, ...]] = {}
     for name in blocks:
         state = replaced_state(name, new.model.get_submodule(name), stock)
-        expected |= {tensor: tuple(value.shape) for tensor, value in names_on_disk(new.model, state).items()}
+        expected |= {tensor: tuple(value.shape) for tensor, value in old.names_on_disk(new.model, state).items()}
     names = kept | set(expected)
     problems = [f"missing tensor {name}" for name in sorted(names - set(result.weight_map))]
     problems += [f"unexpected tensor {name}" for name in sorted(set(result.weight_map) - names)]

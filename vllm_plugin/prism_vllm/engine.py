@@ -160,8 +160,9 @@ def install_checks(problem: str | None) -> None:
             serving = serving_of(self)
             if serving is None:
                 return
-            if not serving.checkpoint.config.get("stock", True):
-                raise CheckpointError("its experts are stored whole, and vLLM cannot split them; set PRISM_VLLM=0 to serve the original")
+            for key, reason in _NOT_SERVED.items():
+                if not serving.checkpoint.config.get(key, True):
+                    raise CheckpointError(reason)
             if problem is not None:
                 version = _module("vllm").__version__
                 raise CheckpointError(f"this plugin was made for vLLM {RELEASES}; {version} {problem}; install one of these")
@@ -176,6 +177,13 @@ def install_checks(problem: str | None) -> None:
             raise CheckpointError(f"prism-vllm: {self.model_config.model}: {error}") from None
 
     config_class.__post_init__ = checked
+
+
+# By what config.json says is not so.
+_NOT_SERVED = {
+    "stock": "its experts are stored whole, and vLLM cannot split them; set PRISM_VLLM=0 to serve the original",
+    "plain_router": "its router reads more than what its experts read; set PRISM_VLLM=0 for stock routing",
+}
 
 
 def _router_class() -> Any:
