@@ -115,7 +115,11 @@ def local():
     return open_checkpoint
 
 
-@pytest.mark.parametrize("family", mostly_long(PLAIN, "olmoe", "gpt_oss", "deepseek_v3-grouped", "granitemoeshared"))
+# But for Step-3.7, which has a matrix of the gates of all experts.
+READ = [family for family in PLAIN if family != "step3p7"]
+
+
+@pytest.mark.parametrize("family", mostly_long(READ, "olmoe", "gpt_oss", "deepseek_v3-grouped", "granitemoeshared"))
 def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", "--router", "proxy", *FAST).code == 0
     model = load(tmp_path / "out")

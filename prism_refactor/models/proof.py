@@ -69,8 +69,9 @@ def random_model(config: Any) -> Any:
         # It takes experts of any width.
         model.set_experts_implementation("eager")
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            persistent = not isinstance(value, nn.Parameter) and name in model.state_dict()
-            if not value.is_floating_point() or not (persistent or isinstance(value, nn.Parameter)):
+            # Of buffers those that a checkpoint holds, but no tables: MiniMax's say what is causal.
+            learned = isinstance(value, nn.Parameter) or (name in model.state_dict() and value.numel() == max(value.shape, default=1))
+            if not (learned and value.is_floating_point()):
                 continue
             if value.ndim >= 2 and min(value.shape) > 1:
                 value.data.normal_(std=0.1)

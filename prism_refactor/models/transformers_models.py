@@ -133,9 +133,10 @@ def build_meta_model(config: Any, dtype: torch.dtype, text_only: bool = False) -
     with torch.device("meta"):
         model = build_model(config, dtype, text_only)
     for module in model.modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        if names and set(names) <= module._non_persistent_buffers_set:
-            module.to_empty(device="cpu", recurse=False)
+        buffers = dict(module.named_buffers(recurse=False))
+        if buffers and set(buffers) <= module._non_persistent_buffers_set:
+            # Not its parameters: an embedding may have a buffer.
+            module._buffers.update({name: torch.empty_like(value, device="cpu") for name, value in buffers.items()})
             model._init_weights(module)
     return model
 

