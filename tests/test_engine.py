@@ -140,8 +140,10 @@ def test_a_window_of_attention_is_kept(engine_of, command, tmp_path):
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
 
 
-def test_a_model_of_images_and_text_is_served_on_text(engine_of, models, command, tmp_path):
-    assert command("prism-refactor", models["qwen3_vl_moe"], tmp_path / "out", *FAST).code == 0
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "hunyuan_v1_moe", "gemma4_text"])
+def test_other_kinds_of_models_are_served(engine_of, models, command, tmp_path, family):
+    """One of images and text, one whose experts are cut when it is loaded, and one whose router has other inputs than its experts."""
+    assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
     model = load(tmp_path / "out", dtype=torch.float32)
     engine = engine_of(on=model)
     requests = [GenerationRequest(prompt(20, n), 2 + 3 * n, 12, stop_at_eos=False) for n in range(3)]

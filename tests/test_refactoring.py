@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, FAMILIES, FAST, build, files, load, logits, mostly_long
+from conftest import EXAMPLE, FAMILIES, FAST, PLAIN, build, files, load, logits, mostly_long
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeCV
@@ -56,8 +56,9 @@ def test_full_k_is_the_original(tmp_path, models, command, token_ids, family, ro
     assert command("prism-verify", models[family], out, "--num-samples", "2", "--max-seq-length", "64").code == 0
     if router == "linear":
         for layer in json.loads((out / "prism.json").read_text())["layers"]:
-            # Half the sub-experts are closer to the layer's output than half the experts.
-            assert layer["output_error"]["two-level"][0] < 0.6 * layer["output_error"]["original"][0]
+            # Half the sub-experts are closer to the layer's output than half the experts, where these can be measured.
+            assert ("original" in layer["output_error"]) == (family in PLAIN)
+            assert layer["output_error"]["two-level"][0] < 0.6 * layer["output_error"].get("original", [1])[0]
 
 
 @pytest.mark.parametrize("sub_experts", [2, 8])

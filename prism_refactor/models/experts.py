@@ -20,10 +20,12 @@ EXPERTS = "prism"
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def expert_activations(experts: ExpertsModule, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]."""
+def expert_activations(
+    experts: ExpertsModule, expert: int, inputs: torch.Tensor, activate: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]; `activate`: another than the module's own."""
     fused = FusedExperts(experts)
-    return fused.activate(F.linear(inputs, *fused.projection(fused.inner, expert, inputs.dtype)))
+    return (activate or fused.activate)(F.linear(inputs, *fused.projection(fused.inner, expert, inputs.dtype)))
 
 
 def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

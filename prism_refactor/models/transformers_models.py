@@ -372,13 +372,12 @@ class ExpertSlots(nn.Module):
     """Memory in the shape of a fused experts module: what is an expert there is a slot here.
 
     Args:
-        like: a fused experts module whose activation and layout the slots have.
+        like: a fused experts module whose layout the slots have.
         tensors: of the slots, by the names of that module's tensors, [slots, ...].
     """
 
     def __init__(self, like: Any, tensors: dict[str, torch.Tensor]):
         super().__init__()
         self.has_bias, self.is_transposed = like.has_bias, like.is_transposed
-        self._apply_gate = self.act_fn = activation_of(like)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)

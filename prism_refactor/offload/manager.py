@@ -24,7 +24,7 @@ from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
 from prism_refactor.models.layered import LayeredModel, check_device
 from prism_refactor.models.loading import copy_out_of_files
-from prism_refactor.models.modeling_prism import ActiveK, full_k, install, router_tensors, two_level_router
+from prism_refactor.models.modeling_prism import ActiveK, activation_of, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.refactored import router_file
 from prism_refactor.models.transformers_models import register_experts
 from prism_refactor.offload.cache import Cache, Counters, Pool
@@ -158,6 +158,8 @@ class OffloadManager:
             self._look_ahead(layer, hidden_states, uses)
         groups = {expert: (tokens, slots) for expert, tokens, slots in by_expert(index, self.cache.store.experts)}
         output = torch.zeros_like(hidden_states)
+        # Layers may differ in it (Step-3.7), while their sub-experts lie in the same slots.
+        activate = activation_of(self._blocks[layer].experts)
         # What arrived before its turn: sums of floats depend on their order.
         early: dict[int, torch.Tensor | None] = {}
         order = iter(groups)
@@ -170,7 +172,7 @@ class OffloadManager:
                 self.faults.append((tokens.tolist(), slot))
                 early[expert] = None
             else:
-                activations = expert_activations(self._slots, slot, hidden_states[tokens])
+                activations = expert_activations(self._slots, slot, hidden_states[tokens], activate)
                 early[expert] = weighted_output(self._slots, slot, activations, weights[tokens, slots])
             while turn is not None and turn in early:
                 part = early.pop(turn)
@@ -337,7 +339,7 @@ def load_offloaded(
         raise UsageError(f"`prefetch` {prefetch}: the router of {folder} reads more than what its experts read; use activation or none")
     if prism and not prism.stock:
         raise InputError(
-            f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; load it without offloading"
+            f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; use prism-serve or prism_refactor.load"
         )
     if checkpoint.dense:
         raise InputError(f"{folder}: is a dense {checkpoint.dense}; refactor it first")

@@ -217,7 +217,8 @@ def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
 def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None) -> int:
     """Bytes at the peak of profiling or, with a number of workers, of refactoring too, in all processes on this machine.
 
-    Profiling holds a layer as stored and widened to the compute type; fitting holds it as stored and split, and the workers' Gram matrices.
+    Profiling holds a layer as stored and widened to the compute type; fitting holds it as stored and split, where it is not written split
+    once more, and the workers' Gram matrices.
     """
     width = calibration.resolved_dtype(layered.checkpoint).itemsize
     stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
@@ -237,7 +238,8 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
         # A regression of D features needs about four D x D matrices in float64.
         regression = 4 * 8 * min(hidden, tokens) ** 2
         processes = workers * (regression + _WORKER_BYTES) if workers > 1 else regression
-        peak = max(peak, 2 * _LAYER_MARGIN * largest * stored + processes + inputs)
+        copies_of_layer = 2 if layered.checkpoint.architecture.stock else 3
+        peak = max(peak, copies_of_layer * _LAYER_MARGIN * largest * stored + processes + inputs)
     return int(peak) + _text_bytes(layered, calibration) + sample + 2 * inputs + picture + _FIXED_BYTES
 
 

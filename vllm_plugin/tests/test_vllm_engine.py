@@ -246,6 +246,16 @@ def test_what_vllm_computes_wrong_on_a_cpu_is_repaired(python, tmp_path, family)
             assert difference([server.log_probabilities(text, k)], [log_probabilities(model, text)]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "said"), [("jamba", "its experts are stored whole, and vLLM cannot split them"), ("afmoe", "its router reads more than")]
+)
+def test_what_the_plugin_cannot_route_is_not_served_stock(python, tmp_path, family, said):
+    prism_refactor.refactor(random_model(family, tmp_path / "source"), tmp_path / "out", **QUICK)
+    line = refusal(python, tmp_path / "out", EAGER)
+    assert said in line
+    assert "PRISM_VLLM=0" in line
+
+
 def test_a_checkpoint_without_its_router_file_is_not_served_stock(python, folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "sub_expert_router.safetensors").unlink()
