@@ -339,7 +339,8 @@ def load_offloaded(
         raise UsageError(f"`prefetch` {prefetch}: the router of {folder} reads more than what its experts read; use activation or none")
     if prism and not prism.stock:
         raise InputError(
-            f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; use prism-serve or prism_refactor.load"
+            f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; use prism-serve or "
+            "prism_refactor.load"
         )
     if checkpoint.dense:
         raise InputError(f"{folder}: is a dense {checkpoint.dense}; refactor it first")

@@ -9,7 +9,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
 from conftest import FAMILIES as TESTED
-from conftest import LATENT, SHARED, build
+from conftest import IN_PLACE, LATENT, SHARED, build
 
 # vLLM's attention for CPUs takes heads of 32 and more.
 _WIDER: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 512}
@@ -70,9 +70,10 @@ QUICK: dict[str, Any] = {"num_samples": 8, "max_seq_length": 64, "tokens_per_exp
 
 def random_model(family: str, folder: Path) -> Path:
     """Save a small random model of a family, of sizes that vLLM takes on a CPU."""
+    known = (FAMILIES | IN_PLACE)[family]
     sizes = _WIDER | _PUBLISHED.get(family, {})
-    sizes = ({"head_dim": 32} if "head_dim" in FAMILIES[family] else {}) | sizes
-    sizes |= _LATENT if "kv_lora_rank" in FAMILIES[family] else {}
+    sizes = ({"head_dim": 32} if "head_dim" in known else {}) | sizes
+    sizes |= _LATENT if "kv_lora_rank" in known else {}
     return build(family, folder, **(_FURTHER.get(family, {}) | sizes))
 
 
