@@ -198,13 +198,17 @@ def _is_plain(model: Any, run: _Run) -> bool:
     """`Architecture.plain_router`, from a run of a small model."""
     for (_, block), (inputs, experts, _) in zip(moe_blocks(model), run.given, strict=True):
         router = router_of(block)
+        own = getattr(router, "top_k", None)
+        if own is None:
+            return False
         try:
             _, _, found = routing(block, inputs)
-            own, router.top_k = router.top_k, 1
+            router.top_k = 1
             _, _, best = routing(block, inputs)
-            router.top_k = own
         except Exception:
             return False
+        finally:
+            router.top_k = own
         if not torch.equal(found, experts) or best.shape[1] != 1:
             return False
     return True
