@@ -229,7 +229,8 @@ class Ablation:
             return two_level(block, config, tensors, "linear")
         bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale")}
         sub_experts = PrismConfig(**config.prism).sub_experts
-        sample, _ = Routed(layer.inputs.float(), layer.weights.float(), layer.experts).split()
+        inputs, original = layer.inputs.float(), two_level(block, config, bare, "linear")
+        sample, _ = Routed(inputs, *original.route(inputs)[1:]).split()
         if router == "linear -":
             return two_level(block, config, bare, "linear")
         if router == "refined":

@@ -14,6 +14,7 @@ from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import dtype_name
 from prism_refactor.models.stream import LayerStream
+from prism_refactor.models.transformers_models import run_experts_with
 
 
 class Profile:
@@ -55,7 +56,7 @@ class Profile:
 
     def __iter__(self) -> Iterator[LayerStatistics]:
         stream = LayerStream(self.checkpoint, self.rows[self._part], self.calibration.compute(self.checkpoint))
-        stream.model.set_experts_implementation(OBSERVED)
+        run_experts_with(stream.model, OBSERVED)
         if self._hidden is not None:
             stream.hidden.copy_(self._hidden)
         self._hidden = stream.hidden

@@ -161,6 +161,10 @@ def main(
     plan = make_plan(checkpoint, recipe, calibration, out_dir, statistics is None, pool.count or 1)
     for requirement in requirements:
         check_position(requirement, [recipe.sub_experts * (k + 1) for k in range(plan.before[checkpoint.architecture.top_k])])
+        if requirement.figure == "error" and not (recipe.has_router or plan.plain_router):
+            raise UsageError(
+                f"--require '{requirement.text}': without a sub-expert router the errors of a {plan.model_type} are not measured"
+            )
     if dry_run:
         click.echo(_plan_table(plan, recipe, calibration, pool.count, statistics is not None))
     check_memory(plan.memory_needed)

@@ -198,7 +198,8 @@ class LayerReport:
 
     Attributes:
         layer: index of the decoder layer.
-        output_error: squared relative error of the layer's output, by router ('original', 'stock', 'two-level'), at the sub-experts per
+        output_error: squared relative error of the layer's output, by router ('original' and 'stock' where the router is plain, the latter
+            where the model is stock; 'two-level' where there is a sub-expert router), at the sub-experts per
             token 'k'; of the original at as many whole experts.
         unrouted: experts that saw no token.
         experts: in their order.

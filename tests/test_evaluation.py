@@ -99,9 +99,12 @@ def test_costs_count_the_parameters_of_the_model(elastic):
     assert cost.at([16] * 4).active_parameters == parameters - 4 * 48 * one
     assert cost.at([16] * 4).flops - cost.at([15, 16, 16, 16]).flops == 2 * one
     two_level = CostModel(checkpoint, "two-level", 128)
-    assert two_level.at([16] * 4).flops - cost.at([16] * 4).flops == 4 * 2 * 16 * 256
-    # Gate, one row a sub-expert, two vectors for each of the 8 dropped.
-    assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 + 64 + 16) * 256
+    # The original gate for the stock one.
+    assert two_level.at([16] * 4).flops - cost.at([16] * 4).flops == 4 * 2 * (16 - 64) * 256
+    # And one row a sub-expert, two vectors for each of the 8 dropped.
+    assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 - 64 + 64 + 16) * 256
+    # At full k it is the original.
+    assert two_level.at([16] * 4) == CostModel(Checkpoint(EXAMPLE), "original", 128).at([4] * 4)
 
 
 def test_text_ends_at_its_limit_whatever_follows(tmp_path):

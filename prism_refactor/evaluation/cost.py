@@ -6,7 +6,7 @@ from typing import Any
 from prism_refactor.formats import Cost, Manifest, PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import moe_blocks
+from prism_refactor.models.modeling_prism import moe_blocks, router_of
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 
 
@@ -53,15 +53,17 @@ class CostModel:
         return Cost(parameters, flops)
 
     def _two_level(self, block: MoeBlock, k: int) -> tuple[int, int]:
-        """What the two-level router adds: the original gate and, below full k, the sub-router and the compensation."""
+        """What the two-level router adds: the original router for the stock one and, below full k, the sub-router and the compensation."""
         assert self.prism is not None
         sub_experts, full = self.prism.sub_experts, self.prism.max_active
         stored, hidden, _ = FusedExperts(block.experts).shape
         total = stored * self.parts
-        gate = total // sub_experts * hidden
+        # Of the stock router what has a row for every sub-expert has one for every expert in the original.
+        rows = [parameter.numel() for parameter in router_of(block).parameters() if self.prism.stock and total in parameter.shape]
+        gate = sum(rows) // sub_experts - sum(rows)
         if k == full:
             return gate, 2 * gate
         linear = self.prism.router == "linear"
-        rows = total * hidden if linear else 2 * self.gate_neurons * full * hidden
+        sub_router = total * hidden if linear else 2 * self.gate_neurons * full * hidden
         compensation = 2 * (full - k) * hidden if linear else 0
-        return gate + rows + compensation, 2 * (gate + rows + compensation)
+        return gate + sub_router + compensation, 2 * (gate + sub_router + compensation)

@@ -25,7 +25,7 @@ from prism_refactor.models.modeling_prism import (
     uninstall,
 )
 from prism_refactor.models.stream import ComputeOptions, LayerStream
-from prism_refactor.models.transformers_models import MoeBlock
+from prism_refactor.models.transformers_models import MoeBlock, run_experts_with
 from prism_refactor.routing.output import two_level_output
 from prism_refactor.routing.sample import Routed
 
@@ -81,7 +81,7 @@ def stream_losses(
     """
     events, name = events or Events(), checkpoint.path.resolve().name
     stream = LayerStream(checkpoint, windows.rows, compute, len(points))
-    stream.model.set_experts_implementation(EXPERTS)
+    run_experts_with(stream.model, EXPERTS)
     routers = router_tensors(checkpoint.path / ROUTER_FILE) if any(point.router == "two-level" for point in points) else {}
     errors: list[torch.Tensor] = []
     moe_layers = 0

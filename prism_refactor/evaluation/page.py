@@ -142,9 +142,9 @@ def _head(manifest: Manifest, evaluation: Evaluation | None) -> dict[str, Any]:
 
 
 def _half_error(layers: list[LayerReport]) -> list[tuple[str, str]]:
-    """How much nearer the two-level router is to the layer's full output at half the experts; nothing without that router."""
+    """How much nearer the two-level router is to the layer's full output at half the experts; nothing where one was not measured."""
     errors = [layer.output_error for layer in layers]
-    if not errors or any("two-level" not in error for error in errors):
+    if not errors or any(not {"original", "two-level"} <= error.keys() for error in errors):
         return []
     place = max(len(errors[0]["k"]) // 2 - 1, 0)
     original, refactored = (float(np.mean([error[name][place] for error in errors])) for name in ("original", "two-level"))

@@ -101,14 +101,15 @@ def size_in(config: Any, key: str) -> int:
     """Return a size from a transformers config, where it may be a number or a list of one for each layer, all the same.
 
     Raises:
-        InputError: layers differ.
+        InputError: it is no number, or layers differ.
     """
-    value = getattr(config.get_text_config(), key)
-    if not isinstance(value, list):
-        return int(value)
-    if len(set(value)) != 1:
-        raise InputError(f"config.json has layers of different {key}, which are not split")
-    return int(value[0])
+    value = getattr(config.get_text_config(), key, None)
+    found = value if isinstance(value, list) else [value]
+    if len(set(map(str, found))) > 1:
+        raise InputError(f"its layers differ in {key}; such models are not split")
+    if not found or not isinstance(found[0], int):
+        raise InputError(f"{key} is {value}; correct the config")
+    return found[0]
 
 
 def moe_block(layer: nn.Module) -> tuple[str, Any] | None:

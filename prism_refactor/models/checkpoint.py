@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import Architecture, size_in
+from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.dense import TWINS, Twin
 from prism_refactor.models.discovery import NO_EXPERTS, discover
 from prism_refactor.models.modeling_prism import ROUTER_FILE
@@ -184,7 +184,10 @@ class Checkpoint:
     def _check_config(self) -> None:
         """Sizes that no model can have, and those that the tensors do not bear out: building such a model could take for ever."""
         path, architecture = self.path / "config.json", self.architecture
-        experts, active = (size_in(self.text_config, key) for key in (architecture.num_experts, architecture.top_k))
+        try:
+            experts, active, _, *_ = architecture.sizes(self.text_config).values()
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         if not 1 <= active <= experts:
             raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
         if not any(experts in shape for shape in self.shapes.values()):

@@ -53,9 +53,9 @@ class LayeredModel:
     def _missing_prefix(self) -> str:
         """What the names of the checkpoint's tensors lack before those that transformers gives them: 'model.', where it holds no more."""
         prefix, known = f"{self.model.base_model_prefix}.", self.checkpoint.weight_map
-        names = [name for name in names_on_disk(self.model, self.model.state_dict()) if name.startswith(f"{prefix}layers.")]
-        bare = [name for name in names if name not in known and name.removeprefix(prefix) in known]
-        return prefix if names and len(bare) == len(names) else ""
+        layer = self.layer_name(0)
+        names = names_on_disk(self.model, self.layers[0].state_dict(prefix=f"{layer}."))
+        return prefix if all(name not in known and name.removeprefix(prefix) in known for name in names) else ""
 
     def names_on_disk(self, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return some of a model's state in the names and layout of this checkpoint; the model is this one, or what becomes of it."""

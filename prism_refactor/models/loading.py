@@ -11,6 +11,7 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach, auto_class
 from prism_refactor.models.refactored import router_file
+from prism_refactor.models.transformers_models import adopt_experts
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -27,7 +28,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
     prism = PrismConfig.required(model.config, folder)
-    model = model.to(device).eval()
+    model = adopt_experts(model.to(device).eval())
     if prism.has_router:
         with router_file(folder):
             model = attach(model, str(folder))

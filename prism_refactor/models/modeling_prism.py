@@ -89,10 +89,12 @@ class TwoLevelRouter(nn.Module):
         magnitude = self.activation(both.unflatten(-1, self.rows.shape[1:3])).abs().float()
         return magnitude.mean(-1).clamp_min(_SMALLEST).log()
 
-    def route(self, hidden_states, *_):
+    def route(self, hidden_states, *others, **named):
         """What the original router gives, in the place of the stock one: (logits, weights [T, K], experts int64 [T, K], ...)."""
-        correction = (self.correction,) if hasattr(self, "correction") else ()
-        return self.original(hidden_states, *correction)
+        if hasattr(self, "correction"):
+            # In the place of the stock one's.
+            others = (self.correction, *others[1:])
+        return self.original(hidden_states, *others, **named)
 
     def rank(self, hidden_states, weights, experts):
         """The value by which sub-experts are ranked: log of weight x predicted size, float32 [T, K * N].
@@ -231,7 +233,7 @@ def places(experts, sub_experts, groups=1):
 def cut(experts, sub_experts):
     """Cut each expert of a module into equal sub-experts of neurons that follow each other: E * N experts in the place of E.
 
-    Saving the module saves it as it was.
+    Its state dict is as it was.
     """
     experts.num_experts *= sub_experts
     for name, value in [*experts.named_parameters(recurse=False)]:
@@ -243,6 +245,7 @@ def cut(experts, sub_experts):
             held[expert * sub_experts : (expert + 1) * sub_experts] = parts
         setattr(experts, name, nn.Parameter(held, requires_grad=value.requires_grad))
     experts.register_state_dict_post_hook(functools.partial(_joined, sub_experts))
+    experts.register_load_state_dict_pre_hook(functools.partial(_cut_state, sub_experts))
 
 
 def cut_tensor(experts, name, whole, sub_experts):
@@ -258,6 +261,13 @@ def cut_tensor(experts, name, whole, sub_experts):
         kinds = 2 if name.startswith("gate_up") and _flag(experts, "is_concatenated") else 1
         parts = rows.unflatten(0, (kinds, sub_experts, -1)).transpose(0, 1).flatten(1, 2)
     return parts.transpose(1, 2) if turned else parts
+
+
+def _cut_state(sub_experts, experts, state, prefix, *_):
+    """Cut the tensors of an experts module in a state dict that is loaded."""
+    for name, _ in experts.named_parameters(recurse=False):
+        if prefix + name in state:
+            state[prefix + name] = torch.cat([cut_tensor(experts, name, whole, sub_experts) for whole in state[prefix + name]])
 
 
 def _joined(sub_experts, experts, state, prefix, _):
@@ -364,6 +374,8 @@ def install(block, two_level, active, layer):
     if hasattr(experts, "two_level"):
         uninstall(block)
     experts.two_level = two_level
+    # Forwards of their own, as hooks of other libraries are.
+    two_level.replaced = experts.__dict__.get("forward"), router_of(block).__dict__.get("forward")
     experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
     if two_level.original is not None:
         router_of(block).forward = two_level.route
@@ -371,8 +383,11 @@ def install(block, two_level, active, layer):
 
 def uninstall(block):
     """Undo `install`: the family's own router routes the block again."""
-    del block.experts.two_level, block.experts.forward
-    router_of(block).__dict__.pop("forward", None)
+    for module, forward in zip((block.experts, router_of(block)), block.experts.two_level.replaced, strict=True):
+        module.__dict__.pop("forward", None)
+        if forward is not None:
+            module.forward = forward
+    del block.experts.two_level
 
 
 def router_tensors(path):
@@ -381,7 +396,10 @@ def router_tensors(path):
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             # A router may have a part of that name.
-            block, _, leaf = min(parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1])
+            found = [parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1]]
+            if not found:
+                raise LookupError(f"{name} is no tensor of a router")
+            block, _, leaf = min(found)
             blocks.setdefault(block, {})[leaf] = file.get_tensor(name)
     return blocks
 
@@ -394,7 +412,8 @@ def attach(model, folder):
         folder: the refactored checkpoint.
 
     Raises:
-        ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router.
+        ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router; or the number of experts that
+            the original's own router chooses was changed.
     """
     config = model.config.get_text_config()
     recipe = getattr(config, "prism", None)
@@ -403,7 +422,11 @@ def attach(model, folder):
     tensors, names = router_tensors(os.path.join(folder, ROUTER_FILE)), {id(module): name for name, module in model.named_modules()}
     blocks = moe_blocks(model)
     # As config.json says, or a caller of `from_pretrained`.
-    k = getattr(config, recipe["top_k"]) if recipe.get("stock", True) else full_k(config)
+    k = getattr(config, recipe["top_k"])
+    if not recipe.get("stock", True):
+        if {*(k if isinstance(k, list) else [k])} != {recipe["source"][recipe["top_k"]]}:
+            raise ValueError(f"{folder}: {recipe['top_k']} was changed, which this model's own router reads; use set_active in its place")
+        k = full_k(config)
     model.prism_active = ActiveK([k] * len(blocks))
     for layer, block in enumerate(blocks):
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)

@@ -19,7 +19,7 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture, dotted, moe_block, original_routing, repeat_routing, routing, routing_state
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, places, router_of, two_level_router, uninstall
-from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of, named_arguments
+from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of, named_arguments, run_experts_with
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.
 TRIED, TOLERANCE, WORSE = 2, 1e-4, 10
@@ -67,7 +67,7 @@ def random_model(config: Any) -> Any:
         torch.manual_seed(0)
         model = build_model(config, torch.float32, text_only=True)
         # It takes experts of any width.
-        model.set_experts_implementation("eager")
+        run_experts_with(model, "eager")
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             # Of buffers those that a checkpoint holds, but no tables: MiniMax's say what is causal.
             learned = isinstance(value, nn.Parameter) or (name in model.state_dict() and value.numel() == max(value.shape, default=1))

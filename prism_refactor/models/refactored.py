@@ -49,5 +49,5 @@ def router_file(folder: Path) -> Iterator[Path]:
     path = folder / ROUTER_FILE
     try:
         yield path
-    except (OSError, LookupError, ValueError, SafetensorError) as error:
+    except (OSError, LookupError, SafetensorError) as error:
         raise InputError(f"{path}: is missing or broken ({one_line(error)}); refactor again") from None

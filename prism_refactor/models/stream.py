@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prism_refactor.models.architectures import dotted
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.transformers_models import named_arguments
@@ -120,7 +121,7 @@ class LayerStream:
 
     @property
     def _decoder_name(self) -> str:
-        return self.layered.layer_name(0).rpartition(".layers.")[0]
+        return self.layered.layer_name(0).rpartition("layers.")[0].rstrip(".")
 
     @property
     def _decoder(self) -> nn.Module:
@@ -130,7 +131,7 @@ class LayerStream:
     def _decoder_tensors(self) -> list[str]:
         """Names of the tensors that it holds itself and the checkpoint has."""
         names = [name for name, _ in [*self._decoder.named_parameters(recurse=False), *self._decoder.named_buffers(recurse=False)]]
-        return [own for name in names if self.layered.tensors_under(own := f"{self._decoder_name}.{name}")]
+        return [own for name in names if self.layered.tensors_under(own := dotted(self._decoder_name, name))]
 
     @torch.inference_mode()
     def _received(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
@@ -189,7 +190,7 @@ class LayerStream:
         """
         parts = [name for name, module in self.model.named_children() if module is not self.model.base_model]
         others = [name for name, module in self._decoder.named_children() if module is not self.layered.layers]
-        parts += [*(f"{self._decoder_name}.{name}" for name in others), *self._decoder_tensors()]
+        parts += [*(dotted(self._decoder_name, name) for name in others), *self._decoder_tensors()]
         owned = [part for part in parts if self.layered.tensors_under(part)]
         with self.layered.loaded(*owned):
             self.model.tie_weights()

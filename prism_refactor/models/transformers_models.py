@@ -5,6 +5,7 @@ implementations. The other such file is serving/transformers_batching.py.
 """
 
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -26,14 +27,14 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from prism_refactor.errors import InputError
 from prism_refactor.models.modeling_prism import activation_of, auto_class, cut_tensor, inner_projection
 
-_ARGUMENTS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
+_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -76,12 +77,10 @@ def build_model(config: Any, dtype: torch.dtype, text_only: bool = False) -> Any
     with warnings.catch_warnings():
         # A shared expert of no neurons.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        return _build(config, dtype, text_only)
+        return adopt_experts(_build(config, dtype, text_only))
 
 
 def _build(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
-    for part in {type(config), type(config.get_text_config())}:
-        _adopt_experts(part)
     if not text_only:
         return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -91,33 +90,10 @@ def _build(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
     return _unregistered_class(config)._from_config(config, dtype=dtype).eval()
 
 
-def _classes_beside(config_class: type) -> list[Any]:
-    """The classes in the module of a family's models."""
-    if ".configuration_" not in config_class.__module__:
-        return []
-    modeling = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
-    return [found for _, found in inspect.getmembers(modeling, inspect.isclass) if found.__module__ == modeling.__name__]
-
-
-def _adopt_experts(config_class: type) -> None:
-    """Let a family's experts run through transformers' registry of implementations, where transformers has not marked them for it.
-
-    They are known by their name and arguments; the proof compares what they give there with what they give themselves.
-    """
-    classes = _classes_beside(config_class)
-    found = [each for each in classes if each.__name__.endswith("Experts") and [*inspect.signature(each.forward).parameters] == _ARGUMENTS]
-    for experts in found:
-        if not hasattr(experts.forward, "__wrapped__"):
-            use_experts_implementation(experts)
-            for model in classes:
-                if issubclass(model, PreTrainedModel):
-                    # Else found by reading the module's source.
-                    model._can_set_experts_implementation_cached_value = True
-
-
 def _unregistered_class(config: Any) -> Any:
     """The class of a text model that transformers builds only as a part of another: in its family's module, for this config."""
-    classes = [found for found in _classes_beside(type(config)) if issubclass(found, PreTrainedModel)]
+    modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    classes = [found for _, found in inspect.getmembers(modeling, inspect.isclass) if issubclass(found, PreTrainedModel)]
     fitting = [found for found in classes if found.config_class is type(config) and hasattr(found, "forward") and "Text" in found.__name__]
     models = [found for found in fitting if found.__name__.endswith("Model") and not found.__name__.endswith("PreTrainedModel")]
     if not models:
@@ -221,13 +197,44 @@ def byte_of_character() -> dict[str, int]:
 
 
 def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:
-    """Register an experts implementation for `model.set_experts_implementation(name)`.
+    """Register an experts implementation for `run_experts_with`.
 
     Args:
         name: of the implementation.
         forward: (experts module, hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k]) -> [T, H].
     """
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
+
+
+def adopt_experts(model: Any) -> Any:
+    """Let a model's experts run through the registry where transformers has not marked their class for it; returns the model.
+
+    They are known by their arguments and tensors; the proof compares what the registry gives with what they give themselves. Call it
+    before a router is attached.
+    """
+    for module in model.modules():
+        known = all(hasattr(module, name) for name in ("num_experts", "gate_up_proj", "down_proj", "_apply_gate"))
+        if known and not hasattr(module, "is_concatenated") and [*inspect.signature(type(module).forward).parameters][1:] == _ARGUMENTS:
+            # As its decorator does.
+            module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False
+            module.is_transposed, module.is_concatenated, module._is_expert_parallel = False, True, False
+            module.config, module.prism_implementation = model.config.get_text_config(), "eager"
+            module.forward = functools.partial(_run_adopted, module)
+    return model
+
+
+def _run_adopted(experts: Any, *arguments: torch.Tensor) -> torch.Tensor:
+    """The forward of experts that `adopt_experts` has found."""
+    run = ALL_EXPERTS_FUNCTIONS.get_interface(experts.prism_implementation, type(experts).forward)
+    return run(experts, *arguments)
+
+
+def run_experts_with(model: Any, name: str) -> None:
+    """Let all of a model's experts run through an implementation of the registry from now on; 'eager' is their own."""
+    model.set_experts_implementation(name)
+    for module in model.modules():
+        if hasattr(module, "prism_implementation"):
+            module.prism_implementation = name
 
 
 class ExpertsModule(Protocol):

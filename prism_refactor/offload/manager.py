@@ -26,7 +26,7 @@ from prism_refactor.models.layered import LayeredModel, check_device
 from prism_refactor.models.loading import copy_out_of_files
 from prism_refactor.models.modeling_prism import ActiveK, activation_of, full_k, install, router_tensors, two_level_router
 from prism_refactor.models.refactored import router_file
-from prism_refactor.models.transformers_models import register_experts
+from prism_refactor.models.transformers_models import register_experts, run_experts_with
 from prism_refactor.offload.cache import Cache, Counters, Pool
 from prism_refactor.offload.options import DIRECT, PINNED, CacheBudget, LatencyTarget
 from prism_refactor.offload.policies import POLICIES, ActivationAware
@@ -335,13 +335,13 @@ def load_offloaded(
             f"{folder}: is quantised ({checkpoint.quantised}), and experts are read as they are stored; offload a bf16 checkpoint"
         )
     prism = PrismConfig.of(checkpoint.config)
-    if prefetch in ("router", "both") and not checkpoint.architecture.plain_router:
-        raise UsageError(f"`prefetch` {prefetch}: the router of {folder} reads more than what its experts read; use activation or none")
     if prism and not prism.stock:
         raise InputError(
             f"{folder}: holds its experts whole, and offloading reads sub-experts where they are stored; use prism-serve or "
             "prism_refactor.load"
         )
+    if prefetch in ("router", "both") and not checkpoint.architecture.plain_router:
+        raise UsageError(f"`prefetch` {prefetch}: the router of {folder} reads more than what its experts read; use activation or none")
     if checkpoint.dense:
         raise InputError(f"{folder}: is a dense {checkpoint.dense}; refactor it first")
     layered = LayeredModel(checkpoint, checkpoint.dtype or torch.float32, device)
@@ -365,7 +365,7 @@ def load_offloaded(
         model.offload = OffloadManager(model, [*blocks.values()], cache, prefetch)
         for number, block in enumerate(blocks.values()):
             block.experts.offload, block.experts.offload_layer = model.offload, number
-        model.set_experts_implementation(OFFLOADED)
+        run_experts_with(model, OFFLOADED)
         if (folder / GENERATION_CONFIG_NAME).exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         # All is there now, and needed; but for the files, where everything has been read.

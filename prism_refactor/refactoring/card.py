@@ -65,13 +65,18 @@ def model_card(manifest: Manifest, loader: str) -> str:
     # Of a model of images and text the size is in a part of the config that a keyword does not reach.
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     values["stock_active"] = "" if source.dense else values["active"]
+    whole = source.sizes[top_k]
+    runs = "runs all" if source.dense else "runs 1 whole expert" if whole == 1 else f"chooses from 1 to {whole} whole experts"
     before, after = manifest.dropped
     engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type, source.stock, source.plain_router))
     values["two_level"] = f"With the two-level router, which loses much less below {most}:"
     loads = _STOCK + (_TWO_LEVEL if recipe.has_router else "") + (_PLUGIN if recipe.has_router and source.plain_router else "")
     if not source.stock:
         loads = _STOCK + _TWO_LEVEL
-        values |= {"stock": f"As a plain `{source.model_type}` it is the original, which cannot run split experts:", "stock_active": ""}
+        values |= {
+            "stock": f"A plain `{source.model_type}` cannot run split experts. Loaded as one, this is the original:",
+            "stock_active": "",
+        }
         values["two_level"] = f"With the two-level router, which splits them in memory, at any k from 1 to {most}:"
         # Its config has the original's number.
         values["active"] = ""
@@ -83,7 +88,7 @@ tags: [mixture-of-experts, elastic, prism-refactor]
 
 Every {"feed-forward network" if source.dense else "expert"} of `{source.name}` is split into {recipe.sub_experts} sub-experts whose
 neurons fire together (MoE-Prism, arXiv 2510.19366), so the number of active sub-experts per token can be chosen from 1 to {most}, where
-the original {"runs all" if source.dense else f"chooses from 1 to {source.sizes[top_k]} whole experts"}. {trained} {exact}
+the original {runs}. {trained} {exact}
 
 {loads.format(**values)}
 ## Where it runs

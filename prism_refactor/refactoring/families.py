@@ -235,9 +235,15 @@ def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
         ("layers with experts", f"{len(splits.moe_layers)} of {splits.layers}"),
         ("experts", proof.experts),
         *architecture.sizes(config).items(),
-        ("down_proj", copies),
-        ("divided by N", ", ".join(architecture.divided) or "none"),
-        ("groups of experts", architecture.groups(config)),
+        *(
+            [
+                ("down_proj", copies),
+                ("divided by N", ", ".join(architecture.divided) or "none"),
+                ("groups of experts", architecture.groups(config)),
+            ]
+            if architecture.stock
+            else []
+        ),
         ("weights", splits.dtype),
         ("--sub-experts", ", ".join(map(str, splits.possible))),
         (

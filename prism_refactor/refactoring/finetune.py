@@ -20,9 +20,10 @@ from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, write_json
 from prism_refactor.formats import CARD, EVALUATION, MANIFEST, PAGE, FineTuned
 from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, auto_class, full_k, moe_blocks, moe_gates, router_of, set_active
 from prism_refactor.models.refactored import RefactoredCheckpoint
-from prism_refactor.models.transformers_models import names_on_disk
+from prism_refactor.models.transformers_models import adopt_experts, run_experts_with
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.signals import exit_code, uninterrupted
@@ -97,6 +98,9 @@ class Training:
         teacher = self._teacher(batch) if self.curriculum.loss == "distill" else None
         set_active(self.model, k)
         self.model.train()
+        for gate in moe_gates(self.model):
+            # Some draw their choice at random in training (PhiMoE).
+            gate.eval()
         logits = self.model(input_ids=batch, use_cache=False).logits.float()
         if teacher is None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
@@ -223,10 +227,9 @@ class FineTuning:
 
     def _model(self, calibration: Calibration) -> Any:
         path, dtype = self.source.path, calibration.resolved_dtype(self.source)
-        model: Any = auto_class(self.source.config).from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, experts_implementation=EXPERTS
-        )
-        model.to(calibration.resolved_device())
+        model: Any = auto_class(self.source.config).from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        adopt_experts(model.to(calibration.resolved_device()))
+        run_experts_with(model, EXPERTS)
         if self.router == "two-level":
             attach(model, path)
         model.activation_checkpointing_enable()
@@ -290,4 +293,4 @@ class FineTuning:
         for key, value in self.training.best_values.items():
             layer, _, leaf = key.partition(".")
             found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
-        return found if self.router == "two-level" else names_on_disk(model, found)
+        return found if self.router == "two-level" else LayeredModel(self.source, None).names_on_disk(model, found)

@@ -171,17 +171,25 @@ class LayerRefactoring:
             with in_float32(self.target):
                 two_level = two_level_router(self.target, self.config, router)
             outputs["two-level"] = (two_level_output(two_level, self.target.experts, routed, sub_experts * k) for k in experts)
+        elif not outputs:
+            # Nothing to report; what is split must be right all the same.
+            everything = two_level_output(
+                two_level_router(self.target, self.config, router), self.target.experts, routed, sub_experts * experts[-1]
+            )
+            self._check(relative_error(everything, exact))
         errors = {name: [round(relative_error(output, exact), 8) for output in each] for name, each in outputs.items()}
         if not np.isfinite([value for values in errors.values() for value in values]).all():
             raise InputError("its outputs are not finite; check the checkpoint")
         # Between experts of equal scores the stock router of the split model may choose otherwise.
         exempt = {"original"} | ({"stock"} if "stock" in errors and _ties(self.source, inputs) else set())
-        wrong = max((each[-1] for name, each in errors.items() if name not in exempt), default=0.0)
+        self._check(max((each[-1] for name, each in errors.items() if name not in exempt), default=0.0))
+        return {"k": [sub_experts * k for k in experts]} | errors
+
+    def _check(self, wrong: float) -> None:
         if wrong > ROUNDING:
             raise InputError(
                 f"at full k its output is not the source's (squared relative error {wrong:.1e}); please report this checkpoint"
             )
-        return {"k": [sub_experts * k for k in experts]} | errors
 
     def _pictures(self, order: torch.Tensor) -> Tensors:
         expert, share = int(self.statistics.tokens_routed.argmax()), 1 / (2 * self.recipe.sub_experts)

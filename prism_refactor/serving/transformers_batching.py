@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler as T
 
 from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.models.experts import EXPERTS
+from prism_refactor.models.transformers_models import run_experts_with
 from prism_refactor.offload.manager import OFFLOADED
 from prism_refactor.resources import available_memory
 from prism_refactor.serving.scheduling import Job, Scheduler, step_k
@@ -149,7 +150,7 @@ class Batching:
             module._is_expert_parallel = True
         # Neither computes dropped slots. Measured on a CPU (docs/serving.md): the loop over experts is as fast as the grouped product on
         # small batches, and up to twice as fast on large ones.
-        model.set_experts_implementation(OFFLOADED if offloaded else EXPERTS if on_cpu else "grouped_mm")
+        run_experts_with(model, OFFLOADED if offloaded else EXPERTS if on_cpu else "grouped_mm")
         mapping: dict[str, Any] = SCHEDULER_MAPPING
         mapping[config.scheduler_type] = functools.partial(_BatchScheduler, batching=self)
         try:
@@ -225,7 +226,7 @@ class Batching:
         for module in self._skipping:
             module._is_expert_parallel = False
         self.model.set_attn_implementation(self._attention)
-        self.model.set_experts_implementation(self._experts)
+        run_experts_with(self.model, self._experts)
 
     def add(self, name: str, prompt: list[int], max_new_tokens: int, eos_token_ids: list[int]) -> bool:
         """Queue a request; returns whether the manager took it."""
