@@ -17,6 +17,7 @@ from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import original_routing
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import TwoLevelRouter, moe_blocks, router_of
+from prism_refactor.models.transformers_models import adopt_experts
 from prism_refactor.server.quality import QualityCurve
 
 SUB_EXPERTS, TOKENS = 4, 40
@@ -55,7 +56,7 @@ def activations_like(block, gate, up):
 @pytest.mark.parametrize("kind", ["linear", "proxy"])
 @pytest.mark.parametrize("family", PLAIN)
 def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
-    model = load(models[family])
+    model = adopt_experts(load(models[family]))
     block, key = moe_blocks(model)[0], Checkpoint(models[family]).architecture
     config = model.config.get_text_config()
     experts, top_k, *_ = key.sizes(config).values()
