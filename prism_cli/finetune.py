@@ -58,8 +58,6 @@ def main(
     checkpoint = RefactoredCheckpoint(refactored_dir)
     if router == "stock" and not checkpoint.prism.stock:
         raise UsageError(f"--router stock: {refactored_dir} as a stock model is the original; use --router two-level")
-    if router == "stock" and not checkpoint.prism.plain_router:
-        raise UsageError(f"--router stock: the router of {refactored_dir} has no matrix of its own to train; use --router two-level")
     if router == "two-level" and checkpoint.prism.router != "linear":
         otherwise = "use --router stock" if checkpoint.prism.stock else "refactor with --router linear"
         raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; {otherwise}")

@@ -184,7 +184,7 @@ FAMILIES = {
     },
 }
 # The vLLM plugin routes them: their routers read what their experts read.
-PLAIN = [family for family in FAMILIES if family not in ("afmoe", "gemma4_text")]
+PLAIN = [family for family in FAMILIES if family != "gemma4_text"]
 # Their own classes cannot run split experts.
 IN_PLACE = {
     # Layers of hyper-connections; the first chooses experts by a table of tokens.

@@ -22,28 +22,36 @@ from prism_refactor.offload.manager import load_offloaded
 from prism_refactor.offload.options import CacheBudget
 
 
-@pytest.mark.parametrize("family", ["afmoe", "gemma4_text"])
-def test_what_needs_a_plain_router_is_refused_or_left_out(command, models, tmp_path, family):
-    source, out = models[family], tmp_path / "out"
+def test_what_needs_a_plain_router_is_refused_or_left_out(command, models, tmp_path):
+    source, out = models["gemma4_text"], tmp_path / "out"
     assert command("prism-refactor", source, out, *FAST).code == 0
     layers = json.loads((out / "prism.json").read_text())["layers"]
     assert all(layer["output_error"].keys() == {"k", "two-level"} for layer in layers)
     assert door.run(report.main.command, [str(out), "--quiet"]) == 0
     assert (out / "report.html").exists()
-    tuned = command("prism-finetune", out, tmp_path / "tuned", "--router", "stock")
-    assert tuned.code == 2
-    assert "has no matrix of its own to train; use --router two-level" in tuned.err
     with pytest.raises(UsageError, match="reads more than what its experts read"):
         load_offloaded(out, CacheBudget("50%"), prefetch="both")
 
 
 def test_without_a_sub_router_no_error_is_measured(command, models, tmp_path):
-    options = [models["afmoe"], tmp_path / "out", *FAST, "--router", "replicate"]
+    options = [models["gemma4_text"], tmp_path / "out", *FAST, "--router", "replicate"]
     refused = command("prism-refactor", *options, "--require", "error@50%<0.9")
     assert refused.code == 2
-    assert "the errors of a afmoe are not measured" in refused.err
+    assert "the errors of a gemma4_text are not measured" in refused.err
     assert command("prism-refactor", *options).code == 0
-    assert command("prism-verify", models["afmoe"], tmp_path / "out", "--num-samples", "2", "--max-seq-length", "64").code == 0
+    options = ["--num-samples", "2", "--max-seq-length", "64"]
+    assert command("prism-verify", models["gemma4_text"], tmp_path / "out", *options).code == 0
+
+
+@pytest.mark.parametrize("family", ["afmoe", "gemma4_text"])
+def test_routers_with_a_matrix_in_a_part_are_trained(command, models, tmp_path, token_ids, family):
+    assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
+    options = ["--router", "stock", "--steps", "1", "--num-samples", "16", "--max-seq-length", "32", "--learning-rate", "0.1", "--quiet"]
+    result = command("prism-finetune", tmp_path / "out", tmp_path / "tuned", *options)
+    assert result.code == 0, result.err
+    before, after = (logits(load(tmp_path / name), token_ids) for name in ("out", "tuned"))
+    best = json.loads((tmp_path / "tuned" / "prism.json").read_text())["finetuning"]["best_step"]
+    assert torch.equal(before, after) == (best == 0)
 
 
 def test_models_that_were_loaded_before_still_run(models, token_ids):

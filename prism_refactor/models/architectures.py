@@ -139,7 +139,12 @@ def own_routing(block: MoeBlock) -> dict[str, torch.Tensor]:
 
 def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The plain router's logits [T, E], weights [T, K] and experts int64 [T, K] for inputs [T, H]."""
-    logits, weights, experts = block.get_submodule(str(router_name(block)))(inputs, *own_routing(block).values())
+    router, own = block.get_submodule(str(router_name(block))), own_routing(block).values()
+    try:
+        logits, weights, experts = router(inputs, *own)
+    except ValueError:
+        # AFMoE's takes a batch of rows.
+        logits, weights, experts = router(inputs[None], *own)
     return logits, weights, experts
 
 

@@ -181,12 +181,19 @@ def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
     trainable = {}
     for layer, block in enumerate(moe_blocks(model)):
         two_level = getattr(block.experts, "two_level", None)
-        owner, names = (router_of(block), ("weight",)) if two_level is None else (two_level, ("weight", "bias"))
+        if two_level is None:
+            router: Any = router_of(block)
+            # Its matrix, which may be in a part of it.
+            owner, names = router, [next(name for name, value in router.named_parameters() if value.ndim == 2)]
+        else:
+            owner, names = two_level, ["weight", "bias"]
         for name in names:
-            value = getattr(owner, name).detach().clone()
-            delattr(owner, name)
+            part, _, leaf = name.rpartition(".")
+            held: Any = owner.get_submodule(part)
+            value = getattr(held, leaf).detach().clone()
+            delattr(held, leaf)
             parameter = nn.Parameter(value if two_level is None else value.float())
-            owner.register_parameter(name, parameter)
+            held.register_parameter(leaf, parameter)
             trainable[f"{layer}.{name}"] = parameter
     return trainable
 

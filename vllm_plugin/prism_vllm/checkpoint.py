@@ -24,6 +24,11 @@ class CheckpointError(ValueError):
     """The checkpoint cannot be served with two-level routing; the message says why and what to do."""
 
 
+def gate_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the matrix of the original router [E, H], out of a layer's tensors; families have it in different parts of their router."""
+    return next(value for name, value in tensors.items() if name.startswith("original.") and value.ndim == 2 and name.endswith("weight"))
+
+
 @dataclass(frozen=True)
 class RefactoredCheckpoint:
     """A checkpoint that prism-refactor has written.
@@ -78,7 +83,7 @@ class RefactoredCheckpoint:
         with safe_open(self._router_file, "pt") as file:
             found = {match[3]: file.get_tensor(name) for name in file.keys() if (match := _ROUTER.fullmatch(name)) and match[1] == block}  # noqa: SIM118
         if self.groups > 1:
-            found["places"] = self._places(len(found["original.weight"]))
+            found["places"] = self._places(len(gate_of(found)))
         neurons = found.pop("gate_neurons", None)
         return found if neurons is None else found | self._rows(layer, neurons)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import cached_file
 
-from prism_vllm.checkpoint import ROUTER_FILE, CheckpointError, RefactoredCheckpoint
+from prism_vllm.checkpoint import ROUTER_FILE, CheckpointError, RefactoredCheckpoint, gate_of
 from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
 from prism_vllm.serving import K, Serving
 
@@ -218,7 +218,7 @@ def _router_class() -> Any:
             tensors = {name: value.to(_step.tokens.device) for name, value in serving.checkpoint.tensors(layer).items()}
             # In the type of the router's products. Nothing here may change after loading: compiled code does not look again.
             dtype, bias = moe.router_logits_dtype or config.model_config.dtype, tensors.get("original.bias")
-            self.gate, self.gate_bias = tensors["original.weight"].to(dtype), None if bias is None else bias.to(dtype)
+            self.gate, self.gate_bias = gate_of(tensors).to(dtype), None if bias is None else bias.to(dtype)
             self._correct(tensors)
             self.sub_router = SubRouter.of(tensors, activation)
             # Where shapes may change from step to step, slots that no token of the step uses are cut off.

@@ -247,7 +247,8 @@ def test_what_vllm_computes_wrong_on_a_cpu_is_repaired(python, tmp_path, family)
 
 
 @pytest.mark.parametrize(
-    ("family", "said"), [("jamba", "its experts are stored whole, and vLLM cannot split them"), ("afmoe", "its router reads more than")]
+    ("family", "said"),
+    [("jamba", "its experts are stored whole, and vLLM cannot split them"), ("gemma4_text", "its router reads more than")],
 )
 def test_what_the_plugin_cannot_route_is_not_served_stock(python, tmp_path, family, said):
     prism_refactor.refactor(random_model(family, tmp_path / "source"), tmp_path / "out", **QUICK)
