@@ -14,7 +14,7 @@ from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
 from prism_vllm.serving import Serving
 
 from prism_refactor.models import modeling_prism
-from prism_refactor.models.architectures import original_routing
+from prism_refactor.models.architectures import original_routing, routing
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import TwoLevelRouter, moe_blocks, router_of
 from prism_refactor.models.transformers_models import adopt_experts
@@ -77,7 +77,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     hidden = torch.randn(TOKENS, config.hidden_size)
     full = top_k * SUB_EXPERTS
     with torch.inference_mode():
-        _, weights, chosen = reference.route(hidden)
+        _, weights, chosen = routing(block, hidden)
         for k in (torch.full((TOKENS,), full), torch.full((TOKENS,), 3), torch.randint(1, full + 1, (TOKENS,))):
             mixed = k if len(k.unique()) > 1 else None
             kept, ids, missing = reference(hidden, weights, chosen, int(k.max()), mixed)
