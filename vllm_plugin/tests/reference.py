@@ -21,6 +21,7 @@ IN_BFLOAT16 = ("qwen3_next", "qwen3_5_moe_text")
 _NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 # Keys that vLLM reads, which published checkpoints have and transformers does not write.
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v2": {"scoring_func": "softmax", "q_lora_rank": 32},
     "deepseek_v3": _NOAUX | {"q_lora_rank": 32},
     "deepseek_v3-grouped": _NOAUX | {"q_lora_rank": 32},
