@@ -56,13 +56,13 @@ this table is tried in the same way. `prism-profile --explain MODEL_DIR` prints 
 A split is accepted when logits and the outputs of all experts modules are equal at full k, for the stock router and for the two-level
 router, and when every other way to split is at least ten times further off. The differences below are the largest ones, in float32.
 
-The proof runs at the start of every run, for the checkpoint's own config. `prism-refactor`, `prism-verify` and offloading are tested with
-the families in `tests/conftest.py`; one of them, `qwen3_vl_moe`, takes images and text. The others were only proven. The table counts a
-model of images and text and its text part as two.
+The proof runs at the start of every run, for the checkpoint's own config. Long tests run `prism-refactor` and `prism-verify` on a small
+model of every family that is a language model of its own (`tests/test_families.py`); offloading and other commands run on the families in
+`tests/conftest.py`, two of which take images and text. The table counts a model of images and text and its text part as two.
 
-Where layers give the next one more than hidden states (`glm_moe_dsa`, `hy_v4`, `mistral_large4`: the positions that attention may look at),
-these are kept in memory for all of the text. The estimate of `--dry-run` does not count them. An interrupted run passes the text through
-the finished layers again.
+Where layers give the next one more than hidden states (`glm_moe_dsa`, `hy_v4`, `mistral_large4`: the positions that attention may look at;
+`zaya`: what its router remembers), these are kept in memory for all of the text. The estimate of `--dry-run` does not count them. An
+interrupted run passes the text through the finished layers again.
 
 How it is exact: copies of an expert have equal rows in the router, so at full k all N of an expert that is chosen are chosen.
 
