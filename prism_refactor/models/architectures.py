@@ -8,9 +8,8 @@ from torch import nn
 
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.formats import PrismConfig
+from prism_refactor.models.modeling_prism import ROUTER_NAMES, router_of
 from prism_refactor.models.transformers_models import MoeBlock
-
-ROUTER_NAMES = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def own_routing(block: MoeBlock) -> dict[str, torch.Tensor]:
 
 def routing(block: MoeBlock, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The plain router's logits [T, E], weights [T, K] and experts int64 [T, K] for inputs [T, H]."""
-    router, own = block.get_submodule(str(router_name(block))), own_routing(block).values()
+    router, own = router_of(block), own_routing(block).values()
     try:
         logits, weights, experts = router(inputs, *own)
     except ValueError:

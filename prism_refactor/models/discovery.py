@@ -15,7 +15,7 @@ import torch
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.architectures import own_routing, routing_state, size_in
 from prism_refactor.models.modeling_prism import inner_projection, router_of
-from prism_refactor.models.proof import TRIED, Proof, moe_blocks, prove, prove_in_place
+from prism_refactor.models.proof import TRIED, Proof, Reference, moe_blocks, prove, prove_in_place
 from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
 
 _EXPERTS, _ACTIVE = 12, 2
@@ -340,10 +340,11 @@ def _discover(config: Any) -> Proof:
     small = reduced(config)
     plain, values = Sketch(small), config_values(small)
     groups = [(key, _KEPT_GROUPS) for key in _GROUPS if (values.get(key) or 1) > 1]
+    reference = Reference(small)
     try:
-        return prove(small, groups, lambda multiplied: _find_keys(small, plain, multiplied))
+        return prove(reference, groups, lambda multiplied: _find_keys(small, plain, multiplied))
     except InputError as error:
         try:
-            return prove_in_place(small, _size_keys(small, plain), str(error))
+            return prove_in_place(reference, _size_keys(small, plain), str(error))
         except InputError:
             raise error from None

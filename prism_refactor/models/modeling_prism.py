@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
 _SMALLEST = 1e-30
-_ROUTER_NAMES = ("gate", "router")
+ROUTER_NAMES = ("gate", "router")
 
 
 class TwoLevelRouter(nn.Module):
@@ -237,13 +237,7 @@ def cut(experts, sub_experts):
     """
     experts.num_experts *= sub_experts
     for name, value in [*experts.named_parameters(recurse=False)]:
-        held = value.new_empty(0)
-        for expert, whole in enumerate(value.data):
-            parts = cut_tensor(experts, name, whole, sub_experts)
-            if expert == 0:
-                held = parts.new_empty(len(value) * sub_experts, *parts.shape[1:])
-            held[expert * sub_experts : (expert + 1) * sub_experts] = parts
-        setattr(experts, name, nn.Parameter(held, requires_grad=value.requires_grad))
+        setattr(experts, name, nn.Parameter(_cut_all(experts, name, value.data, sub_experts), requires_grad=value.requires_grad))
     experts.register_state_dict_post_hook(functools.partial(_joined, sub_experts))
     experts.register_load_state_dict_pre_hook(functools.partial(_cut_state, sub_experts))
 
@@ -263,11 +257,22 @@ def cut_tensor(experts, name, whole, sub_experts):
     return parts.transpose(1, 2) if turned else parts
 
 
+def _cut_all(experts, name, value, sub_experts):
+    """`cut_tensor` of all experts, [E * N, ...], an expert at a time: what is cut is a copy."""
+    held = None
+    for expert, whole in enumerate(value):
+        parts = cut_tensor(experts, name, whole, sub_experts)
+        if held is None:
+            held = parts.new_empty(len(value) * sub_experts, *parts.shape[1:])
+        held[expert * sub_experts : (expert + 1) * sub_experts] = parts
+    return held
+
+
 def _cut_state(sub_experts, experts, state, prefix, *_):
     """Cut the tensors of an experts module in a state dict that is loaded."""
     for name, _ in experts.named_parameters(recurse=False):
         if prefix + name in state:
-            state[prefix + name] = torch.cat([cut_tensor(experts, name, whole, sub_experts) for whole in state[prefix + name]])
+            state[prefix + name] = _cut_all(experts, name, state[prefix + name], sub_experts)
 
 
 def _joined(sub_experts, experts, state, prefix, _):
@@ -358,7 +363,7 @@ _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction
 
 def router_of(block):
     """The router of a MoE block, whatever its family calls it; None if there is none."""
-    return next((module for name in _ROUTER_NAMES if isinstance(module := getattr(block, name, None), nn.Module)), None)
+    return next((module for name in ROUTER_NAMES if isinstance(module := getattr(block, name, None), nn.Module)), None)
 
 
 def install(block, two_level, active, layer):
@@ -396,7 +401,7 @@ def router_tensors(path):
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
             # A router may have a part of that name.
-            found = [parts for router in _ROUTER_NAMES if (parts := name.partition(f".{router}."))[1]]
+            found = [parts for router in ROUTER_NAMES if (parts := name.partition(f".{router}."))[1]]
             if not found:
                 raise LookupError(f"{name} is no tensor of a router")
             block, _, leaf = min(found)

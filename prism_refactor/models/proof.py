@@ -214,46 +214,59 @@ def _is_plain(model: Any, run: _Run) -> bool:
     return True
 
 
-def _first_run(config: Any) -> tuple[Any, _Run]:
-    """A small random model, and what it gives."""
-    source = random_model(config)
-    try:
-        exact = _Run(source)
-    except Exception as error:
-        raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
-    if len(exact.outputs) != len(list(moe_blocks(source))):
-        raise InputError("some of its MoE layers do not run on text")
-    for (name, block), given, output in zip(moe_blocks(source), exact.given, exact.outputs, strict=True):
-        with torch.inference_mode():
-            inputs, experts, weights = given
-            ours = experts_forward(block.experts, inputs, experts, weights)
-        if not (ours - output).abs().max() / output.std().clamp_min(1) < TOLERANCE:
-            raise InputError(f"{name}: {type(block.experts).__name__} computes otherwise than transformers' interface of experts")
-    return source, exact
-
-
-def _stream_facts(model: Any, run: _Run) -> dict[str, Any]:
-    """Fields of its `Architecture` that say how a model runs."""
-    rows, length, _ = run.logits.shape
-    streams = run.calls[0][0].numel() // (rows * length * model.config.hidden_size)
-    carried, tokens = _arguments_of_layers(model, run)
-    return {"carried": carried, "tokens": tokens, "streams": streams, "plain_router": _is_plain(model, run)}
-
-
-def prove_in_place(config: Any, keys: list[str], obstacle: str) -> Proof:
-    """Cut the experts of a random model of a small config, all else left as it is.
+class Reference:
+    """A random model of a small config, and what it gives: what its split is compared with.
 
     Args:
         config: small.
+
+    Attributes:
+        model: the model.
+        exact: its run.
+        facts: fields of its `Architecture` that say how it runs.
+
+    Raises:
+        InputError: it does not run, or cannot be run a layer at a time, or its experts are no ones that can be split.
+    """
+
+    def __init__(self, config: Any):
+        self.model = random_model(config)
+        try:
+            self.exact = _Run(self.model)
+        except Exception as error:
+            raise InputError(f"a small model of its kind does not run: {one_line(error)}") from error
+        self._check_experts()
+        rows, length, _ = self.exact.logits.shape
+        streams = self.exact.calls[0][0].numel() // (rows * length * config.hidden_size)
+        carried, tokens = _arguments_of_layers(self.model, self.exact)
+        plain = _is_plain(self.model, self.exact)
+        self.facts: dict[str, Any] = {"carried": carried, "tokens": tokens, "streams": streams, "plain_router": plain}
+
+    @torch.inference_mode()
+    def _check_experts(self) -> None:
+        if len(self.exact.outputs) != len(list(moe_blocks(self.model))):
+            raise InputError("some of its MoE layers do not run on text")
+        for (name, block), given, output in zip(moe_blocks(self.model), self.exact.given, self.exact.outputs, strict=True):
+            inputs, experts, weights = given
+            ours = experts_forward(block.experts, inputs, experts, weights)
+            if not (ours - output).abs().max() / output.std().clamp_min(1) < TOLERANCE:
+                raise InputError(f"{name}: {type(block.experts).__name__} computes otherwise than transformers' interface of experts")
+
+
+def prove_in_place(reference: Reference, keys: list[str], obstacle: str) -> Proof:
+    """Cut the experts of a small model, all else left as it is.
+
+    Args:
+        reference: the model, which is changed.
         keys: of the numbers of experts and of a token's experts, and of their width.
         obstacle: why its own classes cannot run the split model.
 
     Raises:
-        InputError: the outputs change, or the model cannot be run a layer at a time.
+        InputError: the outputs change.
     """
-    source, exact = _first_run(config)
+    source, exact = reference.model, reference.exact
     experts, top_k, width = keys
-    architecture = Architecture(experts, top_k, width, shared_weight=False, stock=False, **_stream_facts(source, exact))
+    architecture = Architecture(experts, top_k, width, shared_weight=False, stock=False, **reference.facts)
     generator = torch.Generator().manual_seed(2)
     for _, block in moe_blocks(source):
         fused = FusedExperts(block.experts)
@@ -268,26 +281,25 @@ def prove_in_place(config: Any, keys: list[str], obstacle: str) -> Proof:
     return Proof(architecture, type(block.experts).__name__, stock, two_level, obstacle=obstacle)
 
 
-def prove(config: Any, groups: list[tuple[str, str]], find_keys: FindKeys) -> Proof:
-    """Split a random model of a small config in every way that may be right.
+def prove(reference: Reference, groups: list[tuple[str, str]], find_keys: FindKeys) -> Proof:
+    """Split a small model in every way that may be right.
 
     Args:
-        config: small.
-        groups: pairs of its keys: of the number of groups of experts, and of how many of them are kept.
+        reference: the model.
+        groups: pairs of its config's keys: of the number of groups of experts, and of how many of them are kept.
         find_keys: see `FindKeys`.
 
     Raises:
-        InputError: no way is right, or the model cannot be run a layer at a time.
+        InputError: no way is right.
     """
-    source, exact = _first_run(config)
-    facts = _stream_facts(source, exact)
+    source, exact = reference.model, reference.exact
     best = float("inf")
     # First without: a router that chooses groups by their best expert needs nothing for them.
     for multiplied in ((), *groups):
         grouped = multiplied[0] if multiplied else None
         keys, split = find_keys(multiplied)
         target = random_model(split)
-        found = sorted(_differences(source, target, keys, facts | {"grouped": grouped}, exact), key=lambda pair: pair[0])
+        found = sorted(_differences(source, target, keys, reference.facts | {"grouped": grouped}, exact), key=lambda pair: pair[0])
         (difference, architecture), (second, _) = found[:2]
         best = min(best, difference)
         if difference < TOLERANCE and second > WORSE * difference:

@@ -171,7 +171,7 @@ class LayerStream:
         layer, hidden = self.layered.layers[index], self.states[state]
         for batch in self._batches(len(hidden)):
             carried = {name: _moved(value, self.device) for name, value in self._carried.get((state, batch.start), {}).items()}
-            tokens = dict.fromkeys(self._token_names, self._rows[batch].to(self.device))
+            tokens = {name: self._rows[batch].to(self.device) for name in self._token_names}
             arguments = self._arguments[batch.stop - batch.start][index] | carried | tokens
             output = layer(hidden[batch].to(self.device), **arguments)
             if self._carried_names:
