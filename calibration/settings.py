@@ -70,11 +70,13 @@ class Calibration:
 
     def rows(self, checkpoint: Checkpoint) -> torch.Tensor:
         """The token rows, int64 [S, T]. Raises InputError or UsageError as `token_rows` does."""
-        from prism_refactor.calibration.text import CALIBRATION_TEXT, load_tokenizer, token_rows  # noqa: PLC0415
+        from prism_refactor.calibration.text import CALIBRATION_TEXT, check_tokens, load_tokenizer, token_rows  # noqa: PLC0415
 
         names = list(self.datasets) or [CALIBRATION_TEXT]
         tokenizer = load_tokenizer(checkpoint.path)
-        return token_rows(names, tokenizer, self.samples(checkpoint), self.sequence_length(checkpoint), self.seed, self.text_column)
+        rows = token_rows(names, tokenizer, self.samples(checkpoint), self.sequence_length(checkpoint), self.seed, self.text_column)
+        check_tokens(checkpoint.path, tokenizer, int(rows.max()), checkpoint.text_config.vocab_size)
+        return rows
 
     def samples(self, checkpoint: Checkpoint) -> int:
         """Rows of text."""

@@ -1,106 +1,91 @@
-"""Text in, token rows out: local files and Hub datasets through `datasets`, packed to a fixed length."""
+"""Text in, token rows out: documents made tokens a piece at a time, packed to a fixed length."""
 
-import re
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from prism_refactor.errors import InputError, PrismError, UsageError, one_line
+from prism_refactor.calibration.sources import Source, TextFile, is_chat
+from prism_refactor.errors import InputError, one_line
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
 EVALUATION_TEXT = str(BUNDLED / "evaluation.jsonl")
-FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 # Rows are drawn from this many times as many as asked for, so that a sample is not just the first few documents.
 _OVERSAMPLING = 4
-_SPEC = re.compile(r"(?P<name>[^\[\](){}]+?)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<samples>\d+))?$")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One part of a calibration mix, written `name[subset](split):samples`; only the name is required."""
-
-    name: str
-    subset: str | None
-    split: str
-    samples: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> "Source":
-        """Raises UsageError when the text is not such a specification."""
-        if Path(text).exists():
-            return cls(text, None, "train", None)
-        match = _SPEC.fullmatch(text.strip())
-        if match is None or not text.strip():
-            raise UsageError(f"`datasets` {text}: not of the form name[subset](split):samples")
-        samples = match["samples"]
-        if samples and not int(samples):
-            raise UsageError(f"`datasets` {text}: asks for no sample; write a number above 0")
-        return cls(match["name"], match["subset"], match["split"] or "train", int(samples) if samples else None)
-
-    def documents(self, column: str, seed: int) -> Iterator[str]:
-        """The texts, shuffled with `seed`, read lazily. Raises as `records` does."""
-        for record in self.records(column, seed):
-            yield record[column] or ""
-
-    def records(self, column: str, seed: int) -> Iterator[dict[str, Any]]:
-        """The records, shuffled with `seed`, read lazily; their `column` holds text or nothing.
-
-        Raises:
-            InputError: the file or dataset cannot be read, or has no such column.
-        """
-        try:
-            dataset = self._load().shuffle(seed=seed, buffer_size=1000)
-            for record in dataset:
-                if column not in record:
-                    raise InputError(
-                        f"`datasets` {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with `text_column`"
-                    )
-                text = record[column]
-                if text is not None and not isinstance(text, str):
-                    raise InputError(f"`datasets` {self.name}: column '{column}' holds {type(text).__name__}, not text")
-                yield record
-        except PrismError:
-            raise
-        except StopIteration:
-            # An empty JSON file.
-            return
-        except Exception as error:
-            raise InputError(f"`datasets` {self.name}: cannot be read: {one_line(error)}") from error
-
-    def _load(self) -> Any:
-        path = Path(self.name)
-        if not path.exists():
-            if path.suffix in FORMATS or path.is_absolute() or self.name.startswith("."):
-                raise InputError(f"`datasets` {self.name}: no such file or folder")
-            return load_dataset(self.name, self.subset, split=self.split, streaming=True)
-        if self.subset or self.split != "train":
-            raise UsageError(f"`datasets` {self.name}: a local file has no subset or split; write only its path and :samples")
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        kinds = {FORMATS[file.suffix] for file in files if file.suffix in FORMATS}
-        if len(kinds) != 1:
-            raise InputError(f"`datasets` {self.name}: needs files of one kind out of {', '.join(FORMATS)}")
-        kind = kinds.pop()
-        chosen = [str(file) for file in files if FORMATS.get(file.suffix) == kind]
-        options = {"sample_by": "document"} if kind == "text" else {}
-        # Local files need no cache, and a batch job may have no home to keep one in.
-        with tempfile.TemporaryDirectory() as cache:
-            return load_dataset(kind, data_files=chosen, split="train", streaming=True, cache_dir=cache, **options)
+# Characters that are made tokens at a time: of a long document no more than what is needed is.
+_PIECE = 1 << 16
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The checkpoint's own tokenizer. Raises InputError when there is none."""
+    """The checkpoint's own tokenizer. Raises InputError when there is none, or one that does not belong to the model."""
     try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
     except Exception as error:
         raise InputError(f"{model_dir}: no usable tokenizer: {one_line(error)}") from error
+    # Where there are no files transformers makes one that knows nothing.
+    if len(set(tokenizer("The river 12", add_special_tokens=False)["input_ids"])) < 2:
+        raise InputError(f"{model_dir}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json of the model there")
+    try:
+        vocabulary = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config().vocab_size
+    except Exception as error:
+        raise InputError(f"{model_dir / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+    # Other special tokens, padding for one, may be in no text.
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, *tokenizer.get_vocab().values()} - {None}
+    beyond = used - (set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id})
+    check_tokens(model_dir, tokenizer, max(beyond, default=0), vocabulary)
+    return tokenizer
+
+
+def check_tokens(model_dir: Path, tokenizer: Any, largest: int, vocabulary: int) -> None:
+    """Raise InputError where the largest token of a text is none of the model's `vocabulary`."""
+    if largest >= vocabulary:
+        raise InputError(
+            f"{model_dir}: the tokenizer has a token {largest}, '{tokenizer.convert_ids_to_tokens(largest)}', and the model (config.json) "
+            f"{vocabulary} embeddings; use the model's own tokenizer, or resize its embeddings"
+        )
+
+
+def token_pieces(tokenizer: Any, document: str | list[dict[str, Any]] | TextFile | None) -> Iterator[list[int]]:
+    """The tokens of a document, a piece at a time; of a chat, those that the tokenizer's chat template makes of it.
+
+    Raises:
+        InputError: a chat, and the tokenizer has no chat template, or one that refuses it.
+    """
+    for text in _pieces(_texts(tokenizer, document)):
+        yield tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _texts(tokenizer: Any, document: str | list[dict[str, Any]] | TextFile | None) -> Iterable[str]:
+    if isinstance(document, TextFile):
+        return document.chunks()
+    if not is_chat(document):
+        return [str(document or "")]
+    if not tokenizer.chat_template:
+        raise InputError("the text is chats, and the model's tokenizer has no chat template; choose a column of text with `text_column`")
+    try:
+        return [tokenizer.apply_chat_template(document, tokenize=False)]
+    except Exception as error:
+        raise InputError(f"the model's chat template refuses a chat of the text: {one_line(error)}") from error
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Text in pieces of at most `_PIECE` characters, cut before a space where there is one."""
+    rest = ""
+    for text in texts:
+        rest += text
+        start = 0
+        while len(rest) - start > _PIECE:
+            space = max(rest.rfind(" ", start + 1, start + _PIECE), rest.rfind("\n", start + 1, start + _PIECE))
+            end = space if space > 0 else start + _PIECE
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, seed: int, column: str = "text") -> torch.Tensor:
@@ -140,10 +125,16 @@ def token_rows(datasets: list[str], tokenizer: Any, samples: int, length: int, s
 def _rows_of(source: Source, tokenizer: Any, wanted: int, length: int, seed: int, column: str) -> torch.Tensor:
     tokens: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in source.documents(column, seed):
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
-        tokens += ids + separator if ids else []
-        if len(tokens) >= wanted * length * _OVERSAMPLING:
+    enough = wanted * length * _OVERSAMPLING
+    for record in source.records(column, seed):
+        before = len(tokens)
+        for ids in token_pieces(tokenizer, record[column]):
+            tokens += ids
+            if len(tokens) >= enough:
+                break
+        if len(tokens) > before:
+            tokens += separator
+        if len(tokens) >= enough:
             break
     if len(tokens) < 2:
         raise InputError(f"`datasets` {source.name}: holds no text")

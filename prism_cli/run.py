@@ -44,6 +44,8 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     Everything else of the model is in memory; sub-experts are read from the checkpoint when they are needed, or a little before. The
     text is the same as with the whole model in memory, unless --latency-target allows to skip sub-experts. Figures go to stderr.
     """
+    from transformers import GenerationConfig
+
     from prism_refactor.calibration.text import load_tokenizer
     from prism_refactor.files import output_file
     from prism_refactor.models.checkpoint import Checkpoint
@@ -69,6 +71,9 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     model = load_offloaded(
         refactored_dir, CacheBudget(options["fast_memory"]), options["policy"], options["prefetch"], options["read"], options["device"]
     )
+    # Of generation_config.json what ends a text; how to search and sample is not asked there.
+    ends = {*([own] if isinstance(own := model.generation_config.eos_token_id, int) else own or []), tokenizer.eos_token_id} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
     set_active(model, k)
     store, slots = model.offload.cache.store, model.offload.cache.slots
     total = store.layers * store.experts
@@ -98,6 +103,8 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, checkpoint: "Checkpoint", new: int) -> "torch.Tensor":
+    from prism_refactor.calibration.text import check_tokens
+
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -106,6 +113,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, checkpoint: "Chec
     most = checkpoint.config.get_text_config().max_position_embeddings
     if not ids.shape[1]:
         raise UsageError("--prompt: is empty")
+    check_tokens(checkpoint.path, tokenizer, int(ids.max()), checkpoint.text_config.vocab_size)
     if ids.shape[1] + new > most:
         raise UsageError(f"--prompt: {ids.shape[1]} tokens and {new} to generate are more than the model's {most}; shorten one")
     return ids
@@ -124,9 +132,8 @@ def _answer(
     with torch.inference_mode():
         output = model.generate(
             ids.to(model.device),
-            # Nothing is padded; without these two transformers looks for padding in the prompt.
+            # Nothing is padded; without it transformers looks for padding in the prompt.
             attention_mask=torch.ones_like(ids).to(model.device),
-            pad_token_id=0,
             max_new_tokens=new,
             do_sample=False,
             streamer=clock,

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 @click.option("--served-model-name", help="Name of the model for clients.  [default: the folder's]")
 @click.option("--chat-template", type=click.Path(path_type=Path, dir_okay=False), help="Jinja file, where the tokenizer has no template.")
 @click.option("--api-key", envvar="PRISM_API_KEY", help="Required of clients; better set PRISM_API_KEY.", show_envvar=True)
+@click.option("--max-body-bytes", type=click.IntRange(1), default=4 << 20, help="Longest text of a request; longer ones get 413.")
+@click.option("--allow-origin", "origins", multiple=True, help="Web page that may ask this server from a browser; '*' for all; repeat.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
 @click.option("--drain-seconds", type=click.IntRange(0), default=30, help="What running requests get after SIGTERM or Ctrl-C.")
@@ -61,11 +63,13 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     listener = _listen(options["host"], options["port"])
     reporter.line(f"loading {refactored_dir}")
     metrics = Metrics()
-    engine = run_in_thread(_engine, refactored_dir, metrics, options)
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    engine = run_in_thread(_engine, refactored_dir, metrics, ends, options)
     metrics.watch(engine)
     prism = PrismConfig.required(engine.model.config, refactored_dir)
     curve = QualityCurve.load(refactored_dir, prism.best_router, prism.max_active)
-    server = UvicornServer(ServerState(name, engine, tokenizer, metrics, curve, options["api_key"]), options["drain_seconds"])
+    key, most_bytes, origins = options["api_key"], options["max_body_bytes"], options["origins"]
+    server = UvicornServer(ServerState(name, engine, tokenizer, metrics, curve, key, most_bytes, origins), options["drain_seconds"])
     # uvicorn drains on these, and then raises them again for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -77,13 +81,13 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     reporter.line("stopped" + (f"; {left} requests were ended" if left else ""), unfinished=left)
 
 
-def _engine(folder: Path, metrics: "Metrics", options: dict[str, Any]) -> "Engine":
+def _engine(folder: Path, metrics: "Metrics", ends: list[int], options: dict[str, Any]) -> "Engine":
     from prism_refactor.serving.engine import Engine
     from prism_refactor.serving.performance import PerformanceModel
 
     requests, wait, waiting = options["max_requests"], options["max_wait"], options["max_waiting"]
     limits = Limits(options["max_batch_tokens"], requests, wait, options["kv_tokens"], waiting)
-    return Engine(_model(folder, options), options["scheduler"], limits, PerformanceModel.load(folder), metrics.on_step)
+    return Engine(_model(folder, options), options["scheduler"], limits, PerformanceModel.load(folder), metrics.on_step, ends)
 
 
 def _model(folder: Path, options: dict[str, Any]) -> Any:

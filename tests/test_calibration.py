@@ -1,6 +1,5 @@
 import json
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -9,9 +8,10 @@ from conftest import EXAMPLE, FAMILIES, FAST, IN_PLACE, build, load, logits
 
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.calibration.settings import Calibration
+from prism_refactor.calibration.sources import Source
 from prism_refactor.calibration.statistics import OBSERVED, LayerCollector
 from prism_refactor.calibration.store import Statistics
-from prism_refactor.calibration.text import Source, load_tokenizer, token_rows
+from prism_refactor.calibration.text import load_tokenizer, token_rows
 from prism_refactor.errors import UsageError
 from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
@@ -146,9 +146,7 @@ def write_documents(folder, kind, texts):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt", "parquet"])
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_local_text_of_every_kind(tmp_path, monkeypatch, kind, as_folder):
-    # datasets waits five seconds for its threads after each shuffled parquet read.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+def test_local_text_of_every_kind(tmp_path, kind, as_folder):
     tokenizer = load_tokenizer(EXAMPLE)
     text = "The quick brown fox jumps over the lazy dog. " * 20
     path = write_documents(tmp_path, kind, [text])
@@ -204,7 +202,7 @@ def test_rubbish_and_misdirected_specifications_are_refused_in_one_line(tmp_path
     (tmp_path / "bad.jsonl").write_bytes(b"\x00\xff garbage\n")
     for dataset, code, message in (
         (tmp_path / "bad.jsonl", 3, "bad.jsonl: cannot be read"),
-        (f"{tmp_path}/bad.jsonl[en]:4", 2, "a local file has no subset or split"),
+        (f"{tmp_path}/bad.jsonl[en]:4", 2, "a local file or folder has no subset"),
     ):
         result = command("prism-profile", models["olmoe"], tmp_path / "stats", "--dataset", dataset)
         assert (result.code, result.err.count("\n")) == (code, 1)

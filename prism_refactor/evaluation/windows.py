@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from prism_refactor.calibration.settings import Calibration
-from prism_refactor.calibration.text import EVALUATION_TEXT, Source, load_tokenizer
+from prism_refactor.calibration.sources import Source
+from prism_refactor.calibration.text import EVALUATION_TEXT, check_tokens, load_tokenizer, token_pieces
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.models.checkpoint import Checkpoint
 
@@ -64,12 +65,14 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
         if read == most:
             break
         for record in Source.parse(name).records(calibration.text_column, calibration.seed):
-            ids = tokenizer(record[calibration.text_column] or "", add_special_tokens=False)["input_ids"]
-            if not ids:
-                continue
-            if most is not None:
-                ids = ids[: most - read]
-            texts[str(record.get("domain") or "text")] += ids + separator
+            ids: list[int] = []
+            for piece in token_pieces(tokenizer, record[calibration.text_column]):
+                ids += piece
+                if most is not None and read + len(ids) >= most:
+                    ids = ids[: most - read]
+                    break
+            if ids:
+                texts[str(record.get("domain") or "text")] += ids + separator
             read += len(ids)
             if read == most:
                 break
@@ -82,6 +85,7 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
             domains.append(domain)
     if not any(any(row) for row in scored):
         raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
+    check_tokens(checkpoint.path, tokenizer, max(map(max, rows)), checkpoint.text_config.vocab_size)
     return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
 
 

@@ -19,7 +19,7 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.dense import TWINS, Twin
 from prism_refactor.models.discovery import NO_EXPERTS, discover
-from prism_refactor.models.modeling_prism import ROUTER_FILE
+from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
 from prism_refactor.models.quantised import stored_tensors
 from prism_refactor.models.stored import Stored, StoredSlice
 
@@ -64,6 +64,7 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+        run_plainly(self.config)
         twin = self._twin()
         self.dense: str | None = self.config.model_type if twin else None
         if twin:

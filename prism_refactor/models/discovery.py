@@ -14,7 +14,7 @@ import torch
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.architectures import own_routing, routing_state, size_in
-from prism_refactor.models.modeling_prism import inner_projection, router_of
+from prism_refactor.models.modeling_prism import PLAIN, inner_projection, router_of
 from prism_refactor.models.proof import TRIED, Proof, Reference, moe_blocks, prove, prove_in_place
 from prism_refactor.models.transformers_models import FusedExperts, build_meta_model
 
@@ -75,8 +75,7 @@ def reduced(config: Any) -> Any:
     kept = sorted({*range(min(layers, _SHORTEST)), *(index for index in first if index < layers)})[:_LONGEST]
     values |= {key: [value[index] for index in kept] for key, value in per_layer.items()}
     values |= {key: 0 for key in FURTHER_LAYERS if values.get(key)}
-    # Then the first output of a model would not be its logits.
-    values["output_router_logits"] = False
+    values |= {key: value for key, value in PLAIN.items() if key in values}
     if layers_key in values:
         values[layers_key] = len(kept)
     own = values.get("per_layer_config")

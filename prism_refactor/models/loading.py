@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 from prism_refactor.errors import InputError
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
-from prism_refactor.models.modeling_prism import attach, auto_class
+from prism_refactor.models.modeling_prism import attach, auto_class, run_plainly
 from prism_refactor.models.refactored import router_file
 from prism_refactor.models.transformers_models import adopt_experts
 
@@ -23,8 +23,9 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
     """
     check_device(device)
     try:
-        family = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        model: Any = family.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
+        config = run_plainly(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        family = auto_class(config)
+        model: Any = family.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from None
     prism = PrismConfig.required(model.config, folder)

@@ -33,6 +33,8 @@ from transformers.utils import cached_file
 ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
 _SMALLEST = 1e-30
+# Keys of a config that models run by where they are not asked for otherwise, and what they mean for one that is to give logits and no more.
+PLAIN = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True, "use_cache": True}
 ROUTER_NAMES = ("gate", "router")
 
 
@@ -409,6 +411,15 @@ def router_tensors(path):
     return blocks
 
 
+def run_plainly(config):
+    """Let models of a config give what they give by default, whatever a training left in it; returns the config."""
+    for part in {id(found): found for found in (config, config.get_text_config())}.values():
+        for key, value in PLAIN.items():
+            if getattr(part, key, value) not in (value, None):
+                setattr(part, key, value)
+    return config
+
+
 def attach(model, folder):
     """Install two-level routing on a refactored model that transformers has loaded; returns the model.
 
@@ -420,7 +431,7 @@ def attach(model, folder):
         ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router; or the number of experts that
             the original's own router chooses was changed.
     """
-    config = model.config.get_text_config()
+    config = run_plainly(model.config).get_text_config()
     recipe = getattr(config, "prism", None)
     if not recipe or recipe["router"] == "replicate":
         raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")

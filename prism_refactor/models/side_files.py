@@ -2,19 +2,29 @@
 
 import os
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from prism_refactor.errors import InputError
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+# What trainings leave in a model's folder: their state, and copies of the model on its way.
+TRAINING = ("checkpoint-*", "global_step*", "runs", "wandb", "trainer_state.json", "*.tfevents.*", "zero_to_fp32.py", "latest", "*.distcp")
+
+
+def _of_a_training(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TRAINING)
 
 
 def side_files(source: Path) -> list[Path]:
-    """Files of a model folder that are not weights, config.json or hidden, relative to it: tokenizer, templates, custom code, ..."""
+    """Files of a model folder beside its weights and config.json, relative to it: tokenizer, templates, custom code, ...
+
+    Hidden ones and what a training left there are not among them.
+    """
     found = []
     for folder, subfolders, files in os.walk(source):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and not _of_a_training(name))
+        for name in sorted(name for name in files if not _of_a_training(name)):
             relative = (Path(folder) / name).relative_to(source)
             is_weight = relative.suffix in WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json"))
             if not is_weight and not name.startswith(".") and relative != Path("config.json"):
@@ -41,7 +51,7 @@ def check_side_files(source: Path, written: Iterable[str]) -> int:
         if path.is_dir():
             raise InputError(f"{path}: is a folder where the output has a file; rename it")
     for folder, subfolders, _ in os.walk(source):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _of_a_training(name)]
         for path in (Path(folder) / name for name in subfolders):
             if path.is_symlink() or not os.access(path, os.R_OK | os.X_OK):
                 raise InputError(f"{path}: a link, or not readable, so its files would be left out; copy it or remove it")

@@ -22,7 +22,7 @@ from prism_refactor.models.architectures import dotted, replaced_parts, router_n
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.discovery import FURTHER_LAYERS
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import ROUTER_FILE, auto_class
+from prism_refactor.models.modeling_prism import PLAIN, ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import build_meta_model
 from prism_refactor.models.writer import ShardWriter
@@ -279,6 +279,9 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
     )
     if recipe.has_router:
         values["auto_map"] = values.get("auto_map", {}) | {auto_class(checkpoint.config).__name__: "modeling_prism.PrismForCausalLM"}
+    for part in (values, text):
+        # A training's leftovers, which have models give more than logits, or compute all again for every token.
+        part |= {key: value for key, value in PLAIN.items() if key in part}
     if architecture.stock:
         # The layers that predict further tokens are copied as they are, and do not fit the sizes above.
         text |= {key: 0 for key in FURTHER_LAYERS if text.get(key)}

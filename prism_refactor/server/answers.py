@@ -1,12 +1,12 @@
 """From token ids to what clients read: text as it grows, stop sequences, log probabilities in OpenAI's two shapes."""
 
 import codecs
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from prism_refactor.models.transformers_models import byte_of_character
@@ -14,6 +14,161 @@ from prism_refactor.serving.engine import Logprob
 
 # How byte-level tokenizers write bytes.
 _BYTES = byte_of_character()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# Byte tokens that follow each other are read together, at most so many: one byte that belongs to no character spoils all of them.
+_LONGEST_RUN = 32
+# Tokens before a text that decide what its first ones stand for: a run, and a piece before it.
+_CONTEXT = _LONGEST_RUN + 8
+
+
+class TokenText:
+    """The text of tokens that come one by one: together what `tokenizer.decode` gives, special tokens left out.
+
+    A token has no text of its own. Metaspace decoders leave out the space before the first word of a text; characters may be several
+    tokens, each some of their bytes.
+
+    Args:
+        tokenizer: of the model.
+        before: token ids before the text, the prompt.
+
+    Attributes:
+        characters: of the text so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] = ()):
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        self._special = {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
+        self._byte_level = "ByteLevel" in str(self._backend.decoder)
+        # Half a character, of a byte-level tokenizer.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # The last token, or run of byte tokens; and the run whose text is not told yet, but for what is before the text.
+        self._context: list[int] = []
+        self._run: list[int] = []
+        self._before = self._told = 0
+        for token in before[-_CONTEXT:]:
+            self.add(token)
+        self._before, self._told = len(self._whole()), 0
+
+    @property
+    def characters(self) -> int:
+        """Of the text so far."""
+        return self._told + len(self._whole()) - self._before
+
+    def of(self, token: int) -> bytes:
+        """Return the bytes that a token would add to the text, if it came next; those of its name if it is special."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            # The model has more embeddings than the tokenizer has tokens.
+            return b""
+        if token in self._special:
+            return str(piece).encode()
+        if self._byte_level:
+            known = all(character in _BYTES for character in piece)
+            return bytes(_BYTES[character] for character in piece) if known else str(piece).encode()
+        if self._is_byte(token):
+            return bytes.fromhex(str(piece)[3:5])
+        context = self._run or self._context
+        return self._decode([*context, token])[len(self._decode(context)) :].encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token has no text."""
+        return token in self._special
+
+    def name(self, token: int) -> str:
+        """Return how OpenAI writes a token: its text, or its bytes where they are no whole characters."""
+        raw = self.of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        """Return the names of tokens one of which may come next; where two are equal, the later one's has its number."""
+        found: list[str] = []
+        for token in tokens:
+            name = self.name(token)
+            found.append(f"{name} (token {token})" if name in found else name)
+        return found
+
+    def add(self, token: int) -> str:
+        """Add a token; returns the text that is sure now."""
+        if token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None:
+            return ""
+        if self._byte_level:
+            text = self._decoder.decode(self.of(token))
+        elif self._is_byte(token):
+            text = self._end_run(whole=True) if len(self._run) == _LONGEST_RUN else ""
+            self._run.append(token)
+        else:
+            own = self.of(token).decode()
+            text = self._end_run() + own
+            self._context = [token]
+        self._told += len(text)
+        return text
+
+    def pieces(self, tokens: Sequence[int], last: bool) -> list[str]:
+        """Add tokens; returns the part of the text of each: a character is its last token's. Special tokens have their names.
+
+        Args:
+            tokens: that come next.
+            last: none will follow, so half a character is all there is of it.
+        """
+        found: list[str] = []
+        for place, token in enumerate(tokens):
+            open_tokens = min(len(self._run), place)
+            if open_tokens and not self._is_byte(token):
+                found[place - open_tokens :] = self._shares(open_tokens, end=True)
+            found.append(self.name(token) if token in self._special else "")
+            found[-1] += self.add(token)
+        open_tokens = min(len(self._run), len(found))
+        if open_tokens:
+            found[len(found) - open_tokens :] = self._shares(open_tokens, last)
+        if last and found:
+            found[-1] += self.end()
+        return found
+
+    def _shares(self, count: int, end: bool) -> list[str]:
+        """The part of the run's text of each of its last tokens; `end`: nothing more belongs to it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        lengths = [len(decoder.decode(self.of(token))) for token in self._run][-count:]
+        text = self._end_run() if end else self._whole()[self._before :]
+        self._told += len(text) if end else 0
+        if sum(lengths) != len(text):
+            # U+FFFD for every byte.
+            lengths = [len(text) - count + 1, *[1] * (count - 1)]
+        starts = [sum(lengths[:index]) for index in range(count)]
+        return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+    def end(self) -> str:
+        """Return the text that was not sure yet: U+FFFD for half a character."""
+        text = self._decoder.decode(b"", final=True) + self._end_run()
+        self._told += len(text)
+        return text
+
+    def _end_run(self, whole: bool = False) -> str:
+        """Tell the run, all of it or its whole characters; as tokenizers do, U+FFFD for every byte where one belongs to no character."""
+        text = self._whole()
+        rest = self._run[len(text.encode()) :]
+        if rest and not (whole and len(rest) < 4):
+            text, rest = "\ufffd" * len(self._run), []
+        if self._run:
+            self._context, self._run = self._run[: len(self._run) - len(rest)], rest
+        text, self._before = text[self._before :], 0
+        return text
+
+    def _whole(self) -> str:
+        """The whole characters that the run begins with."""
+        raw = b"".join(map(self.of, self._run))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            return raw[: error.start].decode()
+
+    def _is_byte(self, token: int) -> bool:
+        return not self._byte_level and _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._backend.decode(list(tokens), skip_special_tokens=True)
 
 
 @dataclass
@@ -23,18 +178,25 @@ class Answer:
     Attributes:
         tokenizer: of the model.
         stops: sequences that end the text and are not part of it.
+        before: token ids before the text, the prompt.
         tokens: generated so far.
         stopped: a stop sequence has come.
     """
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: InitVar[PreTrainedTokenizerFast]
     stops: Sequence[str] = ()
+    before: InitVar[Sequence[int]] = ()
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
 
-    def __post_init__(self) -> None:
-        self._decoder = DecodeStream([], skip_special_tokens=True)
+    def __post_init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int]) -> None:
+        self._text = TokenText(tokenizer, before)
         self._held = ""
+
+    @property
+    def characters(self) -> int:
+        """Of the text so far, those included that are held back."""
+        return self._text.characters
 
     def add(self, tokens: Sequence[int], last: bool) -> str:
         """Text that is sure now: what could become a stop sequence is held back until it is clear, or until the last tokens.
@@ -45,13 +207,18 @@ class Answer:
             if self.stopped:
                 break
             self.tokens.append(token)
-            self._held += self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
-            found = [position for stop in self.stops if (position := self._held.find(stop)) >= 0]
-            if found:
-                self._held, self.stopped = self._held[: min(found)], True
+            self._hold(self._text.add(token))
+        if last and not self.stopped:
+            self._hold(self._text.end())
         keep = 0 if last or self.stopped else self._undecided()
         sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return sure
+
+    def _hold(self, text: str) -> None:
+        self._held += text
+        found = [position for stop in self.stops if (position := self._held.find(stop)) >= 0]
+        if found:
+            self._held, self.stopped = self._held[: min(found)], True
 
     def _undecided(self) -> int:
         """Characters at the end that a stop sequence may begin with."""
@@ -62,65 +229,56 @@ class Answer:
         return 0
 
 
-class TokenText:
-    """What tokens stand for: bytes, which need not be whole characters.
+def chat_logprobs(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], logprobs: Sequence[Logprob], before: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Log probabilities as chat completions give them; `before`: all token ids before these."""
+    text = TokenText(tokenizer, before)
+
+    def entry(token: int, name: str, logprob: float) -> dict[str, Any]:
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(text.of(token))}
+
+    content = []
+    for token, item in zip(tokens, logprobs, strict=True):
+        names = text.names([candidate for candidate, _ in item.top])
+        top = [entry(candidate, name, value) for (candidate, value), name in zip(item.top, names, strict=True)]
+        content.append({**entry(token, text.name(token), item.chosen), "top_logprobs": top})
+        text.add(token)
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Sequence[int],
+    logprobs: Sequence[Logprob | None],
+    before: Sequence[int] = (),
+    offset: int = 0,
+    last: bool = True,
+) -> dict[str, Any]:
+    """Log probabilities as completions give them.
 
     Args:
         tokenizer: of the model.
-
-    Attributes:
-        characters: whole characters in the tokens that were counted so far.
+        tokens: of a part of an answer.
+        logprobs: one for each; None for the first token of a text.
+        before: all token ids before these.
+        offset: characters of the text before these tokens.
+        last: whether the answer ends with them.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self._tokenizer, self.characters = tokenizer, 0
-        self._special = set(tokenizer.all_special_ids)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-
-    def of(self, token: int) -> bytes:
-        """Return the bytes of a token."""
-        piece = str(self._tokenizer.convert_ids_to_tokens(token))
-        if token in self._special:
-            return piece.encode()
-        if self._byte_level:
-            return b"".join(bytes([_BYTES[character]]) if character in _BYTES else character.encode() for character in piece)
-        hexadecimal = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-        return bytes.fromhex(hexadecimal[1]) if hexadecimal else piece.replace("\u2581", " ").encode()
-
-    def name(self, token: int) -> str:
-        """Return how OpenAI writes a token: its text, or its bytes where they are no whole characters."""
-        raw = self.of(token)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def count(self, token: int) -> int:
-        """Count a token of the text; returns the characters before it."""
-        before = self.characters
-        self.characters += len(self._decoder.decode(self.of(token)))
-        return before
-
-
-def chat_logprobs(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
-    """Log probabilities as chat completions give them."""
-    text = TokenText(tokenizer)
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": text.name(token), "logprob": _finite(logprob), "bytes": list(text.of(token))}
-
-    pairs = zip(tokens, logprobs, strict=True)
-    return {"content": [{**entry(token, item.chosen), "top_logprobs": [entry(*top) for top in item.top]} for token, item in pairs]}
-
-
-def completion_logprobs(text: TokenText, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> dict[str, Any]:
-    """Log probabilities as completions give them; `text` counts the characters from one part of an answer to the next."""
+    candidates = TokenText(tokenizer, before)
+    top: list[dict[str, float] | None] = []
+    for token, item in zip(tokens, logprobs, strict=True):
+        names = candidates.names([candidate for candidate, _ in item.top]) if item else []
+        top.append({name: _finite(value) for name, (_, value) in zip(names, item.top, strict=True)} if item else None)
+        candidates.add(token)
+    text = TokenText(tokenizer, before)
+    pieces = text.pieces(tokens, last)
+    lengths = [0 if text.is_special(token) else len(piece) for token, piece in zip(tokens, pieces, strict=True)]
     return {
-        "tokens": [text.name(token) for token in tokens],
-        "token_logprobs": [_finite(item.chosen) for item in logprobs],
-        "top_logprobs": [{text.name(token): _finite(value) for token, value in item.top} for item in logprobs],
-        "text_offset": [text.count(token) for token in tokens],
+        "tokens": pieces,
+        "token_logprobs": [_finite(item.chosen) if item else None for item in logprobs],
+        "top_logprobs": top,
+        "text_offset": [offset + start for start in itertools.accumulate(lengths[:-1], initial=0)] if lengths else [],
     }
 
 

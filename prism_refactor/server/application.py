@@ -18,16 +18,23 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
 
 from prism_refactor.errors import UsageError, one_line
-from prism_refactor.server.answers import Answer, TokenText, chat_logprobs, completion_logprobs
+from prism_refactor.server.answers import Answer, chat_logprobs, completion_logprobs
 from prism_refactor.server.metrics import Metrics
 from prism_refactor.server.protocol import (
+    KINDS,
+    MOST_CHOICES,
     ChatChoice,
+    ChatChunk,
     ChatCompletion,
+    ChatDelta,
+    ChatMessage,
     ChatRequest,
     Completion,
     CompletionChoice,
@@ -37,13 +44,16 @@ from prism_refactor.server.protocol import (
     Health,
     Model,
     Models,
+    Prism,
     Served,
     Usage,
 )
 from prism_refactor.server.quality import QualityCurve
 from prism_refactor.serving.engine import Chunk, Engine, GenerationRequest, Logprob, Rejected
 
-MOST_BYTES = 1 << 20
+MOST_BYTES = 4 << 20
+# A character of one byte may be written as six.
+_ESCAPED = 6
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger(__name__)
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -74,6 +84,8 @@ class ServerState:
         metrics: counters; the engine's `on_step` should be theirs.
         curve: of quality against k; None: requests cannot ask for a quality.
         api_key: that requests must show; None: none.
+        most_bytes: of the text of a request.
+        origins: whose pages browsers let ask this server; '*': all.
     """
 
     name: str
@@ -82,18 +94,25 @@ class ServerState:
     metrics: Metrics
     curve: QualityCurve | None = None
     api_key: str | None = None
+    most_bytes: int = MOST_BYTES
+    origins: Sequence[str] = ()
     started: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
 
-    def floor(self, request: Generation) -> int:
-        """The k that a request asks for: by its `prism` object, or by the model's name; else all."""
-        name, _, suffix = request.model.partition("@")
+    def model(self, name: str, k: int) -> Model:
+        """The model under a name that asks for a k."""
+        quality = self.curve.quality_of(k) if self.curve else None
+        return Model(id=name, created=self.started, k=k, full_k=self.engine.full_k, quality=quality)
+
+    def floor(self, model: str, wanted: Prism) -> int:
+        """The k that is asked for: by a `prism` object, or by the model's name; else all."""
+        name, _, suffix = model.partition("@")
+        full_k = self.engine.full_k
         if name != self.name:
-            raise HTTPException(404, f"there is no model {request.model!r}; this server has {self.name!r}")
-        wanted, full_k = request.prism, self.engine.full_k
+            raise HTTPException(404, f"there is no model {model!r}; this server has {self.name!r}")
         given = [k for k in (wanted.k, int(suffix) if suffix.isdecimal() and len(suffix) < 10 else None) if k is not None]
         if suffix and not suffix.isdecimal():
-            raise HTTPException(404, f"there is no model {request.model!r}; write {self.name}@k with k from 1 to {full_k}")
+            raise HTTPException(404, f"there is no model {model!r}; write {self.name}@k with k from 1 to {full_k}")
         if wanted.quality is not None:
             if self.curve is None:
                 raise UsageError("quality: the model's perplexity was not measured; run prism-eval --save, or ask for a k")
@@ -106,23 +125,52 @@ class ServerState:
 
 
 @dataclass
+class _Prompt:
+    """A prompt of a request.
+
+    Attributes:
+        tokens: its token ids.
+        text: what the answer begins with; None where it does not begin with the prompt.
+    """
+
+    tokens: list[int]
+    text: str | None = None
+
+
+@dataclass
 class _PendingPrompt:
-    """One prompt of a request, in the engine's words, and where its news arrive."""
+    """One answer to a prompt, in the engine's words, and where its news arrive."""
 
     request: GenerationRequest
     answer: Answer
+    prompt: _Prompt
+    # Only what the prompt is, and nothing after it.
+    empty: bool
     news: asyncio.Queue[Chunk] = field(default_factory=asyncio.Queue)
     start: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class _Delta:
-    """Some text of one prompt's answer."""
+    """Some text of one answer.
+
+    Attributes:
+        index: of the answer.
+        text: that is sure now.
+        tokens: new ones; their text may be sure only later.
+        logprobs: of each, where asked for; None for the first token of a text.
+        before: all token ids before them.
+        offset: characters before them.
+        finish: why the answer ends, where it does.
+        served_k: see `Chunk`.
+    """
 
     index: int
     text: str
     tokens: list[int]
-    logprobs: list[Logprob]
+    logprobs: Sequence[Logprob | None]
+    before: list[int]
+    offset: int
     finish: str | None
     served_k: float
 
@@ -132,32 +180,37 @@ class EngineFailed(Exception):
 
 
 def _prepare(
-    state: ServerState, body: Generation, prompts: Sequence[list[int]], tokens: int | None, logprobs: int | None
+    state: ServerState, body: Generation, prompts: Sequence[_Prompt], tokens: int | None, logprobs: int | None
 ) -> list[_PendingPrompt]:
-    floor = state.floor(body)
+    """What the engine is asked, `n` answers to each prompt; `tokens`: None for as many as fit."""
+    floor = state.floor(body.model, body.prism)
     vocabulary = state.engine.model.config.get_text_config().vocab_size
     most = min(state.engine.context, state.engine.kv_tokens)
+    if len(prompts) * body.n > MOST_CHOICES:
+        raise UsageError(f"n: {len(prompts)} prompts and {body.n} answers to each are more than {MOST_CHOICES}")
     prepared = []
-    for number, prompt in enumerate(prompts):
-        if not prompt or max(prompt) >= vocabulary:
-            raise UsageError(f"the prompt has a token {max(prompt)}; there are {vocabulary}" if prompt else "the prompt has no tokens")
-        if len(prompt) >= most:
-            raise UsageError(f"the prompt has {len(prompt)} tokens; with one to generate there may be {most}")
+    for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n)):
+        given = prompt.tokens
+        if not given or max(given) >= vocabulary:
+            raise UsageError(f"the prompt has a token {max(given)}; there are {vocabulary}" if given else "the prompt has no tokens")
+        if len(given) >= most:
+            raise UsageError(f"the prompt has {len(given)} tokens; with one to generate there may be {most}")
         request = GenerationRequest(
-            prompt,
+            given,
             floor,
-            tokens or most - len(prompt),
+            most - len(given) if tokens is None else max(tokens, 1),
             temperature=body.temperature,
             top_p=body.top_p,
-            # Prompts of one request are different draws.
+            # Answers of one request are different draws.
             seed=None if body.seed is None else (body.seed + number) % 2**63,
             logprobs=logprobs,
+            prompt_logprobs=prompt.text is not None and logprobs is not None,
             priority=body.prism.priority,
             deadline=body.prism.deadline,
             stop_at_eos=not body.ignore_eos,
             id=uuid.uuid4().hex,
         )
-        prepared.append(_PendingPrompt(request, Answer(state.tokenizer, body.stops)))
+        prepared.append(_PendingPrompt(request, Answer(state.tokenizer, body.stops, given), prompt, empty=tokens == 0))
     return prepared
 
 
@@ -203,27 +256,36 @@ async def _parts(state: ServerState, prepared: Sequence[_PendingPrompt]) -> Asyn
 
 
 async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Callable[[_Delta | Exception], None]) -> None:
-    """Tell the parts of one prompt's answer, or what went wrong; cancelled, cancel it in the engine too."""
+    """Tell the parts of one answer, or what went wrong; cancelled, cancel it in the engine too."""
     first, end = None, "cancelled"
+    echoed = item.prompt.text
+    offset = len(echoed or "")
     try:
         while True:
             chunk = await item.news.get()
             now = time.monotonic() - item.start
-            first = now if first is None and chunk.tokens else first
             if chunk.finish in ("error", "deadline"):
                 end = chunk.finish
                 message = chunk.error or "the engine failed"
                 tell(EngineFailed(message) if end == "error" else Rejected(message, 1.0))
                 return
-            known = len(item.answer.tokens)
-            text = item.answer.add(chunk.tokens, chunk.finish is not None)
-            finish = "stop" if item.answer.stopped else chunk.finish
-            tokens = item.answer.tokens[known:]
-            tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], finish, chunk.served_k))
+            if first is None and (chunk.tokens or chunk.finish):
+                first = now
+                if echoed is not None:
+                    logprobs = [None, *chunk.prompt_logprobs] if item.request.prompt_logprobs else []
+                    tell(_Delta(index, echoed, item.prompt.tokens, logprobs, [], 0, None, chunk.served_k))
+            known, characters = len(item.answer.tokens), item.answer.characters
+            text = item.answer.add([] if item.empty else chunk.tokens, chunk.finish is not None)
+            finish = "stop" if item.answer.stopped else "length" if item.empty and chunk.finish else chunk.finish
+            tokens, before = item.answer.tokens[known:], item.prompt.tokens + item.answer.tokens[:known]
+            tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], before, offset + characters, finish, chunk.served_k))
             if finish:
                 end = finish
                 state.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
                 return
+    except Exception as error:
+        end = "error"
+        tell(error)
     finally:
         # A stop sequence ends it before the engine does.
         state.engine.cancel(item.request.id)
@@ -231,7 +293,8 @@ async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Ca
 
 
 def _usage(prepared: Sequence[_PendingPrompt]) -> Usage:
-    prompt = sum(len(item.request.prompt) for item in prepared)
+    # A prompt counts once, however many answers it has.
+    prompt = sum(map(len, {id(item.prompt): item.prompt.tokens for item in prepared}.values()))
     generated = sum(len(item.answer.tokens) for item in prepared)
     return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
 
@@ -246,19 +309,21 @@ class _Answers:
     """
 
     prefix: ClassVar[str]
-    streamed: ClassVar[type[Completion] | type[ChatCompletion]]
+    streamed: ClassVar[type[Completion] | type[ChatChunk]]
     joined: ClassVar[type[Completion] | type[ChatCompletion]]
 
     def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_PendingPrompt]):
         self.state, self.prepared = state, prepared
+        self.include_usage = body.stream_options.include_usage
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self._served = [float(item.request.k or 0) for item in prepared]
+        self._begun: set[int] = set()
 
     def piece(self, delta: _Delta, first: bool) -> Any:
         """A choice of a stream's event."""
         raise NotImplementedError
 
-    def choice(self, answer: _Delta) -> Any:
+    def choice(self, deltas: Sequence[_Delta]) -> Any:
         """A choice of a whole answer."""
         raise NotImplementedError
 
@@ -268,26 +333,37 @@ class _Answers:
         mean = sum(k * weight for k, weight in zip(self._served, weights, strict=True)) / sum(weights)
         return Served(k=self.prepared[0].request.k or 0, served_k=mean, full_k=self.state.engine.full_k)
 
-    def event(self, delta: _Delta, first: bool) -> Completion | ChatCompletion:
-        """Some text, as an event of a stream."""
+    def event(self, delta: _Delta) -> dict[str, Any] | None:
+        """Some text, as an event of a stream; None where there is nothing to tell: half a character, or text that is held back."""
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
         self._served[delta.index] = delta.served_k
-        return self.streamed(**self.head, choices=[self.piece(delta, first)], prism=self.prism() if delta.finish else None)
+        if not (delta.text or delta.finish or delta.logprobs or first):
+            return None
+        event = _without_nulls(self.streamed(**self.head, choices=[self.piece(delta, first)], prism=self.prism() if delta.finish else None))
+        return event | {"usage": None} if self.include_usage else event
 
-    def usage_event(self) -> Completion | ChatCompletion:
+    def usage_event(self) -> dict[str, Any]:
         """The last event of a stream that asked for its usage."""
-        return self.streamed(**self.head, choices=[], usage=_usage(self.prepared), prism=self.prism())
+        return _without_nulls(self.streamed(**self.head, choices=[], usage=_usage(self.prepared), prism=self.prism()))
 
-    def whole(self, deltas: Sequence[_Delta]) -> Completion | ChatCompletion:
+    def whole(self, deltas: Sequence[_Delta]) -> dict[str, Any]:
         """All text, as one answer."""
-        choices = []
-        for index in range(len(self.prepared)):
-            own = [delta for delta in deltas if delta.index == index]
-            last = own[-1]
-            self._served[index] = last.served_k
-            tokens = [token for delta in own for token in delta.tokens]
-            logprobs = [item for delta in own for item in delta.logprobs]
-            choices.append(self.choice(_Delta(index, "".join(delta.text for delta in own), tokens, logprobs, last.finish, last.served_k)))
-        return self.joined(**self.head, choices=choices, usage=_usage(self.prepared), prism=self.prism())
+        own = [[delta for delta in deltas if delta.index == index] for index in range(len(self.prepared))]
+        self._served = [parts[-1].served_k for parts in own]
+        return _without_nulls(
+            self.joined(**self.head, choices=[self.choice(parts) for parts in own], usage=_usage(self.prepared), prism=self.prism())
+        )
+
+
+def _without_nulls(answer: BaseModel) -> dict[str, Any]:
+    """An answer as JSON values. OpenAI's choices have keys that may be null; what is optional beside them is left out."""
+    return {name: value for name, value in answer.model_dump().items() if value is not None}
+
+
+def _joined(deltas: Sequence[_Delta]) -> tuple[list[int], list[Logprob | None]]:
+    """The tokens of parts of an answer, and what is known of each."""
+    return [token for delta in deltas for token in delta.tokens], [item for delta in deltas for item in delta.logprobs]
 
 
 class _CompletionAnswers(_Answers):
@@ -295,57 +371,67 @@ class _CompletionAnswers(_Answers):
 
     prefix, streamed, joined = "cmpl", Completion, Completion
 
-    def __init__(self, state: ServerState, body: Generation, prepared: Sequence[_PendingPrompt]):
-        super().__init__(state, body, prepared)
-        self._texts = [TokenText(state.tokenizer) for _ in prepared]
-
     def piece(self, delta: _Delta, first: bool) -> CompletionChoice:
-        return self.choice(delta)
+        return self.choice([delta])
 
-    def choice(self, answer: _Delta) -> CompletionChoice:
-        logprobs = completion_logprobs(self._texts[answer.index], answer.tokens, answer.logprobs) if answer.logprobs else None
-        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=answer.finish)
+    def choice(self, deltas: Sequence[_Delta]) -> CompletionChoice:
+        first, last, (tokens, logprobs) = deltas[0], deltas[-1], _joined(deltas)
+        found = None
+        if logprobs:
+            found = completion_logprobs(self.state.tokenizer, tokens, logprobs, first.before, first.offset, last.finish is not None)
+        return CompletionChoice(index=last.index, text="".join(delta.text for delta in deltas), logprobs=found, finish_reason=last.finish)
 
 
 class _ChatAnswers(_Answers):
     """Of /v1/chat/completions."""
 
-    prefix, joined = "chatcmpl", ChatCompletion
+    prefix, streamed, joined = "chatcmpl", ChatChunk, ChatCompletion
 
-    @staticmethod
-    def streamed(**fields: Any) -> ChatCompletion:  # type: ignore[override]
-        """An event of a stream."""
-        return ChatCompletion(**fields, object="chat.completion.chunk")
+    def _logprobs(self, deltas: Sequence[_Delta]) -> dict[str, Any] | None:
+        tokens, logprobs = _joined(deltas)
+        known = [item for item in logprobs if item is not None]
+        return chat_logprobs(self.state.tokenizer, tokens, known, deltas[0].before) if known else None
 
-    def _choice(self, answer: _Delta, **message: dict[str, str]) -> ChatChoice:
-        logprobs = chat_logprobs(self.state.tokenizer, answer.tokens, answer.logprobs) if answer.logprobs else None
-        return ChatChoice(index=answer.index, logprobs=logprobs, finish_reason=answer.finish, **message)
+    def piece(self, delta: _Delta, first: bool) -> ChatDelta:
+        message = {"role": "assistant", "content": delta.text} if first else {"content": delta.text}
+        return ChatDelta(index=delta.index, delta=message, logprobs=self._logprobs([delta]), finish_reason=delta.finish)
 
-    def piece(self, delta: _Delta, first: bool) -> ChatChoice:
-        return self._choice(delta, delta={"role": "assistant", "content": delta.text} if first else {"content": delta.text})
-
-    def choice(self, answer: _Delta) -> ChatChoice:
-        return self._choice(answer, message={"role": "assistant", "content": answer.text})
+    def choice(self, deltas: Sequence[_Delta]) -> ChatChoice:
+        message, last = ChatMessage(content="".join(delta.text for delta in deltas)), deltas[-1]
+        return ChatChoice(index=last.index, message=message, logprobs=self._logprobs(deltas), finish_reason=last.finish)
 
 
-async def _events(answers: _Answers, parts: AsyncIterator[_Delta], include_usage: bool) -> AsyncIterator[str]:
-    seen: set[int] = set()
+async def _events(answers: _Answers, parts: AsyncIterator[_Delta]) -> AsyncIterator[str]:
     try:
         async for part in parts:
-            first = part.index not in seen
-            seen.add(part.index)
-            # A token may be half a character, or held back: nothing to tell.
-            if part.text or part.finish or part.logprobs or first:
-                yield f"data: {answers.event(part, first).model_dump_json(exclude_none=True)}\n\n"
-        if include_usage:
-            yield f"data: {answers.usage_event().model_dump_json(exclude_none=True)}\n\n"
-        yield "data: [DONE]\n\n"
-    except (EngineFailed, Rejected) as error:
-        if isinstance(error, EngineFailed) and not answers.state.stopping:
+            event = answers.event(part)
+            if event is not None:
+                yield _sent(event)
+        if answers.include_usage:
+            yield _sent(answers.usage_event())
+    except Exception as error:
+        status, message = _what_failed(error)
+        if status == 500 and not answers.state.stopping:
             _log.error("a stream failed", exc_info=error)
-        yield f"data: {json.dumps(_failure(500 if isinstance(error, EngineFailed) else 429, str(error)))}\n\n"
+        yield _sent(_failure(status, message))
     finally:
         await parts.aclose()  # type: ignore[attr-defined]
+    yield "data: [DONE]\n\n"
+
+
+def _sent(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
+def _what_failed(error: Exception) -> tuple[int, str]:
+    """HTTP's status and what is told of an error in the middle of an answer."""
+    if isinstance(error, Rejected):
+        return 429, str(error)
+    return 500, str(error) if isinstance(error, EngineFailed) else _unexpected(error)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}; the server's log says more"
 
 
 async def _answer(http: Request, state: ServerState, body: Generation, prepared: list[_PendingPrompt], answers: _Answers) -> Response:
@@ -354,8 +440,7 @@ async def _answer(http: Request, state: ServerState, body: Generation, prepared:
     _submit(state, prepared)
     parts = _parts(state, prepared)
     if body.stream:
-        include = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_events(answers, parts, include), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(_events(answers, parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def collect() -> list[_Delta]:
         return [part async for part in parts]
@@ -370,7 +455,7 @@ async def _answer(http: Request, state: ServerState, body: Generation, prepared:
         if not work.done():
             # Nobody reads this.
             return Response(status_code=499)
-        return JSONResponse(answers.whole(work.result()).model_dump(exclude_none=True))
+        return JSONResponse(answers.whole(work.result()))
     finally:
         for task in (work, left):
             task.cancel()
@@ -390,8 +475,8 @@ def _respond(status: int, message: str, param: str | None = None, headers: dict[
 class _AccessLog:
     """Gives every request an id, answers with it, and logs the request when its response has been sent."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, most_bytes: int):
+        self.app, self.most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -420,10 +505,10 @@ class _AccessLog:
             if status == 413:
                 dropped = 0
                 # To close a connection that is still being written to would lose the answer.
-                while left and dropped < 16 * MOST_BYTES:
+                while left and dropped < 16 * self.most_bytes:
                     dropped += len((await read()).get("body", b""))
                 headers = {"Connection": "close", "X-Request-Id": name}
-                await _respond(413, f"a body may have {MOST_BYTES} bytes", headers=headers)(scope, receive, send)
+                await _respond(413, _too_large(self.most_bytes), headers=headers)(scope, receive, send)
         except Exception:
             # What was answered has been logged, and is raised again for whoever runs the application.
             if not status:
@@ -441,6 +526,10 @@ class _AccessLog:
             fields |= {"ms": round(1e3 * (time.monotonic() - start), 1), "id": name}
             text = "%(method)s %(path)s %(status)s" + (" k=%(k)s tokens=%(tokens)s" if k else "") + " %(ms)s ms %(id)s"
             _log.info(text, fields, extra={"fields": fields})
+
+
+def _too_large(most: int) -> str:
+    return f"the text of a request may have {most} bytes; prism-serve has --max-body-bytes"
 
 
 def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
@@ -467,7 +556,11 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         yield
         on_stopped()
 
-    app = FastAPI(title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=MOST_BYTES)
+    app = FastAPI(
+        title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=_ESCAPED * state.most_bytes
+    )
+    if state.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=state.origins, allow_methods=["*"], allow_headers=["*"])
     for_clients = [] if state.api_key is None else [Depends(_key_check(state.api_key))]
     _handle_errors(app, state)
     _add_health(app, state)
@@ -477,15 +570,19 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         """The model, and the names that ask for a floor: those k whose quality was measured, or every quarter of full k."""
         full_k = state.engine.full_k
         ks = list(state.curve.measured) if state.curve else sorted({max(full_k * part // 4, 1) for part in (1, 2, 3, 4)})
-        named = [(state.name, full_k), *((f"{state.name}@{k}", k) for k in ks)]
-        quality = state.curve.quality_of if state.curve else lambda k: None
-        return Models(data=[Model(id=name, created=state.started, k=k, full_k=full_k, quality=quality(k)) for name, k in named])
+        return Models(data=[state.model(state.name, full_k), *(state.model(f"{state.name}@{k}", k) for k in ks)])
+
+    @app.get("/v1/models/{name:path}", dependencies=for_clients, responses={400: _FAILURES[400], 401: _FAILURES[401], 404: _FAILURES[404]})
+    async def model(name: str) -> Model:
+        """The model under one of its names."""
+        return state.model(name, state.floor(name, Prism()))
 
     @app.post("/v1/completions", dependencies=for_clients, response_model=Completion, responses={200: _STREAM, **_FAILURES})
     async def completions(http: Request, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt."""
         given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else list(body.prompt)
-        prompts = [await asyncio.to_thread(state.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt for prompt in given]
+        _check_size(state, [prompt for prompt in given if isinstance(prompt, str)])
+        prompts = [await asyncio.to_thread(_read_prompt, state, prompt, body.echo) for prompt in given]
         prepared = _prepare(state, body, prompts, body.max_tokens, body.logprobs)
         return await _answer(http, state, body, prepared, _CompletionAnswers(state, body, prepared))
 
@@ -494,10 +591,8 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
         """The next message of a chat."""
         if not state.tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template; use /v1/completions, or start prism-serve with --chat-template")
-        messages = [
-            {"role": item.role, "content": item.content if isinstance(item.content, str) else "".join(part.text for part in item.content)}
-            for item in body.messages
-        ]
+        messages = [message.for_template() for message in body.messages]
+        _check_size(state, [message["content"] for message in messages])
         try:
             prompt: Any = await asyncio.to_thread(
                 state.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -506,22 +601,40 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
             raise UsageError(f"the chat template refuses these messages: {one_line(error)}") from None
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         tokens = body.max_completion_tokens or body.max_tokens
-        prepared = _prepare(state, body, [list(prompt)], tokens, logprobs)
+        prepared = _prepare(state, body, [_Prompt(list(prompt))], tokens, logprobs)
         return await _answer(http, state, body, prepared, _ChatAnswers(state, body, prepared))
 
     # Outside of everything else: it also sees what FastAPI itself answers.
-    return _AccessLog(app)
+    return _AccessLog(app, state.most_bytes)
+
+
+def _check_size(state: ServerState, texts: Sequence[str]) -> None:
+    """As a body is counted, but whichever way its characters are written."""
+    if sum(len(text.encode()) for text in texts) > state.most_bytes:
+        raise HTTPException(413, _too_large(state.most_bytes))
+
+
+def _read_prompt(state: ServerState, given: str | list[int], echo: bool) -> _Prompt:
+    tokens = state.tokenizer.encode(given) if isinstance(given, str) else given
+    if not echo:
+        return _Prompt(tokens)
+    return _Prompt(tokens, given if isinstance(given, str) else str(state.tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
 def _handle_errors(app: FastAPI, state: ServerState) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of the alternatives of a union the first is what is told.
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return _respond(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
+        where = ".".join(str(part) for part in first["loc"][1:] if part not in KINDS)
+        message = {
+            "extra_forbidden": "is not known here; leave it out",
+            "value_error": str(first.get("ctx", {}).get("error", "")),
+        }.get(first["type"], first["msg"])
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            message = "the request needs a JSON body, and the header Content-Type: application/json"
+        return _respond(400, f"{where}: {message}" if where else message, where or None)
 
     @app.exception_handler(UsageError)
     async def unusable(_: Request, error: UsageError) -> JSONResponse:
@@ -544,10 +657,11 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         _log.error("a request failed", exc_info=error)
-        return _respond(500, f"unexpected {type(error).__name__}; the server's log says more")
+        return _respond(500, _unexpected(error))
 
 
 def _add_health(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health", include_in_schema=False)
     @app.get("/health/live", responses={503: {"model": Health, "description": "The engine's thread has died."}})
     async def live() -> Response:
         """Whether the process should go on."""

@@ -1,21 +1,65 @@
 """What the server takes and gives: OpenAI's completions and chat completions, with a `prism` object of ours."""
 
+import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, WithJsonSchema, model_validator
+
+from prism_refactor.errors import UsageError
 
 MOST_PROMPTS = 16
+MOST_CHOICES = 128
 MOST_LOGPROBS = 20
 _INT32 = 2**31 - 1
 Text = Annotated[str, StringConstraints(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_length=1)]
-Nothing = Annotated[float, Field(ge=0, le=0)]
+# Of what is one of several types, the type is told by looking, so that an error is about the one that was meant. Names of types, as errors
+# have them between names of fields.
+_STRING, _STRINGS, _TOKENS, _TOKEN_LISTS, _PARTS = KINDS = ("a string", "strings", "token ids", "lists of token ids", "parts")
 
 
-class Prism(BaseModel):
-    """The quality floor and the urgency of a request. Unknown fields are refused: a misspelt floor must not become full quality."""
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _STRING
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return {str: _STRINGS, int: _TOKENS, list: _TOKEN_LISTS, dict: _PARTS}.get(type(first))
+
+
+def _one_of(wanted: str) -> Discriminator:
+    return Discriminator(_kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
+
+
+def _only(*values: Any) -> Any:
+    """The type of a field that is known and not done: only what changes nothing is taken."""
+
+    def check(value: Any) -> Any:
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            raise ValueError(f"is not served; leave it out{''.join(f', or give {known!r}' for known in values)}")
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
+
+
+# What changes nothing here, whatever it holds.
+Anything = Annotated[Any, WithJsonSchema({})]
+
+
+class Given(BaseModel):
+    """What a client gives. A field that is null is as good as left out; one that is not known is refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Prism(Given):
+    """The quality floor and the urgency of a request."""
 
     k: int | None = Field(None, ge=1, le=_INT32, description="Least sub-experts per token.")
     quality: float | None = Field(None, gt=0, le=1, description="Least quality: perplexity of the full model over that at k.")
@@ -23,71 +67,106 @@ class Prism(BaseModel):
     deadline: float | None = Field(None, gt=0, le=86400, description="Seconds in which the whole answer should be there.")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Given):
     """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = Field(False, description="Accepted, and not done.")
 
 
-class Generation(BaseModel):
-    """What both kinds of request share. Fields of OpenAI's that are not known here are ignored; those that would change the answer and
-    are not done are refused."""
-
-    model_config = ConfigDict(extra="ignore")
+class Generation(Given):
+    """What both kinds of request share: OpenAI's fields, of which those that would change the answer and are not done are refused."""
 
     model: str = Field(max_length=256, description="The served model, or the model with a floor: name@k.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    prism: Prism = Field(default_factory=lambda: Prism.model_validate({}))
+    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    stop: Annotated[
+        Annotated[Text, Tag(_STRING)] | Annotated[list[Text], Field(max_length=4), Tag(_STRINGS)], _one_of("a string or a list of strings")
+    ] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    prism: Prism = Field(default_factory=Prism)
     ignore_eos: bool = Field(False, description="Go on after the end of text, to max_tokens (as in vLLM; for load tests).")
-    n: Literal[1] | None = 1
-    presence_penalty: Nothing | None = 0.0
-    frequency_penalty: Nothing | None = 0.0
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    user: Anything = None
+    presence_penalty: _only(0) = 0  # type: ignore[valid-type]
+    frequency_penalty: _only(0) = 0  # type: ignore[valid-type]
+    logit_bias: _only({}) = Field(default_factory=dict)  # type: ignore[valid-type]
 
     @property
     def stops(self) -> list[str]:
         """The stop sequences."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
-    max_tokens: int | None = Field(16, ge=1, le=_INT32)
+    prompt: Annotated[
+        Annotated[Text, Tag(_STRING)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS), Tag(_STRINGS)]
+        | Annotated[Tokens, Tag(_TOKENS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS), Tag(_TOKEN_LISTS)],
+        _one_of("a string, token ids, or a list of one of them"),
+    ]
+    max_tokens: int = Field(16, ge=0, le=_INT32)
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Literal[False] | None = False
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    echo: bool = Field(False, description="Begin the text with the prompt, and the log probabilities with its tokens'.")
+    best_of: _only(1) = 1  # type: ignore[valid-type]
+    suffix: _only("") = ""  # type: ignore[valid-type]
 
 
-class TextPart(BaseModel):
+class TextPart(Given):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Anything = None
 
 
-class Message(BaseModel):
-    """A message of a chat."""
+class FunctionCall(Given):
+    """What a message calls."""
 
-    model_config = ConfigDict(extra="ignore")
+    name: str
+    arguments: str
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+
+class ToolCall(Given):
+    """A call in a message of the assistant's."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Given):
+    """A message of a chat. What else it has is given to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: (
+        Annotated[Annotated[str, Tag(_STRING)] | Annotated[list[TextPart], Tag(_PARTS)], _one_of("a string or a list of parts")] | None
+    ) = None
+    tool_calls: list[ToolCall] | None = None
+    audio: _only() = None  # type: ignore[valid-type]
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates read it: one text, and the arguments of calls as objects.
+
+        Raises:
+            UsageError: it has no content, which only the assistant's need not have.
+        """
+        if self.content is None and self.role != "assistant":
+            raise UsageError(f"messages: one of role {self.role} has no content")
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        found = self.model_dump(exclude_none=True, exclude={"content"}) | {"content": text}
+        for call in found.get("tool_calls", ()):
+            with suppress(ValueError):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        return found
 
 
 class ChatRequest(Generation):
@@ -96,10 +175,28 @@ class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    metadata: Anything = None
+    moderation: _only() = None  # type: ignore[valid-type]
+    parallel_tool_calls: Anything = None
+    prediction: Anything = None
+    prompt_cache_key: Anything = None
+    prompt_cache_options: Anything = None
+    prompt_cache_retention: Anything = None
+    safety_identifier: Anything = None
+    service_tier: Anything = None
+    store: Anything = None
+    tools: _only([]) = Field(default_factory=list)  # type: ignore[valid-type]
+    functions: _only([]) = Field(default_factory=list)  # type: ignore[valid-type]
+    tool_choice: _only("none", "auto") = "none"  # type: ignore[valid-type]
+    function_call: _only("none", "auto") = "none"  # type: ignore[valid-type]
+    response_format: _only({"type": "text"}) = None  # type: ignore[valid-type]
+    modalities: _only(["text"]) = None  # type: ignore[valid-type]
+    audio: _only() = None  # type: ignore[valid-type]
+    reasoning_effort: _only("none") = None  # type: ignore[valid-type]
+    verbosity: _only("medium") = None  # type: ignore[valid-type]
+    web_search_options: _only() = None  # type: ignore[valid-type]
 
 
 class Served(BaseModel):
@@ -154,12 +251,28 @@ class Completion(BaseModel):
     prism: Served | None = None
 
 
+class ChatMessage(BaseModel):
+    """The message of a chat completion."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
 class ChatChoice(BaseModel):
-    """One chat completion, `message` when whole and `delta` in a stream."""
+    """One chat completion."""
 
     index: int
-    message: dict[str, Any] | None = None
-    delta: dict[str, Any] | None = None
+    message: ChatMessage
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class ChatDelta(BaseModel):
+    """A piece of one chat completion, in a stream."""
+
+    index: int
+    delta: dict[str, str]
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
 
@@ -168,10 +281,22 @@ class ChatCompletion(BaseModel):
     """The answer of /v1/chat/completions."""
 
     id: str
-    object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
+    usage: Usage | None = None
+    prism: Served | None = None
+
+
+class ChatChunk(BaseModel):
+    """An event of a chat completion's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatDelta]
     usage: Usage | None = None
     prism: Served | None = None
 

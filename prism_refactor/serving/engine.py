@@ -6,7 +6,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -54,6 +54,7 @@ class GenerationRequest:
         top_p: sampling is from the most likely tokens that together have this probability.
         seed: of sampling; the same request with the same seed gets the same tokens, whatever runs beside it; None: another each time.
         logprobs: None, or for how many of the most likely tokens the log probability is wanted beside the chosen one's.
+        prompt_logprobs: whether it is wanted of the prompt's tokens, too; then the prompt shares no KV with others.
         priority: higher is sooner.
         deadline: seconds from now in which the whole answer should be there.
         stop_at_eos: end at the model's end-of-text tokens.
@@ -67,6 +68,7 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     priority: int = 0
     deadline: float | None = None
     stop_at_eos: bool = True
@@ -92,6 +94,7 @@ class Chunk:
         finish: None while it goes on; then "stop" (end of text), "length", "deadline" or "error".
         error: what went wrong, where finish is "error" or "deadline".
         served_k: mean sub-experts per token that it ran with so far.
+        prompt_logprobs: where asked for, with the first tokens: of each token of the prompt but the first.
     """
 
     id: str
@@ -100,6 +103,7 @@ class Chunk:
     finish: str | None
     error: str | None
     served_k: float
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class _Live:
     drawn: tuple[int, float] | None = None
     sent: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     tokens: int = 0
     sub_experts: int = 0
     cancelled: bool = False
@@ -146,6 +151,13 @@ class _Live:
     @property
     def deadline(self) -> float | None:
         return None if self.request.deadline is None else self.arrival + self.request.deadline
+
+
+def _logprob(scores: torch.Tensor, token: int, most: int) -> Logprob:
+    """Log probabilities of a token and of the `most` most likely ones, from float32 logits [V]."""
+    logprobs = scores.log_softmax(-1)
+    top = logprobs.topk(min(most, len(logprobs)))
+    return Logprob(float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def run_in_thread(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -168,6 +180,7 @@ class Engine:
             transformers' choice elsewhere.
         performance: of this model on this machine; some schedulers need it, and steps are compared with it.
         on_step: called with every `Step`, in the engine's thread.
+        ends: tokens that end a text, beside those that the model's generation_config names: the tokenizer's.
 
     Raises:
         UsageError: the scheduler needs what the model or the performance model does not have.
@@ -181,6 +194,7 @@ class Engine:
         limits: Limits | None = None,
         performance: PerformanceModel | None = None,
         on_step: Callable[[Step], None] | None = None,
+        ends: Sequence[int] = (),
     ):
         self.model, self.performance, self.on_step = model, performance, on_step
         self.limits = limits or Limits()
@@ -198,7 +212,7 @@ class Engine:
             raise UsageError(f"`scheduler` {scheduler} needs a performance model; run prism-bench on the checkpoint first")
         self.policy: Scheduler = kind(self.limits, performance.cost if performance else None)
         eos = model.generation_config.eos_token_id if model.generation_config else None
-        self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.eos_token_ids = sorted({*([] if eos is None else [eos] if isinstance(eos, int) else eos), *ends})
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._step_start = self._scheduling = 0.0
@@ -362,6 +376,7 @@ class Engine:
                 own[-1].finish,
                 own[-1].error,
                 own[-1].served_k,
+                own[0].prompt_logprobs,
             )
             for own in parts
         ]
@@ -402,6 +417,11 @@ class Engine:
         live = self._live.get(name)
         return live.floor if live else 0
 
+    def reads_prompt(self, name: str) -> bool:
+        """See `Requests.reads_prompt`."""
+        live = self._live.get(name)
+        return live is not None and live.request.prompt_logprobs
+
     def expired(self, name: str, now: float) -> bool:
         """See `Requests.expired`."""
         live = self._live.get(name)
@@ -421,8 +441,9 @@ class Engine:
             expired = live.deadline is not None and error == EXPIRED
             finish = ("deadline" if expired else "error") if error else "stop" if ended else "length"
         logprobs = live.logprobs[live.sent : live.sent + len(new)]
+        prompt = [] if live.sent else live.prompt_logprobs
         live.sent += len(new)
-        live.deliver(Chunk(name, new, logprobs, finish, error, self._served(live)))
+        live.deliver(Chunk(name, new, logprobs, finish, error, self._served(live), prompt))
 
     def on_schedule(self, start: float, seconds: float, names: list[str]) -> None:
         """See `Requests.on_schedule`."""
@@ -484,6 +505,17 @@ class Engine:
             new[row].drawn = token, value
         logits[chosen, tokens] = torch.inf
 
+    def note_prompt(self, name: str, start: int, logits: torch.Tensor) -> None:
+        """See `Requests.note_prompt`."""
+        live = self._live.get(name)
+        if live is None:
+            return
+        # A request that was evicted runs its prompt again, and then what it has generated.
+        targets = live.request.prompt[start + 1 : start + 1 + len(logits)]
+        del live.prompt_logprobs[start:]
+        for row, token in zip(logits, targets, strict=False):
+            live.prompt_logprobs.append(_logprob(row.float(), token, live.request.logprobs or 0))
+
     @staticmethod
     def _note_logprobs(logits: torch.Tensor, positions: torch.Tensor, new: list[_Live]) -> None:
         """Log probabilities of the tokens that were chosen and of the most likely ones, where they are wanted."""
@@ -493,10 +525,8 @@ class Engine:
             scores = logits[positions[row]].float().clone()
             if live.drawn is not None:
                 scores[live.drawn[0]] = live.drawn[1]
-            logprobs = scores.log_softmax(-1)
-            token = live.drawn[0] if live.drawn is not None else int(logprobs.argmax())
-            top = logprobs.topk(live.request.logprobs)
-            live.logprobs.append(Logprob(float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+            token = live.drawn[0] if live.drawn is not None else int(scores.argmax())
+            live.logprobs.append(_logprob(scores, token, live.request.logprobs))
 
     def _report(self, seconds: float, batch: list[tuple[Entry, _Live | None]]) -> None:
         prefill = decode = sub_experts = 0

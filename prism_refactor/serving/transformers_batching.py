@@ -88,6 +88,12 @@ class Requests(Protocol):
     def before_step(self, entries: list[Entry]) -> None:
         """Prepare the model for a step."""
 
+    def reads_prompt(self, name: str) -> bool:
+        """Return whether the logits of a request's prompt are wanted."""
+
+    def note_prompt(self, name: str, start: int, logits: torch.Tensor) -> None:
+        """Take the logits [n, V] of some tokens of a request's prompt, from position `start` on."""
+
     def after_step(self, entries: list[Entry], logits: torch.Tensor, positions: torch.Tensor) -> None:
         """Look at a step's logits [T, V], of which `positions` are those of the entries that sample, before tokens are chosen."""
 
@@ -112,6 +118,8 @@ class Batching:
         # The step that runs: what is scheduled, and its entries.
         self._scheduled: list[FutureRequestState] = []
         self._entries: list[Entry] = []
+        # The positions that the manager wants logits of, while those of all are computed.
+        self._kept: torch.Tensor | None = None
         self._attention, self._experts = model.config._attn_implementation, model.config._experts_implementation
         self._manager = self._make_manager()
         # The manager forgets it when it stops; here it still tells whether blocks leaked.
@@ -237,17 +245,35 @@ class Batching:
         """End a request and free its KV blocks before the next step."""
         self._manager.cancel_request(name)
 
-    def _before_forward(self, model: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        if self._scheduled:
-            self.requests.before_step(self._entries)
+    def _before_forward(self, model: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
+        if not self._scheduled:
+            return None
+        self.requests.before_step(self._entries)
+        if "logits_to_keep" in options and any(self.requests.reads_prompt(entry.id) for entry in self._entries):
+            # Of all tokens, then.
+            self._kept = options["logits_to_keep"]
+            return arguments, options | {"logits_to_keep": 0}
+        return None
 
     def _after_forward(self, model: nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> None:
         if not self._scheduled:
             return
-        sampling = [state for state in self._scheduled if state.has_new_token]
-        positions = torch.arange(len(sampling)) if "logits_to_keep" in options else options["logits_indices"]
+        few = "logits_to_keep" in options and self._kept is None
+        if not few:
+            self._note_prompts(output.logits[0])
+        if self._kept is not None:
+            output.logits, self._kept, few = output.logits[:, self._kept], None, True
+        positions = torch.arange(sum(state.has_new_token for state in self._scheduled)) if few else options["logits_indices"]
         self.requests.after_step(self._entries, output.logits[0], positions)
         self._scheduled, self._entries = [], []
+
+    def _note_prompts(self, logits: torch.Tensor) -> None:
+        """Hand out the logits [T, V] of a step's tokens to the requests that want them."""
+        start = 0
+        for entry in self._entries:
+            if not entry.decoding and self.requests.reads_prompt(entry.id):
+                self.requests.note_prompt(entry.id, entry.context, logits[start : start + entry.tokens])
+            start += entry.tokens
 
     def _step(self, scheduled: list[FutureRequestState], jobs: dict[str, Job], start: float) -> None:
         """Note what the coming forward pass runs."""
@@ -323,7 +349,8 @@ class _BatchScheduler(TransformersScheduler):
             return [token + salt for token in tokens]
 
         def search(name: str, tokens: list[int], original: Callable[..., int]) -> int:
-            return original(name, salted(name, tokens))
+            # What is found is not run, and has no logits.
+            return 0 if self.requests.reads_prompt(name) else original(name, salted(name, tokens))
 
         def complete(name: str, tokens: list[int], blocks: int, original: Callable[..., None]) -> None:
             original(name, salted(name, tokens), blocks)

@@ -1,0 +1,299 @@
+"""Documents from local files and folders, and from the Hub through `datasets`; read lazily, shuffled through a buffer."""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet
+from datasets import Dataset, load_dataset, load_from_disk
+
+from prism_refactor.errors import InputError, PrismError, UsageError, one_line
+
+Record = dict[str, Any]
+# What is drawn from while more is read: at most so many documents, or so many characters of them.
+_BUFFER, _BUFFER_CHARACTERS = 1000, 1 << 24
+_CHUNK = 1 << 20
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+# What datasets hold beside their data.
+_BESIDE = ("dataset_info*.json", "metadata.json", "license*.txt", "licence*.txt", "readme*.txt", "notice*.txt", "requirements*.txt")
+# What may be data, and is not read.
+_UNREAD = {
+    ".arrow",
+    ".avro",
+    ".feather",
+    ".orc",
+    ".xlsx",
+    ".xml",
+    ".html",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".pickle",
+    ".tar",
+    ".tgz",
+    ".warc",
+    ".mds",
+}
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_SPEC = re.compile(r"(?P<name>[^\[\](){}]+?)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<samples>\d+))?$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mix of text, written `name[subset](split):samples`; only the name is required."""
+
+    name: str
+    subset: str | None
+    split: str
+    samples: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Raises UsageError when the text is not such a specification. What exists as a path is one, whatever characters it has."""
+        path, _, samples = text.rpartition(":")
+        if Path(text).exists() or (samples.isdecimal() and path and Path(path).exists()):
+            samples = "" if Path(text).exists() else samples
+            name, subset, split = (path if samples else text), None, None
+        else:
+            match = _SPEC.fullmatch(text.strip())
+            if match is None or not text.strip():
+                raise UsageError(f"`datasets` {text}: not of the form name[subset](split):samples")
+            name, subset, split, samples = match["name"], match["subset"], match["split"], match["samples"]
+        if samples and not int(samples):
+            raise UsageError(f"`datasets` {text}: asks for no sample; write a number above 0")
+        return cls(name, subset, split or "train", int(samples) if samples else None)
+
+    def records(self, column: str, seed: int) -> Iterator[Record]:
+        """The records, shuffled with `seed`, read lazily. Their `column` holds text, a chat or nothing.
+
+        A record without that column may have a chat in `messages`, which is then in `column`.
+
+        Raises:
+            InputError: a file or dataset cannot be read, or has no such column.
+        """
+        try:
+            for record in self._read(column, seed):
+                yield self._checked(record, column)
+        except PrismError:
+            raise
+        except Exception as error:
+            raise InputError(f"`datasets` {self.name}: cannot be read: {one_line(error)}") from error
+
+    def _read(self, column: str, seed: int) -> Iterator[Record]:
+        path = Path(self.name)
+        if path.exists():
+            return self._read_local(path, column, seed)
+        if _kind(path) is not None or path.is_absolute() or self.name.startswith("."):
+            raise InputError(f"`datasets` {self.name}: no such file or folder")
+        found = load_dataset(self.name, self.subset, split=self.split, streaming=True)
+        return iter(found.shuffle(seed=seed, buffer_size=_BUFFER))
+
+    def _read_local(self, path: Path, column: str, seed: int) -> Iterator[Record]:
+        if self.subset:
+            raise UsageError(f"`datasets` {self.name}: a local file or folder has no subset; write its path, (split) and :samples")
+        rng = np.random.default_rng(seed)
+        if path.is_file() and self.split != "train":
+            raise UsageError(f"`datasets` {self.name}: a file has no split; write its path and :samples")
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _shuffled(self._saved(path), column, rng)
+        files = self._files(path) if path.is_dir() else [path]
+        kinds = {_kind(file) for file in files}
+        if kinds == {None} or len(kinds) != 1:
+            found = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
+            had = f"; it has {', '.join(found[:5])}" if found else ""
+            known = ", ".join(READERS)
+            raise InputError(
+                f"`datasets` {self.name}: needs files of one kind out of {known} (or these with {', '.join(_COMPRESSED)}){had}"
+            )
+        if len(files) > 1:
+            rng.shuffle(files)
+        return _shuffled((record for file in files for record in _records(file, column)), column, rng)
+
+    def _files(self, folder: Path) -> list[Path]:
+        """The data files of a folder: nothing hidden, nothing that says what the data are, of one split."""
+        found = []
+        for path in sorted(folder.rglob("*")):
+            hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+            if path.is_file() and not hidden and not any(fnmatch(path.name.lower(), pattern) for pattern in _BESIDE):
+                found.append(path)
+        unread = [path for path in found if _kind(path) is None and _UNREAD.union(_COMPRESSED) & {path.suffix.lower()}]
+        if unread:
+            raise InputError(f"`datasets` {unread[0]}: is of a kind that is not read; convert it, or name the other files")
+        data = [path for path in found if _kind(path) is not None] or found
+        splits = {path: _split_of(path.relative_to(folder)) for path in data}
+        named = sorted({split for split in splits.values() if split})
+        if self.split in named:
+            return [path for path in data if splits[path] == self.split]
+        if self.split != "train":
+            raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(named) or 'none'}")
+        # Files that name no split are the training's, beside others that do.
+        unnamed = [path for path in data if splits[path] is None]
+        if not unnamed and len(named) > 1:
+            raise InputError(f"`datasets` {self.name}: has the splits {', '.join(named)}; write {self.name}({named[0]})")
+        return unnamed or data
+
+    def _saved(self, path: Path) -> Iterator[Record]:
+        """The rows of what `save_to_disk` has written."""
+        saved = load_from_disk(str(path))
+        if not isinstance(saved, Dataset):
+            if self.split not in saved:
+                raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(saved)}")
+            saved = saved[self.split]
+        yield from saved
+
+    def _checked(self, record: Any, column: str) -> Record:
+        if not isinstance(record, dict):
+            raise InputError(f"`datasets` {self.name}: a record is {type(record).__name__}, not an object with columns")
+        if column not in record and is_chat(record.get("messages")):
+            record = record | {column: record["messages"]}
+        if column not in record:
+            raise InputError(
+                f"`datasets` {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with `text_column`"
+            )
+        value = record[column]
+        if value is not None and not isinstance(value, str | TextFile) and not is_chat(value):
+            raise InputError(f"`datasets` {self.name}: column '{column}' holds {type(value).__name__}, not text")
+        return record
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages with roles and contents."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file, which is one document and may be long."""
+
+    path: Path
+
+    def chunks(self) -> Iterator[str]:
+        """Its text, a piece at a time."""
+        with _opened(self.path) as stream:
+            while text := stream.read(_CHUNK):
+                yield text
+
+
+def _shuffled(records: Iterator[Record], column: str, rng: np.random.Generator) -> Iterator[Record]:
+    """Records in random order, drawn from a buffer, as `datasets` does; it holds few where they are large."""
+    buffer: list[Record] = []
+    characters = 0
+    for record in records:
+        size = len(value) if isinstance(value := record.get(column) if isinstance(record, dict) else None, str) else 0
+        while buffer and (len(buffer) >= _BUFFER or characters + size > _BUFFER_CHARACTERS):
+            drawn = int(rng.integers(len(buffer)))
+            buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+            told = buffer.pop()
+            characters -= len(value) if isinstance(value := told.get(column), str) else 0
+            yield told
+        buffer.append(record)
+        characters += size
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _split_of(path: Path) -> str | None:
+    """Which split a file's name or its folders name; the last that does counts."""
+    words = re.split(r"[^a-z]+", str(path).lower())
+    found = [split for word in words for split, names in _SPLITS.items() if word in names]
+    return found[-1] if found else None
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix by which a file is read, compressed or not; None: it is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        if suffixes and suffixes[-1] == ".parquet":
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+
+
+def _opened(path: Path) -> IO[str]:
+    # A file's name is taken as it is: no pattern, no address.
+    raw = path.open("rb")
+    compression = fsspec.utils.infer_compression(path.name.lower())
+    if compression is None:
+        return io.TextIOWrapper(raw, "utf-8-sig", newline="")
+    return io.TextIOWrapper(fsspec.compression.compr[compression](raw, mode="r"), "utf-8-sig", newline="")
+
+
+def _records(path: Path, column: str) -> Iterator[Record]:
+    try:
+        yield from READERS[str(_kind(path))](path, column)
+    except Exception as error:
+        raise InputError(f"`datasets` {path}: cannot be read: {one_line(error)}") from error
+
+
+def _json_records(path: Path, _: str) -> Iterator[Record]:
+    """The values of a JSON file, one at a time: a line each, or the items of one list."""
+    decoder, text, start, line = json.JSONDecoder(), "", 0, 1
+    with _opened(path) as stream:
+        more, wanted = True, _CHUNK
+        while True:
+            match = _BETWEEN.match(text, start)
+            start = match.end() if match else start
+            try:
+                value, end = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                unfinished = error.pos > len(text) - _LONGEST_LITERAL or error.msg.startswith("Unterminated string")
+                if more and unfinished:
+                    line += text.count("\n", 0, start)
+                    read = stream.read(wanted)
+                    # A value that does not end is read on in larger and larger steps.
+                    text, start, more, wanted = text[start:] + read, 0, bool(read), 2 * wanted
+                    continue
+                if not text[start:].strip():
+                    return
+                raise ValueError(f"line {line + text.count(chr(10), 0, start)}: no JSON: {error.msg}") from None
+            wanted, start = _CHUNK, end
+            yield value
+
+
+# What stands between the values of a list, or of lines; and the longest thing that may be cut at the end of what was read: \\u1234.
+_BETWEEN = re.compile(r"[\s,\[\]]*")
+_LONGEST_LITERAL = 12
+
+
+def _table_records(path: Path, _: str) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path) as stream:
+        yield from csv.DictReader(stream, delimiter="\t" if _kind(path) == ".tsv" else ",")
+
+
+def _text_records(path: Path, column: str) -> Iterator[Record]:
+    yield {column: TextFile(path)}
+
+
+def _parquet_records(path: Path, column: str) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        known = file.schema_arrow.names
+        # Only what is read is needed to fit.
+        wanted = [name for name in known if name in {column, "messages", "domain"}]
+        if not {column, "messages"} & set(wanted):
+            wanted = known
+        for batch in file.iter_batches(16, columns=wanted):
+            yield from batch.to_pylist()
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".txt": _text_records,
+    ".parquet": _parquet_records,
+    ".csv": _table_records,
+    ".tsv": _table_records,
+}
