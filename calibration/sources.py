@@ -17,6 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, load_dataset, load_from_disk
 
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
+from prism_refactor.files import check_no_pointer
 
 Record = dict[str, Any]
 # What is drawn from while more is read: at most so many documents, or so many characters of them.
@@ -232,6 +233,7 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _records(path: Path, column: str) -> Iterator[Record]:
+    check_no_pointer(path)
     try:
         yield from READERS[str(_kind(path))](path, column)
     except Exception as error:

@@ -56,7 +56,7 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     from prism_refactor.server.quality import QualityCurve
     from prism_refactor.serving.engine import run_in_thread
 
-    name = options["served_model_name"] or refactored_dir.resolve().name
+    name = options["served_model_name"] or _name_of(refactored_dir.resolve())
     if "@" in name:
         raise UsageError(f"--served-model-name {name}: must have no @, which separates the name from k")
     tokenizer = _tokenizer(refactored_dir, options["chat_template"])
@@ -79,6 +79,11 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     server.run(sockets=[listener])
     left = engine.unfinished
     reporter.line("stopped" + (f"; {left} requests were ended" if left else ""), unfinished=left)
+
+
+def _name_of(folder: Path) -> str:
+    """A folder's name; of a snapshot in the Hub's cache, models--ORGANISATION--NAME/snapshots/HASH, the model's."""
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
 def _engine(folder: Path, metrics: "Metrics", ends: list[int], options: dict[str, Any]) -> "Engine":

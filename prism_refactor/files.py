@@ -18,6 +18,7 @@ from prism_refactor.errors import InputError, ResourceError, UsageError, one_lin
 LONGEST_NAME = 200
 # In an unfinished folder: what run it belongs to, and what a run that can be resumed has done so far.
 INCOMPLETE, STATE = ".incomplete", ".state"
+_POINTER = b"version https://git-lfs"
 
 
 @contextmanager
@@ -206,3 +207,11 @@ def save_figure(figure: Any, path: Path) -> None:
     """Save a matplotlib figure in the format of the path's ending; it appears only when complete."""
     with output_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise InputError where a file is what Git LFS leaves in the place of a large one."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise InputError(f"{path}: is a pointer of Git LFS, not the file; run: git lfs pull")

@@ -8,7 +8,12 @@ import psutil
 
 from prism_refactor.errors import ResourceError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# A letter alone is binary, as Docker and systemd read it.
+_UNITS = {"": 1, "B": 1} | {
+    unit: size ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for unit, size in ((letter, 2**10), (f"{letter}B", 10**3), (f"{letter}IB", 2**10))
+}
 
 
 def parse_size(text: str) -> int | None:

@@ -478,7 +478,7 @@ def unbalance(out, name):
     [
         (drop, "tokenizer.json", 4, "file tokenizer.json is not the source's"),
         (drop, "modeling_prism.py", 4, "file modeling_prism.py is missing"),
-        (drop, ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing or broken"),
+        (drop, ROUTER_FILE, 3, "sub_expert_router.safetensors: is missing"),
         (lambda out, name: (out / name).write_bytes(b"x" * 20), ROUTER_FILE, 3, "is missing or broken"),
         (lambda out, name: (out / name).write_text("{"), "prism.json", 3, "prism.json: is not as this version writes it (Invalid JSON"),
         (spoil_router, ROUTER_FILE, 4, "layer 0: a router tensor of"),

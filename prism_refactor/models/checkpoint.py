@@ -14,19 +14,25 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.files import LONGEST_NAME
+from prism_refactor.files import LONGEST_NAME, check_no_pointer
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.dense import TWINS, Twin
-from prism_refactor.models.discovery import NO_EXPERTS, discover
+from prism_refactor.models.discovery import ACTIVE_KEYS, NO_EXPERTS, discover
 from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
-from prism_refactor.models.quantised import stored_tensors
+from prism_refactor.models.quantised import NOTES, check_plain, stored_tensors
 from prism_refactor.models.stored import Stored, StoredSlice
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+# Keys that say which layers are dense, and how keys of layers begin that are no attention.
+_DENSE_KEYS = (
+    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "num_dense_layers", "moe_layers", "moe_layer_freq"),
+    *("moe_layer_start_index", "moe_layer_end_index", "interleave_moe_layer_step", "mlp_layer_types", "expert_layer_period"),
+)
+_HYBRID = ("mamba_", "ssm_", "linear_", "conv_")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
@@ -88,6 +94,8 @@ class Checkpoint:
         if missing:
             raise InputError(f"{self.where(missing[0])} is not in it; download the shard again")
         self._stored: dict[str, Stored] = {}
+        # Of those that are called otherwise here.
+        self._names_on_disk: dict[str, str] = {}
         self.quantised = self._dequantise()
         self._check_layers()
         if twin:
@@ -109,13 +117,33 @@ class Checkpoint:
         try:
             return discover(self.text_config).architecture
         except InputError as error:
-            dense = f"; of dense models these can be: {', '.join(sorted(TWINS))}" if str(error) == NO_EXPERTS else ""
-            raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {error}{dense}") from None
+            reason = self._why_no_experts() if str(error) == NO_EXPERTS else error
+            raise InputError(f"{self.path / 'config.json'}: model_type '{model_type}' cannot be split: {reason}") from None
+
+    def _why_no_experts(self) -> str:
+        values = self.text_config.to_dict()
+        if any(values.get(key) for key in ACTIVE_KEYS):
+            said = ", ".join(f"{key} {values[key]}" for key in _DENSE_KEYS if values.get(key) is not None)
+            return f"all its {values.get('num_hidden_layers')} layers are dense, as config.json says ({said})"
+        twins = f"of dense models these can be: {', '.join(sorted(TWINS))}"
+        if self.text_config is not self.config:
+            return f"it has no experts, and is a '{self.text_config.model_type}' that takes more than text; {twins}"
+        if any(key.startswith(_HYBRID) for key in values):
+            return f"it has no experts, and not all its layers are attention with a dense network; {twins}"
+        return f"{NO_EXPERTS}; {twins}"
 
     def _dequantise(self) -> str | None:
         """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
         found = self.config_json.get("quantization_config") or (self.config_json.get("text_config") or {}).get("quantization_config")
+        if not found and self.config_json.get("compression_config"):
+            # As compressed-tensors wrote it at first.
+            found = {"quant_method": "compressed-tensors"} | self.config_json["compression_config"]
         if not found:
+            notes = [name for name in NOTES if (self.path / name).exists()]
+            try:
+                check_plain(self.shapes, self._types, notes)
+            except InputError as error:
+                raise InputError(f"{self.path}: {error}") from None
             return None
         for config in (self.config, self.text_config):
             if hasattr(config, "quantization_config"):
@@ -137,6 +165,13 @@ class Checkpoint:
             self.dtypes[name], self.sizes[name] = DTYPES.get(stored.dtype), _bytes(stored.dtype, list(stored.shape))
         self._stored |= made
 
+    def rename(self, old: str, new: str) -> None:
+        """Call a tensor by another name than its own on disk, from now on."""
+        facts: list[dict[str, Any]] = [self.weight_map, self.sizes, self.dtypes, self.shapes, self._types, self._file_of]
+        for known in facts:
+            known[new] = known.pop(old)
+        self._names_on_disk[new] = old
+
     def _file(self, name: str) -> str:
         """The file of a tensor on disk, or of the first part of one that is stored as others."""
         first = self._stored[name].parts[0] if name in self._stored else name
@@ -145,11 +180,15 @@ class Checkpoint:
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
             raise InputError(f"{self.path}: no such folder; give a local folder with config.json and safetensors shards")
+        inside = sorted(self.path.glob("snapshots/*/config.json")) or sorted(self.path.glob("*/config.json"))
+        if name == "config.json" and inside and not (self.path / name).exists():
+            raise InputError(f"{self.path}: holds the model in a folder of its own; give {inside[-1].parent}")
         try:
             value = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
         except (OSError, ValueError, RecursionError) as error:
+            check_no_pointer(self.path / name)
             raise InputError(f"{self.path / name}: cannot be read as JSON ({one_line(error)}); download it again") from None
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name}: holds no JSON object")
@@ -180,7 +219,11 @@ class Checkpoint:
                 f'If you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR')\", and copy the tokenizer's files"
             )
-        return f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors checkpoints are read"
+        if (self.path / "adapter_config.json").exists():
+            return f"{self.path}: holds an adapter; merge it into its model first (peft: merge_and_unload, save_pretrained)"
+        others = sorted(path.name for path in self.path.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        there = f"; it has {others[0]}, which transformers does not load by itself" if others else ""
+        return f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}{there}; only safetensors checkpoints are read"
 
     def _check_config(self) -> None:
         """Sizes that no model can have, and those that the tensors do not bear out: building such a model could take for ever."""
@@ -192,7 +235,10 @@ class Checkpoint:
         if not 1 <= active <= experts:
             raise InputError(f"{path}: {architecture.num_experts} {experts} and {architecture.top_k} {active} make no router; correct it")
         if not any(experts in shape for shape in self.shapes.values()):
-            raise InputError(f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; one is of another model")
+            raise InputError(
+                f"{path}: {architecture.num_experts} is {experts}, but no tensor has a row for each; "
+                f"all layers are dense, or one of the two is of another model"
+            )
         length = getattr(self.text_config, "max_position_embeddings", None)
         if length is not None and (not isinstance(length, int) or length < 2):
             raise InputError(f"{path}: max_position_embeddings is {length}; correct it")
@@ -201,8 +247,10 @@ class Checkpoint:
         stored = {int(match[1]) for match in map(_LAYER.search, self.shapes) if match}
         layers = self.text_config.num_hidden_layers
         if not isinstance(layers, int) or not 1 <= layers <= len(stored):
+            like = f" (a tensor is called {min(self.shapes, key=len)})" if not stored and self.shapes else ""
             raise InputError(
-                f"{self.path / 'config.json'}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers; complete the checkpoint"
+                f"{self.path / 'config.json'}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers{like}; "
+                "complete the checkpoint"
             )
 
     @contextmanager
@@ -215,6 +263,7 @@ class Checkpoint:
             with safe_open(path, framework="pt") as shard:
                 yield shard
         except (SafetensorError, OSError) as error:
+            check_no_pointer(path)
             raise InputError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
     def _read_header(self, file: str) -> None:
@@ -248,7 +297,7 @@ class Checkpoint:
                 file = self._file_of[name]
                 if file not in shards:
                     shards[file] = stack.enter_context(self._shard(file))
-                return shards[file].get_slice(name)
+                return shards[file].get_slice(self._names_on_disk.get(name, name))
 
             yield {name: part(name) for name in names}
 

@@ -20,12 +20,12 @@ from prism_refactor.models.transformers_models import FusedExperts, build_meta_m
 
 _EXPERTS, _ACTIVE = 12, 2
 # What families call the number of experts that a token uses.
-_ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _SHARED_WIDTHS = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
 # What keys that many families share are made at most. All sizes differ, so that a tensor's shape tells which it has.
 _SMALL: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
-    **dict.fromkeys(_ACTIVE_KEYS, _ACTIVE),
+    **dict.fromkeys(ACTIVE_KEYS, _ACTIVE),
     **dict.fromkeys(("n_group", "num_expert_group", "zero_expert_num"), 4),
     **dict.fromkeys(("topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
@@ -206,7 +206,7 @@ def _obstacle(block: Any) -> str | None:
 
 def _active_keys(config: Any) -> list[str]:
     """The keys of a config that may hold the number of experts that a token uses, by their names."""
-    return [key for key in _ACTIVE_KEYS if getattr(config, key, None)]
+    return [key for key in ACTIVE_KEYS if getattr(config, key, None)]
 
 
 def _active(block: Any, config: Any) -> int:

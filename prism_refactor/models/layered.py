@@ -2,7 +2,7 @@
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -80,10 +80,17 @@ class LayeredModel:
         for name in self.checkpoint.weight_map:
             sources[self._conversion.target(name, state)].append(name)
         tied = self._conversion.tied()
+        for copy, original in tied.items():
+            if original not in sources and len(sources.get(copy, [])) == 1:
+                # The other one of the two is stored.
+                (name,) = self.names_on_disk(self.model, {original: state[original]})
+                self.checkpoint.rename(sources.pop(copy)[0], name)
+                sources[original] = [name]
         missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
         # One tensor on disk may be several of the model's.
-        if missing and self.names_on_disk(self.model, state).keys() - self.checkpoint.weight_map.keys():
-            raise InputError(f"{self.checkpoint.path}: tensor {missing[0]} is missing; complete the checkpoint")
+        lacking = self.names_on_disk(self.model, state).keys() - self.checkpoint.weight_map.keys()
+        if missing and lacking:
+            raise InputError(f"{self.checkpoint.path}: {_what_is_missing(missing[0], lacking, self.checkpoint.weight_map.keys())}")
         return dict(sources)
 
     def tensors_under(self, prefix: str) -> list[str]:
@@ -196,6 +203,26 @@ class LayeredModel:
             # What transformers does not know is passed through whatever it is.
             if target in self._known and state[target].is_floating_point():
                 self._stored_dtype(names)
+
+
+def _what_is_missing(name: str, lacking: Collection[str], there: Collection[str]) -> str:
+    """What is wrong with the names of a checkpoint's tensors, and what to do.
+
+    Args:
+        name: a tensor of the model that is not there.
+        lacking: names that are expected on disk and not there.
+        there: those that are.
+    """
+    if any(".lora_" in other for other in there):
+        return "holds an adapter's tensors; merge it into its model first (peft: merge_and_unload, save_pretrained)"
+    for other in sorted(there):
+        parts = other.split(".")
+        if any(".".join(parts[cut:]) in lacking for cut in range(1, len(parts))):
+            return (
+                f"its tensors have a prefix that a wrapper of the model left ({other}); load them with safetensors, take the prefix off "
+                "their names, and save them again"
+            )
+    return f"tensor {name} is missing; complete the checkpoint"
 
 
 def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from transformers.utils import cached_file
 
 ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
+_THIS_FILE = "modeling_prism.py"
 _SMALLEST = 1e-30
 # Keys of a config that models run by where they are not asked for otherwise, and what they mean for one that is to give logits and no more.
 PLAIN = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True, "use_cache": True}
@@ -446,7 +448,22 @@ def attach(model, folder):
     model.prism_active = ActiveK([k] * len(blocks))
     for layer, block in enumerate(blocks):
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
+    model.save_pretrained = functools.partial(_save_with_router, model, folder)
     return model
+
+
+def _save_with_router(model, folder, save_directory, *args, **kwargs):
+    """A model's `save_pretrained`; what routes it by two levels, which its state dict does not have, is saved with it."""
+    router = os.path.join(folder, ROUTER_FILE)
+    if not os.path.isfile(router):
+        raise OSError(f"{router} is gone, and the model would be saved without its router; save it before you remove that folder")
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
+    for source, name in ((router, ROUTER_FILE), (os.path.join(folder, MANIFEST_FILE), MANIFEST_FILE), (__file__, _THIS_FILE)):
+        target = os.path.join(save_directory, name)
+        if os.path.isfile(source) and not (os.path.exists(target) and os.path.samefile(source, target)):
+            shutil.copyfile(source, target)
 
 
 def moe_blocks(model):
@@ -561,4 +578,6 @@ class PrismForCausalLM(PreTrainedModel):
             for key in ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             if key in kwargs
         }
+        # The manifest is saved with the model.
+        cached_file(folder, MANIFEST_FILE, **hub)
         return attach(model, os.path.dirname(cached_file(folder, ROUTER_FILE, **hub)))

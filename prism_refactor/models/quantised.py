@@ -35,6 +35,27 @@ _EXPONENT_BIAS = 127
 _REMEDY = "dequantise it first (from_pretrained, model.dequantize(), save_pretrained), or start from the bf16 checkpoint"
 
 
+# Tensors that only quantised checkpoints have, and where their formats are noted beside config.json.
+_SIGNS = (".qweight", ".qzeros", ".scales", "_blocks", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
+NOTES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+def check_plain(shapes: dict[str, tuple[int, ...]], types: dict[str, str], notes: list[str]) -> None:
+    """Check that a checkpoint whose config.json says nothing of it is not quantised.
+
+    Args:
+        shapes, types: of every tensor on disk.
+        notes: which of `NOTES` are there.
+
+    Raises:
+        InputError: it is.
+    """
+    sign = next((name for name in shapes if name.endswith(_SIGNS) or types[name] in _FP8), None)
+    if sign is not None:
+        where = f" ({notes[0]} says how)" if notes else ""
+        raise InputError(f"quantised{where}: it has a tensor {sign}, and config.json no quantization_config; {_REMEDY}")
+
+
 def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
     """Find what a quantised checkpoint stores in other tensors.
 

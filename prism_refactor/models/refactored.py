@@ -49,5 +49,7 @@ def router_file(folder: Path) -> Iterator[Path]:
     path = folder / ROUTER_FILE
     try:
         yield path
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; copy it from the folder that prism-refactor wrote, or refactor again") from None
     except (OSError, LookupError, SafetensorError) as error:
         raise InputError(f"{path}: is missing or broken ({one_line(error)}); refactor again") from None
