@@ -316,6 +316,20 @@ def test_what_is_cancelled_is_freed_and_silent(engine_of):
     assert (engine.running, engine.kv_in_use, engine.waiting) == (0, 0, [])
 
 
+def test_whoever_cannot_take_news_loses_that_request_alone(engine_of, caplog):
+    engine = engine_of()
+
+    def broken(_):
+        raise ZeroDivisionError
+
+    engine.submit(GenerationRequest(prompt(40, 1), 8, 200, stop_at_eos=False), broken)
+    (chunk,) = engine.generate([GenerationRequest(prompt(4, 2), 8, 30, stop_at_eos=False)])
+    assert (chunk.finish, len(chunk.tokens)) == ("length", 30)
+    assert engine.generate([GenerationRequest(prompt(4, 2), 8, 3)])[0].finish
+    assert (engine.running, engine.kv_in_use, engine.waiting) == (0, 0, [])
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
 def test_a_full_queue_is_refused_with_a_time_to_come_back(engine_of):
     engine = engine_of(limits=Limits(tokens=64, requests=1, waiting=2))
     begun, done = threading.Event(), threading.Semaphore(0)

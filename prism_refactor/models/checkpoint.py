@@ -122,7 +122,7 @@ class Checkpoint:
 
     def _why_no_experts(self) -> str:
         values = self.text_config.to_dict()
-        if any(values.get(key) for key in ACTIVE_KEYS):
+        if any(values.get(key) and hasattr(type(self.text_config), key) for key in ACTIVE_KEYS):
             said = ", ".join(f"{key} {values[key]}" for key in _DENSE_KEYS if values.get(key) is not None)
             return f"all its {values.get('num_hidden_layers')} layers are dense, as config.json says ({said})"
         twins = f"of dense models these can be: {', '.join(sorted(TWINS))}"

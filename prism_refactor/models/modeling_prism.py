@@ -41,7 +41,8 @@ ROUTER_NAMES = ("gate", "router")
 
 
 class TwoLevelRouter(nn.Module):
-    """Scores and picks sub-experts. Its tensors are buffers outside the state dict: saving the model saves the stock checkpoint.
+    """Scores and picks sub-experts. Its tensors are buffers outside the state dict, so saving the model saves the stock checkpoint;
+    the router's file is copied beside it, see `attach`.
 
     Args:
         original: the family's own router with the original rows, giving (logits, weights [T, K], expert indices [T, K], ...). None where
@@ -424,6 +425,8 @@ def run_plainly(config):
 
 def attach(model, folder):
     """Install two-level routing on a refactored model that transformers has loaded; returns the model.
+
+    Its `save_pretrained` copies the router's file from `folder`, which must still be there then.
 
     Args:
         model: from `AutoModelForCausalLM.from_pretrained(folder)`.

@@ -114,30 +114,38 @@ class TokenText:
             last: none will follow, so half a character is all there is of it.
         """
         found: list[str] = []
+        run: list[int] = []
         for place, token in enumerate(tokens):
-            open_tokens = min(len(self._run), place)
-            if open_tokens and not self._is_byte(token):
-                found[place - open_tokens :] = self._shares(open_tokens, end=True)
-            found.append(self.name(token) if token in self._special else "")
-            found[-1] += self.add(token)
-        open_tokens = min(len(self._run), len(found))
-        if open_tokens:
-            found[len(found) - open_tokens :] = self._shares(open_tokens, last)
-        if last and found:
-            found[-1] += self.end()
+            if token in self._special:
+                found.append(self.name(token))
+                continue
+            if not self._is_byte(token):
+                self._share(found, run, end=True)
+                run = []
+            else:
+                run.append(place)
+            found.append(self.add(token))
+        self._share(found, run, last)
+        places = [place for place, token in enumerate(tokens) if token not in self._special]
+        if last and places:
+            found[places[-1]] += self.end()
         return found
 
-    def _shares(self, count: int, end: bool) -> list[str]:
-        """The part of the run's text of each of its last tokens; `end`: nothing more belongs to it."""
+    def _share(self, found: list[str], places: list[int], end: bool) -> None:
+        """Add the run's text to that of its tokens, which are at some places; `end`: nothing more belongs to it."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        lengths = [len(decoder.decode(self.of(token))) for token in self._run][-count:]
+        lengths = [len(decoder.decode(self.of(token))) for token in self._run][-len(places) :] if places else []
+        if not lengths:
+            return
         text = self._end_run() if end else self._whole()[self._before :]
         self._told += len(text) if end else 0
         if sum(lengths) != len(text):
-            # U+FFFD for every byte.
-            lengths = [len(text) - count + 1, *[1] * (count - 1)]
-        starts = [sum(lengths[:index]) for index in range(count)]
-        return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            # U+FFFD for every byte; what was before the text is the first one's.
+            lengths = [len(text) - len(lengths) + 1, *[1] * (len(lengths) - 1)]
+        start = 0
+        for place, length in zip(places[-len(lengths) :], lengths, strict=True):
+            found[place] += text[start : start + length]
+            start += length
 
     def end(self) -> str:
         """Return the text that was not sure yet: U+FFFD for half a character."""

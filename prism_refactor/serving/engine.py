@@ -1,6 +1,7 @@
 """The engine: many requests at once, each with its own number of sub-experts per token, through transformers' continuous batching."""
 
 import functools
+import logging
 import math
 import random
 import statistics
@@ -27,6 +28,7 @@ from prism_refactor.serving.transformers_batching import EXPIRED, Batching, Entr
 # Colder than this, logits divided by the temperature are beyond float32, and the most likely token is all that is left.
 LEAST_TEMPERATURE = 1e-5
 _names = count()
+_log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -293,7 +295,7 @@ class Engine:
             left = [live for live in self._live.values() if not live.cancelled]
             self._live.clear()
         for live in left:
-            live.deliver(Chunk(live.request.id, [], [], "error", "the engine stopped", self._served(live)))
+            self._tell(live, Chunk(live.request.id, [], [], "error", "the engine stopped", self._served(live)))
 
     def close(self) -> None:
         """Stop, and leave the model as it was."""
@@ -307,7 +309,8 @@ class Engine:
 
         Args:
             request: what to generate.
-            deliver: called with every `Chunk`, in the engine's thread; the last one has `finish`. Not called after `cancel`.
+            deliver: called with every `Chunk`, in the engine's thread; the last one has `finish`. Not called after `cancel`. If it raises,
+                the request is cancelled.
 
         Returns:
             The request's name.
@@ -443,7 +446,15 @@ class Engine:
         logprobs = live.logprobs[live.sent : live.sent + len(new)]
         prompt = [] if live.sent else live.prompt_logprobs
         live.sent += len(new)
-        live.deliver(Chunk(name, new, logprobs, finish, error, self._served(live), prompt))
+        self._tell(live, Chunk(name, new, logprobs, finish, error, self._served(live), prompt))
+
+    def _tell(self, live: _Live, chunk: Chunk) -> None:
+        """Deliver news. Whoever cannot take them loses their request; the others of the batch go on."""
+        try:
+            live.deliver(chunk)
+        except Exception:
+            _log.exception("request %s: its news could not be delivered", chunk.id)
+            self.cancel(chunk.id)
 
     def on_schedule(self, start: float, seconds: float, names: list[str]) -> None:
         """See `Requests.on_schedule`."""
@@ -489,7 +500,7 @@ class Engine:
             live = self.forget(name)
             self.batching.cancel(name)
             if live is not None and not live.cancelled:
-                live.deliver(Chunk(name, [], [], "error", reason, self._served(live)))
+                self._tell(live, Chunk(name, [], [], "error", reason, self._served(live)))
 
     @staticmethod
     def _sample(logits: torch.Tensor, positions: torch.Tensor, new: list[_Live]) -> None:
