@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import logging
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,9 +22,12 @@ from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 from prism_refactor.files import check_no_pointer
 
 Record = dict[str, Any]
+_log = logging.getLogger(__name__)
 # What is drawn from while more is read: at most so many documents, or so many characters of them.
 _BUFFER, _BUFFER_CHARACTERS = 1000, 1 << 24
 _CHUNK = 1 << 20
+# Column of the kind of text, where there is one.
+DOMAIN = "domain"
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 # What datasets hold beside their data.
 _BESIDE = ("dataset_info*.json", "metadata.json", "license*.txt", "licence*.txt", "readme*.txt", "notice*.txt", "requirements*.txt")
@@ -49,6 +54,7 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
+_LOCAL = re.compile(r"(?P<name>.*?)(\((?P<split>[^()]+)\))?(?P<count>:(?P<samples>\d+))?", re.DOTALL)
 _SPEC = re.compile(r"(?P<name>[^\[\](){}]+?)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<samples>\d+))?$")
 
 
@@ -64,10 +70,14 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> "Source":
         """Raises UsageError when the text is not such a specification. What exists as a path is one, whatever characters it has."""
-        path, _, samples = text.rpartition(":")
-        if Path(text).exists() or (samples.isdecimal() and path and Path(path).exists()):
-            samples = "" if Path(text).exists() else samples
-            name, subset, split = (path if samples else text), None, None
+        local = _LOCAL.fullmatch(text)
+        ways: list[tuple[str, str | None, str | None]] = [(text, None, None)]
+        if local is not None:
+            ways += [(text.removesuffix(local["count"] or ""), None, local["samples"]), (local["name"], local["split"], local["samples"])]
+        found = next((way for way in ways if way[0] and _exists(way[0])), None)
+        subset = None
+        if found is not None:
+            name, split, samples = found
         else:
             match = _SPEC.fullmatch(text.strip())
             if match is None or not text.strip():
@@ -86,8 +96,7 @@ class Source:
             InputError: a file or dataset cannot be read, or has no such column.
         """
         try:
-            for record in self._read(column, seed):
-                yield self._checked(record, column)
+            yield from self._read(column, seed)
         except PrismError:
             raise
         except Exception as error:
@@ -95,12 +104,12 @@ class Source:
 
     def _read(self, column: str, seed: int) -> Iterator[Record]:
         path = Path(self.name)
-        if path.exists():
+        if _exists(self.name):
             return self._read_local(path, column, seed)
         if _kind(path) is not None or path.is_absolute() or self.name.startswith("."):
             raise InputError(f"`datasets` {self.name}: no such file or folder")
         found = load_dataset(self.name, self.subset, split=self.split, streaming=True)
-        return iter(found.shuffle(seed=seed, buffer_size=_BUFFER))
+        return (self._checked(record, column) for record in found.shuffle(seed=seed, buffer_size=_BUFFER))
 
     def _read_local(self, path: Path, column: str, seed: int) -> Iterator[Record]:
         if self.subset:
@@ -109,7 +118,7 @@ class Source:
         if path.is_file() and self.split != "train":
             raise UsageError(f"`datasets` {self.name}: a file has no split; write its path and :samples")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _shuffled(self._saved(path), column, rng)
+            return self._shuffled(self._saved(path), column, rng)
         files = self._files(path) if path.is_dir() else [path]
         kinds = {_kind(file) for file in files}
         if kinds == {None} or len(kinds) != 1:
@@ -121,7 +130,7 @@ class Source:
             )
         if len(files) > 1:
             rng.shuffle(files)
-        return _shuffled((record for file in files for record in _records(file, column)), column, rng)
+        return self._shuffled((record for file in files for record in _records(file, column)), column, rng)
 
     def _files(self, folder: Path) -> list[Path]:
         """The data files of a folder: nothing hidden, nothing that says what the data are, of one split."""
@@ -136,24 +145,41 @@ class Source:
         data = [path for path in found if _kind(path) is not None] or found
         splits = {path: _split_of(path.relative_to(folder)) for path in data}
         named = sorted({split for split in splits.values() if split})
-        if self.split in named:
-            return [path for path in data if splits[path] == self.split]
-        if self.split != "train":
-            raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(named) or 'none'}")
-        # Files that name no split are the training's, beside others that do.
-        unnamed = [path for path in data if splits[path] is None]
-        if not unnamed and len(named) > 1:
-            raise InputError(f"`datasets` {self.name}: has the splits {', '.join(named)}; write {self.name}({named[0]})")
-        return unnamed or data
+        # Files that name no split are the training's.
+        chosen = [path for path in data if splits[path] == self.split or (splits[path] is None and self.split == "train")]
+        if not chosen and (self.split != "train" or len(named) > 1):
+            has = ", ".join(f"{self.name}({split})" for split in named) or "none"
+            raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {has}")
+        if chosen and len(chosen) < len(data):
+            _log.info("of %s the split %s is read: %d of %d files", self.name, self.split, len(chosen), len(data))
+        return chosen or data
 
     def _saved(self, path: Path) -> Iterator[Record]:
         """The rows of what `save_to_disk` has written."""
         saved = load_from_disk(str(path))
-        if not isinstance(saved, Dataset):
-            if self.split not in saved:
-                raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(saved)}")
-            saved = saved[self.split]
+        splits = {"train": saved} if isinstance(saved, Dataset) else saved
+        if self.split not in splits:
+            raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(splits)}")
+        saved = splits[self.split]
         yield from saved
+
+    def _shuffled(self, records: Iterator[Any], column: str, rng: np.random.Generator) -> Iterator[Record]:
+        """Records in random order, drawn from a buffer, as `datasets` does; it holds few where they are large."""
+        buffer: list[Record] = []
+        characters = 0
+        for record in records:
+            checked = self._checked(record, column)
+            size = _characters(checked[column])
+            while buffer and (len(buffer) >= _BUFFER or characters + size > _BUFFER_CHARACTERS):
+                drawn = int(rng.integers(len(buffer)))
+                buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+                told = buffer.pop()
+                characters -= _characters(told[column])
+                yield told
+            buffer.append(checked)
+            characters += size
+        rng.shuffle(buffer)
+        yield from buffer
 
     def _checked(self, record: Any, column: str) -> Record:
         if not isinstance(record, dict):
@@ -167,12 +193,29 @@ class Source:
         value = record[column]
         if value is not None and not isinstance(value, str | TextFile) and not is_chat(value):
             raise InputError(f"`datasets` {self.name}: column '{column}' holds {type(value).__name__}, not text")
-        return record
+        # What else there is may be large.
+        return {name: record[name] for name in (column, DOMAIN) if name in record}
+
+
+def _characters(value: object) -> int:
+    return len(value) if isinstance(value, str) else len(str(value))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:
+        # Longer than a name can be, for one.
+        return False
 
 
 def is_chat(value: object) -> bool:
-    """Whether a value is a list of messages with roles and contents."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value)
+    """Whether a value is a list of messages: objects with a role, and a content or calls."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and _is_message(item) for item in value)
+
+
+def _is_message(value: Record) -> bool:
+    return "role" in value and bool({"content", "tool_calls"} & value.keys())
 
 
 @dataclass(frozen=True)
@@ -188,29 +231,15 @@ class TextFile:
                 yield text
 
 
-def _shuffled(records: Iterator[Record], column: str, rng: np.random.Generator) -> Iterator[Record]:
-    """Records in random order, drawn from a buffer, as `datasets` does; it holds few where they are large."""
-    buffer: list[Record] = []
-    characters = 0
-    for record in records:
-        size = len(value) if isinstance(value := record.get(column) if isinstance(record, dict) else None, str) else 0
-        while buffer and (len(buffer) >= _BUFFER or characters + size > _BUFFER_CHARACTERS):
-            drawn = int(rng.integers(len(buffer)))
-            buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
-            told = buffer.pop()
-            characters -= len(value) if isinstance(value := told.get(column), str) else 0
-            yield told
-        buffer.append(record)
-        characters += size
-    rng.shuffle(buffer)
-    yield from buffer
-
-
 def _split_of(path: Path) -> str | None:
-    """Which split a file's name or its folders name; the last that does counts."""
-    words = re.split(r"[^a-z]+", str(path).lower())
-    found = [split for word in words for split, names in _SPLITS.items() if word in names]
-    return found[-1] if found else None
+    """Which split the name of a file or of a folder it is in says, the file's first: train-00001-of-00002, squad_dev, test/x."""
+    for part in reversed(path.parts):
+        words = [word for word in re.split(r"[^a-z]+", part.lower().partition(".")[0]) if word not in ("", "of", "part", "shard")]
+        # The last of two at most: a text may be about tests, or how to train.
+        found = [split for split, names in _SPLITS.items() if len(words) in (1, 2) and words[-1] in names]
+        if found:
+            return found[0]
+    return None
 
 
 def _kind(path: Path) -> str | None:
@@ -229,6 +258,12 @@ def _opened(path: Path) -> IO[str]:
     compression = fsspec.utils.infer_compression(path.name.lower())
     if compression is None:
         return io.TextIOWrapper(raw, "utf-8-sig", newline="")
+    if compression == "zip":
+        archive = zipfile.ZipFile(raw)
+        names = [item.filename for item in archive.infolist() if not item.is_dir()]
+        if len(names) != 1:
+            raise InputError(f"`datasets` {path}: holds {len(names)} files; unpack it and name the folder")
+        return io.TextIOWrapper(archive.open(names[0]), "utf-8-sig", newline="")
     return io.TextIOWrapper(fsspec.compression.compr[compression](raw, mode="r"), "utf-8-sig", newline="")
 
 
@@ -236,44 +271,86 @@ def _records(path: Path, column: str) -> Iterator[Record]:
     check_no_pointer(path)
     try:
         yield from READERS[str(_kind(path))](path, column)
+    except PrismError:
+        raise
     except Exception as error:
         raise InputError(f"`datasets` {path}: cannot be read: {one_line(error)}") from error
 
 
-def _json_records(path: Path, _: str) -> Iterator[Record]:
-    """The values of a JSON file, one at a time: a line each, or the items of one list."""
-    decoder, text, start, line = json.JSONDecoder(), "", 0, 1
-    with _opened(path) as stream:
-        more, wanted = True, _CHUNK
+class _JsonText:
+    """JSON values in a stream, read as far as they are asked for."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream, self._text, self._at, self._line = stream, "", 0, 1
+
+    def peek(self) -> str:
+        """Return the next character that is no space; nothing at the end."""
         while True:
-            match = _BETWEEN.match(text, start)
-            start = match.end() if match else start
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._read(_CHUNK):
+                return self._text[self._at : self._at + 1]
+
+    def skip(self) -> None:
+        """Pass over that character."""
+        self._at += 1
+
+    def value(self) -> Any:
+        """Return the value that begins there."""
+        size = _CHUNK
+        while True:
             try:
-                value, end = decoder.raw_decode(text, start)
+                found, self._at = _DECODER.raw_decode(self._text, self._at)
+                return found
             except json.JSONDecodeError as error:
-                unfinished = error.pos > len(text) - _LONGEST_LITERAL or error.msg.startswith("Unterminated string")
-                if more and unfinished:
-                    line += text.count("\n", 0, start)
-                    read = stream.read(wanted)
-                    # A value that does not end is read on in larger and larger steps.
-                    text, start, more, wanted = text[start:] + read, 0, bool(read), 2 * wanted
-                    continue
-                if not text[start:].strip():
-                    return
-                raise ValueError(f"line {line + text.count(chr(10), 0, start)}: no JSON: {error.msg}") from None
-            wanted, start = _CHUNK, end
-            yield value
+                unfinished = error.pos > len(self._text) - _LONGEST_LITERAL or error.msg.startswith("Unterminated string")
+                # A value that does not end is read on in larger and larger steps.
+                if not (unfinished and self._read(size)):
+                    raise self.error(f"no JSON: {error.msg}") from None
+                size *= 2
+
+    def error(self, what: str) -> ValueError:
+        """What is wrong here."""
+        line = self._line + self._text.count("\n", 0, self._at)
+        return ValueError(f"line {line}: {what}")
+
+    def _read(self, size: int) -> bool:
+        self._line += self._text.count("\n", 0, self._at)
+        read = self._stream.read(size)
+        self._text, self._at = self._text[self._at :] + read, 0
+        return bool(read)
 
 
-# What stands between the values of a list, or of lines; and the longest thing that may be cut at the end of what was read: \\u1234.
-_BETWEEN = re.compile(r"[\s,\[\]]*")
+_DECODER, _SPACE = json.JSONDecoder(), re.compile(r"\s*")
+# The longest thing that may be cut at the end of what was read: \\u1234, twice.
 _LONGEST_LITERAL = 12
+
+
+def _json_records(path: Path, _: str) -> Iterator[Record]:
+    """The values of a JSON file: one after the other, a line each for one, or the items of one list."""
+    with _opened(path) as stream:
+        file = _JsonText(stream)
+        if file.peek() != "[":
+            while file.peek():
+                yield file.value()
+            return
+        file.skip()
+        while (mark := file.peek()) != "]":
+            if not mark:
+                raise file.error("the list does not end")
+            yield file.value()
+            if file.peek() == ",":
+                file.skip()
+            elif file.peek() not in ("]", ""):
+                raise file.error("no comma between two items of the list")
+        file.skip()
+        if file.peek():
+            raise file.error("something stands behind the list")
 
 
 def _table_records(path: Path, _: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     with _opened(path) as stream:
-        yield from csv.DictReader(stream, delimiter="\t" if _kind(path) == ".tsv" else ",")
+        yield from csv.DictReader(stream, strict=True, delimiter="\t" if _kind(path) == ".tsv" else ",")
 
 
 def _text_records(path: Path, column: str) -> Iterator[Record]:
@@ -284,7 +361,7 @@ def _parquet_records(path: Path, column: str) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(path) as file:
         known = file.schema_arrow.names
         # Only what is read is needed to fit.
-        wanted = [name for name in known if name in {column, "messages", "domain"}]
+        wanted = [name for name in known if name in {column, "messages", DOMAIN}]
         if not {column, "messages"} & set(wanted):
             wanted = known
         for batch in file.iter_batches(16, columns=wanted):

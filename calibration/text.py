@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from prism_refactor.calibration.sources import Source, TextFile, is_chat
 from prism_refactor.errors import InputError, one_line
+from prism_refactor.files import check_no_pointers
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
 EVALUATION_TEXT = str(BUNDLED / "evaluation.jsonl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 # Rows are drawn from this many times as many as asked for, so that a sample is not just the first few documents.
 _OVERSAMPLING = 4
 # Characters that are made tokens at a time: of a long document no more than what is needed is.
@@ -22,21 +24,23 @@ _PIECE = 1 << 16
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The checkpoint's own tokenizer. Raises InputError when there is none, or one that does not belong to the model."""
+    if model_dir.is_dir():
+        check_no_pointers(model_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
     except Exception as error:
         raise InputError(f"{model_dir}: no usable tokenizer: {one_line(error)}") from error
     # Where there are no files transformers makes one that knows nothing.
-    if len(set(tokenizer("The river 12", add_special_tokens=False)["input_ids"])) < 2:
+    if not any((model_dir / name).exists() for name in {*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}):
         raise InputError(f"{model_dir}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json of the model there")
     try:
         vocabulary = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config().vocab_size
     except Exception as error:
         raise InputError(f"{model_dir / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
-    # Other special tokens, padding for one, may be in no text.
-    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, *tokenizer.get_vocab().values()} - {None}
-    beyond = used - (set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id})
-    check_tokens(model_dir, tokenizer, max(beyond, default=0), vocabulary)
+    # Special tokens, padding for one, may be in no text; but for those that we put there.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    used = {*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    check_tokens(model_dir, tokenizer, max(used, default=0), vocabulary)
     return tokenizer
 
 

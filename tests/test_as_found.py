@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prism_refactor
 from prism_refactor.cli.serve import _name_of
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.side_files import side_files
 
 SHORT = ["--num-samples", "2", "--max-seq-length", "32", "--quiet"]
@@ -111,7 +112,7 @@ def test_generation_config_says_no_more_than_where_a_text_ends(refactored, tmp_p
 
 
 def test_a_text_ends_at_the_tokenizers_end_too(refactored, tmp_path, command):
-    """Where generation_config.json names another token, both end it; in the server and in prism-run."""
+    """Where generation_config.json names another token, both end it."""
     out = shutil.copytree(refactored, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
     first = json.loads(command("prism-run", out, "--prompt", "The river", "--max-new-tokens", "8", "--quiet", "--json").out)["answers"][0]
@@ -263,6 +264,22 @@ def test_a_prefix_is_named_with_its_remedy(model, tmp_path, command, prefix):
     assert "take the prefix off" in result.err
 
 
+def test_of_two_tied_tensors_a_quantised_one_is_enough(models, tmp_path):
+    """The head, stored as FP8 with its scales, is read as the embedding."""
+    source = shutil.copytree(models["olmoe"], tmp_path / "source")
+    weights = {name: value.clone() for name, value in load_file(source / "model.safetensors").items()}
+    embedding = weights.pop("model.embed_tokens.weight").float()
+    weights.pop("lm_head.weight", None)
+    scales = embedding.abs().amax(1, keepdim=True).clamp_min(1e-6) / 448
+    weights |= {"lm_head.weight": (embedding / scales).to(torch.float8_e4m3fn), "lm_head.weight_scale_inv": scales}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    edit(source / "config.json", quantization_config={"quant_method": "fp8"})
+    checkpoint = Checkpoint(source)
+    LayeredModel(checkpoint, None).check()
+    with checkpoint.slices(["model.embed_tokens.weight"]) as slices:
+        torch.testing.assert_close(slices["model.embed_tokens.weight"][:].float(), embedding, atol=1e-3, rtol=0.1)
+
+
 @pytest.mark.parametrize("way", ["without a prefix", "the head alone", "the embedding alone", "both", "fused experts"])
 def test_what_transformers_loads_is_loaded(models, tmp_path, command, way):
     source, out = shutil.copytree(models["olmoe"], tmp_path / "source"), tmp_path / "out"
@@ -321,11 +338,21 @@ def test_quantisation_under_its_old_key_is_read_as_such(model, tmp_path, command
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_pointer_of_git_lfs_is_called_one(model, tmp_path, command, name):
     (model / name).write_text(POINTER)
     result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
     assert (result.code, "pointer of Git LFS" in result.err, "git lfs pull" in result.err) == (3, True, True), result.err
+
+
+@pytest.mark.parametrize("name", ["sub_expert_router.safetensors", "prism.json", "model-00001-of-00005.safetensors", "tokenizer.json"])
+def test_so_is_one_in_a_result(refactored, tmp_path, command, name):
+    out = shutil.copytree(refactored, tmp_path / "out")
+    assert (out / name).exists()
+    (out / name).write_text(POINTER)
+    for command_name, more in (("prism-run", ["--prompt", "x"]), ("prism-serve", [])):
+        result = command(command_name, out, *more, "--quiet")
+        assert (result.code, "pointer of Git LFS" in result.err) == (3, True), result.err
 
 
 @pytest.mark.parametrize(
@@ -349,8 +376,20 @@ def test_the_folder_above_a_snapshot_is_led_down(model, refactored, tmp_path, co
     snapshot = tmp_path / "models--org--Small-MoE" / "snapshots" / "0123456789abcdef"
     snapshot.parent.mkdir(parents=True)
     shutil.copytree(refactored, snapshot)
-    result = command("prism-refactor", snapshot.parents[1], tmp_path / "out", "--dry-run", "--quiet")
-    assert (result.code, f"give {snapshot}" in result.err) == (3, True), result.err
+    cache = snapshot.parents[1]
+
+    def said():
+        result = command("prism-refactor", cache, tmp_path / "out", "--dry-run", "--quiet")
+        assert (result.code, result.err.count("\n")) == (3, 1)
+        return result.err
+
+    assert "but inside: snapshots/0123456789abcdef; give that folder" in said()
+    # An older one beside it: what the cache calls its newest, or both.
+    shutil.copytree(refactored, snapshot.with_name("ffff"))
+    assert "inside: snapshots/0123456789abcdef, snapshots/ffff" in said()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123456789abcdef")
+    assert "inside: snapshots/0123456789abcdef; give" in said()
     assert _name_of(snapshot) == "Small-MoE"
 
 

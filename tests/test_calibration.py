@@ -170,6 +170,7 @@ def test_mix_takes_the_samples_that_each_part_names(tmp_path):
     assert sum("alpha" in tokenizer.decode(row) for row in rows) == 3
     with pytest.raises(UsageError, match="not of the form"):
         Source.parse("name[en:7")
+    assert Source.parse("n" * 300).name == "n" * 300
 
 
 def test_short_text_gives_one_short_row(tmp_path):

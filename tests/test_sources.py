@@ -49,6 +49,10 @@ def test_a_name_is_no_pattern(tmp_path, name):
     assert read(path) == sorted(TEXTS)
     assert Source.parse(f"{path}:7").samples == 7
     assert Source.parse(f"{path}:7").name == str(path)
+    if path.is_dir():
+        (path / "test.jsonl").write_text(lines([{"text": "held out"}]))
+        assert read(f"{path}(test)") == ["held out"]
+        assert Source.parse(f"{path}(test):7") == Source(str(path), None, "test", 7)
 
 
 @pytest.mark.parametrize("shape", ["lines", "list", "indented", "one after the other", "bom", "blank lines", "no last line end"])
@@ -73,8 +77,37 @@ def test_json_in_every_shape(tmp_path, shape):
 def test_json_that_is_read_in_small_pieces(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("prism_refactor.calibration.sources._CHUNK", chunk)
     rows = [{"text": 'a \u6cb3 "b"', "other": [1, -2.5e3, True, None, {"deep": ["x"]}]}, {"text": "c\\n"}]
-    (tmp_path / "x.jsonl").write_text(json.dumps(rows) + lines(rows))
-    assert read(tmp_path / "x.jsonl") == sorted(2 * [row["text"] for row in rows])
+    for text in (json.dumps(rows), lines(rows), json.dumps(rows, indent=1)):
+        (tmp_path / "x.jsonl").write_text(text)
+        assert read(tmp_path / "x.jsonl") == sorted(row["text"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("x.json", '[{"text": "a"}, {"text": "b"}', "the list does not end"),
+        ("x.json", '[{"text": "a"} {"text": "b"}]', "no comma"),
+        ("x.json", '[{"text": "a"}]]', "something stands behind the list"),
+        ("x.json", '[[{"text": "a"}]]', "a record is list"),
+        ("x.jsonl", '{"text": "a"},\n{"text": "b"}', "line 1: no JSON"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b', "line 2: no JSON: Unterminated string"),
+        ("x.csv", 'text\n"a\nb\n', "unexpected end of data"),
+    ],
+)
+def test_a_broken_file_is_not_read_as_a_whole_one(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=says):
+        read(tmp_path / name)
+
+
+def test_an_archive_of_several_files_is_refused(tmp_path):
+    for name, members in (("a.jsonl.zip", ["x/", "x/one.jsonl"]), ("b.jsonl.zip", ["one.jsonl", "two.jsonl"])):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member in members:
+                archive.writestr(member, "" if member.endswith("/") else lines([{"text": member}]))
+    assert read(tmp_path / "a.jsonl.zip") == ["x/one.jsonl"]
+    with pytest.raises(InputError, match="holds 2 files; unpack it"):
+        read(tmp_path / "b.jsonl.zip")
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -176,6 +209,7 @@ def test_what_lies_beside_the_data_is_not_read(tmp_path, beside):
         ["train/a.jsonl", "test/a.jsonl", "dev/a.jsonl"],
         ["part.jsonl", "eval.jsonl"],
         ["en_training.jsonl.gz", "en_valid.jsonl.gz"],
+        ["how-to-test-a-dog.jsonl", "test/a.jsonl"],
     ],
 )
 def test_of_a_folder_with_splits_one_is_read(tmp_path, names):
@@ -197,10 +231,18 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path, names):
 def test_a_folder_of_several_other_splits_says_which(tmp_path):
     for name in ("test", "dev"):
         (tmp_path / f"{name}.jsonl").write_text(lines([{"text": name}]))
-    with pytest.raises(InputError, match="has the splits test, validation"):
+    with pytest.raises(InputError, match=r"no split train; it has .*\(test\), .*\(validation\)"):
         read(tmp_path)
     (tmp_path / "dev.jsonl").unlink()
     assert read(tmp_path) == ["test"]
+
+
+def test_files_that_name_no_split_are_the_trainings(tmp_path, caplog):
+    for name in ("train-0", "more", "how-to-train-dogs", "test-drive", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(lines([{"text": name}]))
+    with caplog.at_level("INFO", "prism_refactor"):
+        assert read(tmp_path) == ["how-to-train-dogs", "more", "test-drive", "train-0"]
+    assert "the split train is read: 4 of 5 files" in caplog.text
 
 
 def test_what_save_to_disk_has_written(tmp_path):
@@ -210,8 +252,9 @@ def test_what_save_to_disk_has_written(tmp_path):
     DatasetDict({"train": rows, "test": Dataset.from_list([{"text": "held out"}])}).save_to_disk(tmp_path / "several")
     assert read(tmp_path / "several") == sorted(TEXTS)
     assert read(f"{tmp_path / 'several'}(test)") == ["held out"]
-    with pytest.raises(InputError, match="no split dev; it has train, test"):
-        read(f"{tmp_path / 'several'}(dev)")
+    for name, has in (("several", "train, test"), ("one", "train")):
+        with pytest.raises(InputError, match=f"no split dev; it has {has}"):
+            read(f"{tmp_path / name}(dev)")
 
 
 def test_a_file_has_no_split_or_subset(tmp_path):
@@ -283,6 +326,20 @@ def test_pieces_of_a_document_are_its_text(tmp_path, monkeypatch):
     monkeypatch.setattr("prism_refactor.calibration.sources._CHUNK", 33)
     rows = token_rows([str(tmp_path / "x.txt")], tokenizer, 10_000, 64, 0)
     assert rows.flatten().tolist() == whole[: rows.numel()]
+
+
+def test_a_turn_of_calls_alone_is_part_of_a_chat(tmp_path):
+    tokenizer = load_tokenizer(EXAMPLE)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content or m.tool_calls[0].name }}\n{% endfor %}"
+    turns = [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "map"}]}, CHAT[1]]
+    (tmp_path / "x.jsonl").write_text(lines([{"messages": turns}] * 20))
+    assert "<assistant> map" in tokenizer.decode(token_rows([str(tmp_path / "x.jsonl")], tokenizer, 9, 32, 0).flatten())
+
+
+def test_what_is_not_read_takes_no_memory(tmp_path):
+    (tmp_path / "x.jsonl").write_text(lines([{"text": "short", "html": "x" * 1000, "domain": "web"}]))
+    (record,) = Source.parse(str(tmp_path / "x.jsonl")).records("text", 0)
+    assert record == {"text": "short", "domain": "web"}
 
 
 def test_the_buffer_of_the_shuffle_is_small_for_large_documents(tmp_path, monkeypatch):

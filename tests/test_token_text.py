@@ -171,6 +171,21 @@ def test_a_long_run_of_byte_tokens_is_told_on_the_way():
     assert "".join(TokenText(tokenizer).pieces(tokens, last=True)) == text
 
 
+def test_a_text_after_a_long_run_of_byte_tokens():
+    """However many of the prompt's last tokens are bytes, and wherever the text begins among them."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_fallback(), unk_token="<unk>")
+    text = "\u0f56\u0f7c\u0f51x" * 2 + "\u0f56\u0f7c\u0f51" * 20 + "s"
+    tokens = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
+    tokens[-1] = tokenizer.convert_tokens_to_ids("s")
+    for cut in range(0, len(tokens) - 1):
+        rest = text[len(text.encode()[:cut].decode(errors="ignore")) :]
+        assert text_of(tokenizer, tokens[cut:], tokens[:cut]) == rest
+        pieces = TokenText(tokenizer, tokens[:cut]).pieces(tokens[cut:], last=True)
+        assert "".join(pieces) == rest
+        # Each character is told with the last of its tokens, also where the run is long.
+        assert max(map(len, pieces)) <= 1
+
+
 def test_tokens_that_the_tokenizer_does_not_know_have_no_text(tokenizer):
     """A model may have more embeddings than its tokenizer has tokens."""
     beyond = len(tokenizer) + 7

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.files import LONGEST_NAME, check_no_pointer
+from prism_refactor.files import LONGEST_NAME, check_no_pointers
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.dense import TWINS, Twin
@@ -63,6 +63,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.is_dir():
+            check_no_pointers(self.path)
         self.config_json = self._read_json("config.json")
         if not isinstance(self.config_json.get("auto_map", {}), dict):
             raise InputError(f"{self.path / 'config.json'}: auto_map is no JSON object; correct it or remove it")
@@ -124,7 +126,8 @@ class Checkpoint:
         values = self.text_config.to_dict()
         if any(values.get(key) and hasattr(type(self.text_config), key) for key in ACTIVE_KEYS):
             said = ", ".join(f"{key} {values[key]}" for key in _DENSE_KEYS if values.get(key) is not None)
-            return f"all its {values.get('num_hidden_layers')} layers are dense, as config.json says ({said})"
+            layers = f"all its {values.get('num_hidden_layers')} layers are dense, as config.json says"
+            return f"{layers} ({said})" if said else layers
         twins = f"of dense models these can be: {', '.join(sorted(TWINS))}"
         if self.text_config is not self.config:
             return f"it has no experts, and is a '{self.text_config.model_type}' that takes more than text; {twins}"
@@ -167,9 +170,12 @@ class Checkpoint:
 
     def rename(self, old: str, new: str) -> None:
         """Call a tensor by another name than its own on disk, from now on."""
-        facts: list[dict[str, Any]] = [self.weight_map, self.sizes, self.dtypes, self.shapes, self._types, self._file_of]
+        facts: list[dict[str, Any]] = [self.weight_map, self.sizes, self.dtypes, self.shapes, self._types, self._stored]
         for known in facts:
-            known[new] = known.pop(old)
+            if old in known:
+                known[new] = known.pop(old)
+        if old in self._file_of:
+            self._file_of[new] = self._file_of[old]
         self._names_on_disk[new] = old
 
     def _file(self, name: str) -> str:
@@ -180,19 +186,29 @@ class Checkpoint:
     def _read_json(self, name: str) -> dict[str, Any]:
         if not self.path.is_dir():
             raise InputError(f"{self.path}: no such folder; give a local folder with config.json and safetensors shards")
-        inside = sorted(self.path.glob("snapshots/*/config.json")) or sorted(self.path.glob("*/config.json"))
-        if name == "config.json" and inside and not (self.path / name).exists():
-            raise InputError(f"{self.path}: holds the model in a folder of its own; give {inside[-1].parent}")
+        if name == "config.json" and not (self.path / name).exists():
+            self._check_inside()
         try:
             value = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
         except (OSError, ValueError, RecursionError) as error:
-            check_no_pointer(self.path / name)
             raise InputError(f"{self.path / name}: cannot be read as JSON ({one_line(error)}); download it again") from None
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name}: holds no JSON object")
         return value
+
+    def _check_inside(self) -> None:
+        """Raise InputError where there are model folders inside the one that was given: a folder of the Hub's cache, of a training, ..."""
+        current = self.path / "refs" / "main"
+        if current.is_file():
+            inside = [self.path / "snapshots" / current.read_text().strip()]
+        else:
+            inside = sorted(path.parent for pattern in ("*", "snapshots/*") for path in self.path.glob(f"{pattern}/config.json"))
+            inside = [path for path in inside if any(path.glob("*.safetensors*"))]
+        if inside:
+            names = ", ".join(str(path.relative_to(self.path)) for path in inside)
+            raise InputError(f"{self.path}: holds no model itself, but inside: {names}; give that folder")
 
     def _weight_map(self) -> dict[str, str]:
         # In transformers' order: a single file wins over an index.
@@ -263,7 +279,6 @@ class Checkpoint:
             with safe_open(path, framework="pt") as shard:
                 yield shard
         except (SafetensorError, OSError) as error:
-            check_no_pointer(path)
             raise InputError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
     def _read_header(self, file: str) -> None:
@@ -291,7 +306,8 @@ class Checkpoint:
                 if stored is None:
                     return on_disk(name)
                 # A quantised tensor that keeps its name is a part of itself.
-                return StoredSlice(stored, *(on_disk(each) if each == name else part(each) for each in stored.parts))
+                own = self._names_on_disk.get(name, name)
+                return StoredSlice(stored, *(on_disk(each) if each == own else part(each) for each in stored.parts))
 
             def on_disk(name: str) -> Any:
                 file = self._file_of[name]

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
-from prism_refactor.errors import InputError
+from prism_refactor.errors import InputError, one_line
+from prism_refactor.files import check_no_pointers
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach, auto_class, run_plainly
@@ -22,12 +24,14 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
         UsageError: there is no such device.
     """
     check_device(device)
+    if folder.is_dir():
+        check_no_pointers(folder)
     try:
         config = run_plainly(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         family = auto_class(config)
         model: Any = family.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {one_line(error)}") from None
     prism = PrismConfig.required(model.config, folder)
     model = adopt_experts(model.to(device).eval())
     if prism.has_router:

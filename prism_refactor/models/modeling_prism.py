@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 
 ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
-_THIS_FILE = "modeling_prism.py"
+MODELING_FILE = "modeling_prism.py"
 _SMALLEST = 1e-30
 # Keys of a config that models run by where they are not asked for otherwise, and what they mean for one that is to give logits and no more.
 PLAIN = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True, "use_cache": True}
@@ -414,12 +414,12 @@ def router_tensors(path):
     return blocks
 
 
-def run_plainly(config):
-    """Let models of a config give what they give by default, whatever a training left in it; returns the config."""
+def run_plainly(config, keys=tuple(PLAIN)):
+    """Let models of a config give logits and no more, whatever a training left in it; returns the config."""
     for part in {id(found): found for found in (config, config.get_text_config())}.values():
-        for key, value in PLAIN.items():
-            if getattr(part, key, value) not in (value, None):
-                setattr(part, key, value)
+        for key in keys:
+            if getattr(part, key, None) not in (PLAIN[key], None):
+                setattr(part, key, PLAIN[key])
     return config
 
 
@@ -436,7 +436,9 @@ def attach(model, folder):
         ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router; or the number of experts that
             the original's own router chooses was changed.
     """
-    config = run_plainly(model.config).get_text_config()
+    config = model.config.get_text_config()
+    # A loss of the stock router's, which does not route here; and a form of outputs that transformers' models do not run with.
+    run_plainly(model.config, ("output_router_logits", "return_dict"))
     recipe = getattr(config, "prism", None)
     if not recipe or recipe["router"] == "replicate":
         raise ValueError(f"{folder}: has no sub-expert router to attach; refactor it with the router 'linear' or 'proxy'")
@@ -451,22 +453,23 @@ def attach(model, folder):
     model.prism_active = ActiveK([k] * len(blocks))
     for layer, block in enumerate(blocks):
         install(block, two_level_router(block, model.config, tensors[names[id(block)]]), model.prism_active, layer)
-    model.save_pretrained = functools.partial(_save_with_router, model, folder)
+    model.save_pretrained = functools.partial(_save_with_router, model, os.path.abspath(folder))
     return model
 
 
-def _save_with_router(model, folder, save_directory, *args, **kwargs):
+def _save_with_router(model, folder, save_directory, is_main_process=True, *args, **kwargs):
     """A model's `save_pretrained`; what routes it by two levels, which its state dict does not have, is saved with it."""
     router = os.path.join(folder, ROUTER_FILE)
     if not os.path.isfile(router):
         raise OSError(f"{router} is gone, and the model would be saved without its router; save it before you remove that folder")
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if not kwargs.get("is_main_process", True):
-        return
-    for source, name in ((router, ROUTER_FILE), (os.path.join(folder, MANIFEST_FILE), MANIFEST_FILE), (__file__, _THIS_FILE)):
-        target = os.path.join(save_directory, name)
-        if os.path.isfile(source) and not (os.path.exists(target) and os.path.samefile(source, target)):
-            shutil.copyfile(source, target)
+    if is_main_process:
+        # First: saving may end with an upload.
+        os.makedirs(save_directory, exist_ok=True)
+        for source, name in ((router, ROUTER_FILE), (os.path.join(folder, MANIFEST_FILE), MANIFEST_FILE), (__file__, MODELING_FILE)):
+            target = os.path.join(save_directory, name)
+            if os.path.isfile(source) and not (os.path.exists(target) and os.path.samefile(source, target)):
+                shutil.copyfile(source, target)
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
 
 
 def moe_blocks(model):
@@ -581,6 +584,6 @@ class PrismForCausalLM(PreTrainedModel):
             for key in ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             if key in kwargs
         }
-        # The manifest is saved with the model.
-        cached_file(folder, MANIFEST_FILE, **hub)
+        # The manifest, if there is one, is saved with the model.
+        cached_file(folder, MANIFEST_FILE, **hub, _raise_exceptions_for_missing_entries=False)
         return attach(model, os.path.dirname(cached_file(folder, ROUTER_FILE, **hub)))

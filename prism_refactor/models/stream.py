@@ -73,8 +73,6 @@ class LayerStream:
         self.layered = LayeredModel(checkpoint, compute.dtype, compute.device)
         self.layered.check()
         self.model = self.layered.model
-        # Layers that are stood in for have none to give.
-        self.model.config.get_text_config().output_router_logits = False
         self.device, self.batch_size = compute.device, compute.batch_size
         self._hidden_size: int = checkpoint.text_config.hidden_size
         self.states: list[torch.Tensor] = []

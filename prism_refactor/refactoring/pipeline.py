@@ -22,7 +22,7 @@ from prism_refactor.models.architectures import dotted, replaced_parts, router_n
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.discovery import FURTHER_LAYERS
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import PLAIN, ROUTER_FILE, auto_class
+from prism_refactor.models.modeling_prism import MODELING_FILE, PLAIN, ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import build_meta_model
 from prism_refactor.models.writer import ShardWriter
@@ -30,7 +30,7 @@ from prism_refactor.progress import Progress, versions
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.card import model_card
 from prism_refactor.refactoring.layer import LayerRefactoring, Run, column_norms, partition_layers
-from prism_refactor.refactoring.plan import MODELING_FILE, Plan, layers_together
+from prism_refactor.refactoring.plan import Plan, layers_together
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Workers
 from prism_refactor.solvers import Partition
@@ -278,7 +278,9 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         )
     )
     if recipe.has_router:
-        values["auto_map"] = values.get("auto_map", {}) | {auto_class(checkpoint.config).__name__: "modeling_prism.PrismForCausalLM"}
+        values["auto_map"] = values.get("auto_map", {}) | {
+            auto_class(checkpoint.config).__name__: f"{Path(MODELING_FILE).stem}.PrismForCausalLM"
+        }
     for part in (values, text):
         # A training's leftovers, which have models give more than logits, or compute all again for every token.
         part |= {key: value for key, value in PLAIN.items() if key in part}

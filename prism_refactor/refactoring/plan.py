@@ -16,13 +16,13 @@ from prism_refactor.formats import CARD, MANIFEST, PrismConfig
 from prism_refactor.models.architectures import replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel, dtype_name
+from prism_refactor.models.modeling_prism import MODELING_FILE
 from prism_refactor.models.side_files import check_side_files
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.resources import allowed_memory, free_disk
 from prism_refactor.solvers.genetic import LARGE
 
-MODELING_FILE = "modeling_prism.py"
 _FIXED_BYTES = 2**30
 _LAYER_MARGIN = 1.1
 # Of a worker process: its interpreter and libraries.

@@ -12,13 +12,22 @@ from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import ROUTER_FILE, ActiveK, full_k, install, places, router_tensors, two_level_router
+from prism_refactor.models.modeling_prism import (
+    MODELING_FILE,
+    ROUTER_FILE,
+    ActiveK,
+    full_k,
+    install,
+    places,
+    router_tensors,
+    two_level_router,
+)
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.recipe import LOGIT_TOLERANCE
 from prism_refactor.refactoring.pipeline import copied_name
-from prism_refactor.refactoring.plan import MODELING_FILE, replaced_state
+from prism_refactor.refactoring.plan import replaced_state
 
 
 @dataclass(frozen=True)

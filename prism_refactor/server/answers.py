@@ -1,7 +1,6 @@
 """From token ids to what clients read: text as it grows, stop sequences, log probabilities in OpenAI's two shapes."""
 
 import codecs
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
@@ -18,7 +17,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # Byte tokens that follow each other are read together, at most so many: one byte that belongs to no character spoils all of them.
 _LONGEST_RUN = 32
 # Tokens before a text that decide what its first ones stand for: a run, and a piece before it.
-_CONTEXT = _LONGEST_RUN + 8
+CONTEXT = _LONGEST_RUN + 8
 
 
 class TokenText:
@@ -45,7 +44,11 @@ class TokenText:
         self._context: list[int] = []
         self._run: list[int] = []
         self._before = self._told = 0
-        for token in before[-_CONTEXT:]:
+        context = list(before[-CONTEXT:])
+        while context and self._is_byte(context[0]) and 0x80 <= self.of(context[0])[0] < 0xC0:
+            # The rest of a character that begins before.
+            del context[0]
+        for token in context:
             self.add(token)
         self._before, self._told = len(self._whole()), 0
 
@@ -94,16 +97,14 @@ class TokenText:
         """Add a token; returns the text that is sure now."""
         if token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None:
             return ""
-        if self._byte_level:
-            text = self._decoder.decode(self.of(token))
-        elif self._is_byte(token):
+        if self._is_byte(token):
             text = self._end_run(whole=True) if len(self._run) == _LONGEST_RUN else ""
             self._run.append(token)
-        else:
-            own = self.of(token).decode()
-            text = self._end_run() + own
-            self._context = [token]
-        self._told += len(text)
+            return text
+        own = self._decoder.decode(self.of(token)) if self._byte_level else self.of(token).decode()
+        text = self._end_run() + own
+        self._context = [token]
+        self._told += len(own)
         return text
 
     def pieces(self, tokens: Sequence[int], last: bool) -> list[str]:
@@ -114,31 +115,41 @@ class TokenText:
             last: none will follow, so half a character is all there is of it.
         """
         found: list[str] = []
+        # The places of those of the run.
         run: list[int] = []
         for place, token in enumerate(tokens):
             if token in self._special:
                 found.append(self.name(token))
                 continue
+            rest = ""
             if not self._is_byte(token):
-                self._share(found, run, end=True)
-                run = []
-            else:
+                rest, run = self._share(found, run, self._lengths(), self._end_run()), []
+            elif len(self._run) == _LONGEST_RUN:
+                rest = self._share(found, run, self._lengths(), self._end_run(whole=True))
+                run = run[-len(self._run) :] if self._run else []
+            found.append(rest + self.add(token))
+            if self._is_byte(token):
                 run.append(place)
-            found.append(self.add(token))
-        self._share(found, run, last)
-        places = [place for place, token in enumerate(tokens) if token not in self._special]
-        if last and places:
-            found[places[-1]] += self.end()
+        if not last:
+            self._share(found, run, self._lengths(), self._whole()[self._before :])
+            return found
+        rest = self._share(found, run, self._lengths(), self._end_run()) + self.end()
+        text = [place for place, token in enumerate(tokens) if token not in self._special]
+        if text:
+            found[text[-1]] += rest
         return found
 
-    def _share(self, found: list[str], places: list[int], end: bool) -> None:
-        """Add the run's text to that of its tokens, which are at some places; `end`: nothing more belongs to it."""
+    def _lengths(self) -> list[int]:
+        """Characters that end with each token of the run."""
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        lengths = [len(decoder.decode(self.of(token))) for token in self._run][-len(places) :] if places else []
-        if not lengths:
-            return
-        text = self._end_run() if end else self._whole()[self._before :]
-        self._told += len(text) if end else 0
+        return [len(decoder.decode(self.of(token))) for token in self._run]
+
+    @staticmethod
+    def _share(found: list[str], places: list[int], lengths: list[int], text: str) -> str:
+        """Give a run's text to its tokens, the last of which are at some places of what is found; returns it where there are none."""
+        if not places:
+            return text
+        lengths = lengths[-len(places) :]
         if sum(lengths) != len(text):
             # U+FFFD for every byte; what was before the text is the first one's.
             lengths = [len(text) - len(lengths) + 1, *[1] * (len(lengths) - 1)]
@@ -146,12 +157,13 @@ class TokenText:
         for place, length in zip(places[-len(lengths) :], lengths, strict=True):
             found[place] += text[start : start + length]
             start += length
+        return ""
 
     def end(self) -> str:
         """Return the text that was not sure yet: U+FFFD for half a character."""
-        text = self._decoder.decode(b"", final=True) + self._end_run()
+        text = self._decoder.decode(b"", final=True)
         self._told += len(text)
-        return text
+        return text + self._end_run()
 
     def _end_run(self, whole: bool = False) -> str:
         """Tell the run, all of it or its whole characters; as tokenizers do, U+FFFD for every byte where one belongs to no character."""
@@ -162,6 +174,7 @@ class TokenText:
         if self._run:
             self._context, self._run = self._run[: len(self._run) - len(rest)], rest
         text, self._before = text[self._before :], 0
+        self._told += len(text)
         return text
 
     def _whole(self) -> str:
@@ -262,6 +275,7 @@ def completion_logprobs(
     before: Sequence[int] = (),
     offset: int = 0,
     last: bool = True,
+    text: str = "",
 ) -> dict[str, Any]:
     """Log probabilities as completions give them.
 
@@ -272,6 +286,7 @@ def completion_logprobs(
         before: all token ids before these.
         offset: characters of the text before these tokens.
         last: whether the answer ends with them.
+        text: of these tokens, where it may have names of special ones: that of a prompt.
     """
     candidates = TokenText(tokenizer, before)
     top: list[dict[str, float] | None] = []
@@ -279,14 +294,16 @@ def completion_logprobs(
         names = candidates.names([candidate for candidate, _ in item.top]) if item else []
         top.append({name: _finite(value) for name, (_, value) in zip(names, item.top, strict=True)} if item else None)
         candidates.add(token)
-    text = TokenText(tokenizer, before)
-    pieces = text.pieces(tokens, last)
-    lengths = [0 if text.is_special(token) else len(piece) for token, piece in zip(tokens, pieces, strict=True)]
+    reader = TokenText(tokenizer, before)
+    pieces, offsets, start = reader.pieces(tokens, last), [], 0
+    for token, piece in zip(tokens, pieces, strict=True):
+        offsets.append(offset + start)
+        start += len(piece) if not reader.is_special(token) or (piece and text.startswith(piece, start)) else 0
     return {
         "tokens": pieces,
         "token_logprobs": [_finite(item.chosen) if item else None for item in logprobs],
         "top_logprobs": top,
-        "text_offset": [offset + start for start in itertools.accumulate(lengths[:-1], initial=0)] if lengths else [],
+        "text_offset": offsets,
     }
 
 

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
 
 from prism_refactor.errors import UsageError, one_line
-from prism_refactor.server.answers import Answer, chat_logprobs, completion_logprobs
+from prism_refactor.server.answers import CONTEXT, Answer, chat_logprobs, completion_logprobs
 from prism_refactor.server.metrics import Metrics
 from prism_refactor.server.protocol import (
     KINDS,
@@ -146,6 +146,7 @@ class _PendingPrompt:
     prompt: _Prompt
     # Only what the prompt is, and nothing after it.
     empty: bool
+    end: str = "cancelled"
     news: asyncio.Queue[Chunk] = field(default_factory=asyncio.Queue)
     start: float = field(default_factory=time.monotonic)
 
@@ -159,7 +160,7 @@ class _Delta:
         text: that is sure now.
         tokens: new ones; their text may be sure only later.
         logprobs: of each, where asked for; None for the first token of a text.
-        before: all token ids before them.
+        start: tokens of the prompt and the answer before them.
         offset: characters before them.
         finish: why the answer ends, where it does.
         served_k: see `Chunk`.
@@ -169,7 +170,7 @@ class _Delta:
     text: str
     tokens: list[int]
     logprobs: Sequence[Logprob | None]
-    before: list[int]
+    start: int
     offset: int
     finish: str | None
     served_k: float
@@ -257,7 +258,7 @@ async def _parts(state: ServerState, prepared: Sequence[_PendingPrompt]) -> Asyn
 
 async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Callable[[_Delta | Exception], None]) -> None:
     """Tell the parts of one answer, or what went wrong; cancelled, cancel it in the engine too."""
-    first, end = None, "cancelled"
+    first = None
     echoed = item.prompt.text
     offset = len(echoed or "")
     try:
@@ -265,31 +266,30 @@ async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Ca
             chunk = await item.news.get()
             now = time.monotonic() - item.start
             if chunk.finish in ("error", "deadline"):
-                end = chunk.finish
+                item.end = chunk.finish
                 message = chunk.error or "the engine failed"
-                tell(EngineFailed(message) if end == "error" else Rejected(message, 1.0))
+                tell(EngineFailed(message) if chunk.finish == "error" else Rejected(message, 1.0))
                 return
             if first is None and (chunk.tokens or chunk.finish):
                 first = now
                 if echoed is not None:
                     logprobs = [None, *chunk.prompt_logprobs] if item.request.prompt_logprobs else []
-                    tell(_Delta(index, echoed, item.prompt.tokens, logprobs, [], 0, None, chunk.served_k))
+                    tell(_Delta(index, echoed, item.prompt.tokens, logprobs, 0, 0, None, chunk.served_k))
             known, characters = len(item.answer.tokens), item.answer.characters
             text = item.answer.add([] if item.empty else chunk.tokens, chunk.finish is not None)
             finish = "stop" if item.answer.stopped else "length" if item.empty and chunk.finish else chunk.finish
-            tokens, before = item.answer.tokens[known:], item.prompt.tokens + item.answer.tokens[:known]
-            tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], before, offset + characters, finish, chunk.served_k))
+            tokens, start = item.answer.tokens[known:], len(item.prompt.tokens) + known
+            tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], start, offset + characters, finish, chunk.served_k))
             if finish:
-                end = finish
+                item.end = finish
                 state.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
                 return
     except Exception as error:
-        end = "error"
+        item.end = "error"
         tell(error)
     finally:
         # A stop sequence ends it before the engine does.
         state.engine.cancel(item.request.id)
-        state.metrics.finished.labels(end).inc()
 
 
 def _usage(prepared: Sequence[_PendingPrompt]) -> Usage:
@@ -343,6 +343,19 @@ class _Answers:
         event = _without_nulls(self.streamed(**self.head, choices=[self.piece(delta, first)], prism=self.prism() if delta.finish else None))
         return event | {"usage": None} if self.include_usage else event
 
+    def before(self, delta: _Delta) -> list[int]:
+        """The last token ids before those of a part, as many as decide how these are read."""
+        item = self.prepared[delta.index]
+        known = delta.start - len(item.prompt.tokens)
+        if known < 0:
+            return item.prompt.tokens[: delta.start][-CONTEXT:]
+        return [*item.prompt.tokens[-CONTEXT:], *item.answer.tokens[max(known - CONTEXT, 0) : known]][-CONTEXT:]
+
+    def ended(self, failed: bool) -> None:
+        """Count the answers by how they ended; `failed`: the request as a whole did."""
+        for item in self.prepared:
+            self.state.metrics.finished.labels("error" if failed else item.end).inc()
+
     def usage_event(self) -> dict[str, Any]:
         """The last event of a stream that asked for its usage."""
         return _without_nulls(self.streamed(**self.head, choices=[], usage=_usage(self.prepared), prism=self.prism()))
@@ -376,10 +389,11 @@ class _CompletionAnswers(_Answers):
 
     def choice(self, deltas: Sequence[_Delta]) -> CompletionChoice:
         first, last, (tokens, logprobs) = deltas[0], deltas[-1], _joined(deltas)
-        found = None
+        text, found = "".join(delta.text for delta in deltas), None
         if logprobs:
-            found = completion_logprobs(self.state.tokenizer, tokens, logprobs, first.before, first.offset, last.finish is not None)
-        return CompletionChoice(index=last.index, text="".join(delta.text for delta in deltas), logprobs=found, finish_reason=last.finish)
+            context, ended = self.before(first), last.finish is not None
+            found = completion_logprobs(self.state.tokenizer, tokens, logprobs, context, first.offset, ended, text)
+        return CompletionChoice(index=last.index, text=text, logprobs=found, finish_reason=last.finish)
 
 
 class _ChatAnswers(_Answers):
@@ -390,7 +404,7 @@ class _ChatAnswers(_Answers):
     def _logprobs(self, deltas: Sequence[_Delta]) -> dict[str, Any] | None:
         tokens, logprobs = _joined(deltas)
         known = [item for item in logprobs if item is not None]
-        return chat_logprobs(self.state.tokenizer, tokens, known, deltas[0].before) if known else None
+        return chat_logprobs(self.state.tokenizer, tokens, known, self.before(deltas[0])) if known else None
 
     def piece(self, delta: _Delta, first: bool) -> ChatDelta:
         message = {"role": "assistant", "content": delta.text} if first else {"content": delta.text}
@@ -402,6 +416,7 @@ class _ChatAnswers(_Answers):
 
 
 async def _events(answers: _Answers, parts: AsyncIterator[_Delta]) -> AsyncIterator[str]:
+    failed = False
     try:
         async for part in parts:
             event = answers.event(part)
@@ -410,12 +425,14 @@ async def _events(answers: _Answers, parts: AsyncIterator[_Delta]) -> AsyncItera
         if answers.include_usage:
             yield _sent(answers.usage_event())
     except Exception as error:
+        failed = not isinstance(error, Rejected)
         status, message = _what_failed(error)
         if status == 500 and not answers.state.stopping:
             _log.error("a stream failed", exc_info=error)
         yield _sent(_failure(status, message))
     finally:
         await parts.aclose()  # type: ignore[attr-defined]
+        answers.ended(failed)
     yield "data: [DONE]\n\n"
 
 
@@ -450,17 +467,22 @@ async def _answer(http: Request, state: ServerState, body: Generation, prepared:
             pass
 
     work, left = asyncio.create_task(collect()), asyncio.create_task(gone())
+    failed = False
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             # Nobody reads this.
             return Response(status_code=499)
         return JSONResponse(answers.whole(work.result()))
+    except Exception as error:
+        failed = not isinstance(error, Rejected)
+        raise
     finally:
         for task in (work, left):
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
+        answers.ended(failed)
 
 
 def _failure(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -559,8 +581,6 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
     app = FastAPI(
         title="prism-serve", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=_ESCAPED * state.most_bytes
     )
-    if state.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=state.origins, allow_methods=["*"], allow_headers=["*"])
     for_clients = [] if state.api_key is None else [Depends(_key_check(state.api_key))]
     _handle_errors(app, state)
     _add_health(app, state)
@@ -599,13 +619,19 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
             )
         except Exception as error:
             raise UsageError(f"the chat template refuses these messages: {one_line(error)}") from None
+        if body.top_logprobs is not None and not body.logprobs:
+            raise UsageError("top_logprobs: needs logprobs true")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         tokens = body.max_completion_tokens or body.max_tokens
         prepared = _prepare(state, body, [_Prompt(list(prompt))], tokens, logprobs)
         return await _answer(http, state, body, prepared, _ChatAnswers(state, body, prepared))
 
     # Outside of everything else: it also sees what FastAPI itself answers.
-    return _AccessLog(app, state.most_bytes)
+    logged = _AccessLog(app, state.most_bytes)
+    if not state.origins:
+        return logged
+    # Pages may read errors, too.
+    return CORSMiddleware(logged, allow_origins=state.origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def _check_size(state: ServerState, texts: Sequence[str]) -> None:

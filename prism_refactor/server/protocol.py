@@ -16,7 +16,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_length=1)]
 # Of what is one of several types, the type is told by looking, so that an error is about the one that was meant. Names of types, as errors
 # have them between names of fields.
-_STRING, _STRINGS, _TOKENS, _TOKEN_LISTS, _PARTS = KINDS = ("a string", "strings", "token ids", "lists of token ids", "parts")
+_STRING, _STRINGS, _TOKENS, _TOKEN_LISTS, _PARTS = KINDS = ("<string>", "<strings>", "<token ids>", "<lists of token ids>", "<parts>")
 
 
 def _kind(value: Any) -> str | None:
@@ -164,7 +164,8 @@ class Message(Given):
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         found = self.model_dump(exclude_none=True, exclude={"content"}) | {"content": text}
         for call in found.get("tool_calls", ()):
-            with suppress(ValueError):
+            # Whatever is no JSON is text for the template.
+            with suppress(ValueError, RecursionError):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return found
 

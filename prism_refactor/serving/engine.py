@@ -423,7 +423,7 @@ class Engine:
     def reads_prompt(self, name: str) -> bool:
         """See `Requests.reads_prompt`."""
         live = self._live.get(name)
-        return live is not None and live.request.prompt_logprobs
+        return live is not None and live.request.prompt_logprobs and not live.sent
 
     def expired(self, name: str, now: float) -> bool:
         """See `Requests.expired`."""
@@ -444,7 +444,7 @@ class Engine:
             expired = live.deadline is not None and error == EXPIRED
             finish = ("deadline" if expired else "error") if error else "stop" if ended else "length"
         logprobs = live.logprobs[live.sent : live.sent + len(new)]
-        prompt = [] if live.sent else live.prompt_logprobs
+        prompt = [] if live.sent else [*live.prompt_logprobs]
         live.sent += len(new)
         self._tell(live, Chunk(name, new, logprobs, finish, error, self._served(live), prompt))
 

@@ -5,6 +5,7 @@ the k of every token, and the attention of a step on a CPU. The other such file 
 """
 
 import functools
+import itertools
 import math
 import random
 import time
@@ -118,8 +119,8 @@ class Batching:
         # The step that runs: what is scheduled, and its entries.
         self._scheduled: list[FutureRequestState] = []
         self._entries: list[Entry] = []
-        # The positions that the manager wants logits of, while those of all are computed.
-        self._kept: torch.Tensor | None = None
+        # And those of them whose prompts' logits are wanted, with the place of their first token.
+        self._prompts: list[tuple[Entry, int]] = []
         self._attention, self._experts = model.config._attn_implementation, model.config._experts_implementation
         self._manager = self._make_manager()
         # The manager forgets it when it stops; here it still tells whether blocks leaked.
@@ -249,31 +250,34 @@ class Batching:
         if not self._scheduled:
             return None
         self.requests.before_step(self._entries)
-        if "logits_to_keep" in options and any(self.requests.reads_prompt(entry.id) for entry in self._entries):
-            # Of all tokens, then.
-            self._kept = options["logits_to_keep"]
-            return arguments, options | {"logits_to_keep": 0}
-        return None
+        self._prompts = self._prompts_to_read()
+        if not self._prompts or "logits_to_keep" not in options:
+            return None
+        # Behind those that the manager wants.
+        more = torch.cat([torch.arange(start, start + entry.tokens) for entry, start in self._prompts])
+        kept = options["logits_to_keep"]
+        return arguments, options | {"logits_to_keep": torch.cat([kept, more.to(kept)])}
+
+    def _prompts_to_read(self) -> list[tuple[Entry, int]]:
+        """The entries of a step whose logits are wanted as a prompt's, and where their tokens begin in the step."""
+        starts = itertools.accumulate((entry.tokens for entry in self._entries), initial=0)
+        pairs = zip(self._entries, starts, strict=False)
+        return [(entry, start) for entry, start in pairs if not entry.decoding and self.requests.reads_prompt(entry.id)]
 
     def _after_forward(self, model: nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> None:
         if not self._scheduled:
             return
-        few = "logits_to_keep" in options and self._kept is None
-        if not few:
-            self._note_prompts(output.logits[0])
-        if self._kept is not None:
-            output.logits, self._kept, few = output.logits[:, self._kept], None, True
-        positions = torch.arange(sum(state.has_new_token for state in self._scheduled)) if few else options["logits_indices"]
+        few, kept = "logits_to_keep" in options, options["logits_indices"]
+        place = len(kept)
+        for entry, start in self._prompts:
+            first = place if few else start
+            self.requests.note_prompt(entry.id, entry.context, output.logits[0, first : first + entry.tokens])
+            place += entry.tokens
+        if few:
+            output.logits = output.logits[:, : len(kept)]
+        positions = torch.arange(sum(state.has_new_token for state in self._scheduled)) if few else kept
         self.requests.after_step(self._entries, output.logits[0], positions)
-        self._scheduled, self._entries = [], []
-
-    def _note_prompts(self, logits: torch.Tensor) -> None:
-        """Hand out the logits [T, V] of a step's tokens to the requests that want them."""
-        start = 0
-        for entry in self._entries:
-            if not entry.decoding and self.requests.reads_prompt(entry.id):
-                self.requests.note_prompt(entry.id, entry.context, logits[start : start + entry.tokens])
-            start += entry.tokens
+        self._scheduled, self._entries, self._prompts = [], [], []
 
     def _step(self, scheduled: list[FutureRequestState], jobs: dict[str, Job], start: float) -> None:
         """Note what the coming forward pass runs."""
