@@ -75,7 +75,7 @@ class Calibration:
         names = list(self.datasets) or [CALIBRATION_TEXT]
         tokenizer = load_tokenizer(checkpoint.path)
         rows = token_rows(names, tokenizer, self.samples(checkpoint), self.sequence_length(checkpoint), self.seed, self.text_column)
-        check_tokens(checkpoint.path, tokenizer, int(rows.max()), checkpoint.text_config.vocab_size)
+        check_tokens(checkpoint, tokenizer, int(rows.max()))
         return rows
 
     def samples(self, checkpoint: Checkpoint) -> int:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from prism_refactor.calibration.sources import Source, TextFile, is_chat
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import check_no_pointers
+from prism_refactor.models.checkpoint import Checkpoint
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
@@ -40,12 +41,16 @@ def load_tokenizer(model_dir: Path) -> Any:
     # Special tokens, padding for one, may be in no text; but for those that we put there.
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     used = {*tokenizer.get_vocab().values()} - special | {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    check_tokens(model_dir, tokenizer, max(used, default=0), vocabulary)
+    _check_tokens(model_dir, tokenizer, max(used, default=0), vocabulary)
     return tokenizer
 
 
-def check_tokens(model_dir: Path, tokenizer: Any, largest: int, vocabulary: int) -> None:
-    """Raise InputError where the largest token of a text is none of the model's `vocabulary`."""
+def check_tokens(checkpoint: Checkpoint, tokenizer: Any, largest: int) -> None:
+    """Raise InputError where the largest token of a text is none of the model's."""
+    _check_tokens(checkpoint.path, tokenizer, largest, checkpoint.text_config.vocab_size)
+
+
+def _check_tokens(model_dir: Path, tokenizer: Any, largest: int, vocabulary: int) -> None:
     if largest >= vocabulary:
         raise InputError(
             f"{model_dir}: the tokenizer has a token {largest}, '{tokenizer.convert_ids_to_tokens(largest)}', and the model (config.json) "

@@ -49,6 +49,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     from prism_refactor.calibration.text import load_tokenizer
     from prism_refactor.files import output_file
     from prism_refactor.models.checkpoint import Checkpoint
+    from prism_refactor.models.loading import end_tokens
     from prism_refactor.models.modeling_prism import set_active
     from prism_refactor.offload.manager import load_offloaded
 
@@ -72,8 +73,8 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
         refactored_dir, CacheBudget(options["fast_memory"]), options["policy"], options["prefetch"], options["read"], options["device"]
     )
     # Of generation_config.json what ends a text; how to search and sample is not asked there.
-    ends = {*([own] if isinstance(own := model.generation_config.eos_token_id, int) else own or []), tokenizer.eos_token_id} - {None}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
+    ends = end_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
     set_active(model, k)
     store, slots = model.offload.cache.store, model.offload.cache.slots
     total = store.layers * store.experts
@@ -113,7 +114,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, checkpoint: "Chec
     most = checkpoint.config.get_text_config().max_position_embeddings
     if not ids.shape[1]:
         raise UsageError("--prompt: is empty")
-    check_tokens(checkpoint.path, tokenizer, int(ids.max()), checkpoint.text_config.vocab_size)
+    check_tokens(checkpoint, tokenizer, int(ids.max()))
     if ids.shape[1] + new > most:
         raise UsageError(f"--prompt: {ids.shape[1]} tokens and {new} to generate are more than the model's {most}; shorten one")
     return ids

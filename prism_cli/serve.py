@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--served-model-name", help="Name of the model for clients.  [default: the folder's]")
 @click.option("--chat-template", type=click.Path(path_type=Path, dir_okay=False), help="Jinja file, where the tokenizer has no template.")
 @click.option("--api-key", envvar="PRISM_API_KEY", help="Required of clients; better set PRISM_API_KEY.", show_envvar=True)
-@click.option("--max-body-bytes", type=click.IntRange(1), default=4 << 20, help="Longest text of a request; longer ones get 413.")
+@click.option("--max-body-bytes", type=click.IntRange(1), help="Longest text of a request; longer ones get 413.  [default: 4 MiB]")
 @click.option("--allow-origin", "origins", multiple=True, help="Web page that may ask this server from a browser; '*' for all; repeat.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
@@ -51,7 +51,8 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     (after prism-eval --save), or asks for the model NAME@12. It is served at that k whatever runs beside it. SIGTERM stops taking
     requests, lets the running ones end, and exits with 0.
     """
-    from prism_refactor.server.application import ServerState, UvicornServer
+    from prism_refactor.models.loading import end_tokens
+    from prism_refactor.server.application import MOST_BYTES, ServerState, UvicornServer
     from prism_refactor.server.metrics import Metrics
     from prism_refactor.server.quality import QualityCurve
     from prism_refactor.serving.engine import run_in_thread
@@ -63,12 +64,11 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     listener = _listen(options["host"], options["port"])
     reporter.line(f"loading {refactored_dir}")
     metrics = Metrics()
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    engine = run_in_thread(_engine, refactored_dir, metrics, ends, options)
+    engine = run_in_thread(_engine, refactored_dir, metrics, end_tokens(tokenizer.eos_token_id), options)
     metrics.watch(engine)
     prism = PrismConfig.required(engine.model.config, refactored_dir)
     curve = QualityCurve.load(refactored_dir, prism.best_router, prism.max_active)
-    key, most_bytes, origins = options["api_key"], options["max_body_bytes"], options["origins"]
+    key, most_bytes, origins = options["api_key"], options["max_body_bytes"] or MOST_BYTES, options["origins"]
     server = UvicornServer(ServerState(name, engine, tokenizer, metrics, curve, key, most_bytes, origins), options["drain_seconds"])
     # uvicorn drains on these, and then raises them again for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):

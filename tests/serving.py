@@ -26,11 +26,11 @@ LIMITS = Limits(tokens=128, requests=16)
 
 
 @contextmanager
-def served(folder, **options):
+def served(folder, ends=(), **options):
     """A server in this process: its site and URL."""
     metrics = Metrics()
     engine = run_in_thread(
-        lambda: Engine(load(folder, dtype=torch.float32), "per-token", replace(LIMITS, waiting=600), on_step=metrics.on_step)
+        lambda: Engine(load(folder, dtype=torch.float32), "per-token", replace(LIMITS, waiting=600), on_step=metrics.on_step, ends=ends)
     )
     metrics.watch(engine)
     tokenizer = AutoTokenizer.from_pretrained(folder)

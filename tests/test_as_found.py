@@ -16,6 +16,7 @@ import prism_refactor
 from prism_refactor.cli.serve import _name_of
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.loading import end_tokens
 from prism_refactor.models.side_files import side_files
 
 SHORT = ["--num-samples", "2", "--max-seq-length", "32", "--quiet"]
@@ -126,6 +127,10 @@ def test_a_text_ends_at_the_tokenizers_end_too(refactored, tmp_path, command):
     edit(out / "tokenizer_config.json", eos_token=name)
     again = json.loads(command("prism-run", out, "--prompt", "The river", "--max-new-tokens", "8", "--quiet", "--json").out)["answers"][0]
     assert again["tokens"] <= 3
+    with served(out, ends=end_tokens(AutoTokenizer.from_pretrained(out).eos_token_id)) as (_, url):
+        body = {"model": "tiny", "prompt": "The river", "max_tokens": 8, "temperature": 0}
+        (choice,) = fetch(f"{url}/v1/completions", body)[1]["choices"]
+    assert choice["finish_reason"] == "stop"
 
 
 def tokenizer_of(folder):

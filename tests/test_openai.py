@@ -16,7 +16,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from serving import LIMITS, TEXT, fetch, idle, served
 
 from prism_refactor.models.loading import load
+from prism_refactor.server import application
 from prism_refactor.server.answers import Answer
+from prism_refactor.serving.engine import GenerationRequest
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 DROPPED, REFUSED = 200, 400
@@ -62,7 +64,7 @@ CHAT = BOTH | {
     "store": (False, True, DROPPED),
     "tool_choice": ("auto", "required", REFUSED),
     "tools": ([], [{"type": "function", "function": {"name": "f"}}], REFUSED),
-    "top_logprobs": (None, 2, 200),
+    "top_logprobs": (None, 2, REFUSED),
     "verbosity": ("medium", "low", REFUSED),
     "web_search_options": (None, {}, REFUSED),
 }
@@ -112,12 +114,10 @@ def test_every_field_is_done_or_refused_by_its_name(url, path, body, field, valu
     status, content = ask(url, path, body | {field: other})
     assert status == outcome, content
     if outcome == REFUSED:
-        assert json.loads(content)["error"]["param"].startswith(field)
+        assert json.loads(content)["error"]["message"].startswith(field)
 
 
-@pytest.mark.parametrize(
-    "field", ["top_k", "min_p", "repetition_penalty", "chat_template_kwargs", "guided_json", "min_tokens", "cache_salt"]
-)
+@pytest.mark.parametrize("field", ["top_k", "min_p", "repetition_penalty", "guided_json", "parts", "strings"])
 def test_fields_of_other_servers_are_refused_by_their_names(url, field):
     for path, body, _ in KINDS:
         status, content = ask(url, path, body | {field: 1})
@@ -258,6 +258,16 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client, site, model, len
     assert idle(site)
 
 
+def test_an_echo_with_the_names_of_special_tokens(client, site):
+    special = site.tokenizer.eos_token
+    (choice,) = client.completions.create(
+        model="tiny", prompt=f"The{special} river", max_tokens=2, echo=True, logprobs=0, temperature=0
+    ).choices
+    assert choice.text.startswith(prompt)
+    pairs = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert all(choice.text[offset:].startswith(token) for token, offset in pairs), pairs
+
+
 def test_echo_without_log_probabilities_and_in_a_stream(client, site):
     whole = client.completions.create(model="tiny", prompt=TEXT, max_tokens=4, temperature=0, echo=True)
     assert whole.choices[0].text.startswith(TEXT)
@@ -303,6 +313,10 @@ def test_browsers_of_a_page_may_ask(url):
     assert (status, answered["access-control-allow-origin"]) == (200, "https://page.example")
     other = fetch(f"{url}/v1/models", None, {"Origin": "https://other.example"})[2]
     assert other["access-control-allow-origin"] is None
+    # Errors, too.
+    for body in ({"model": "tiny"}, b" " * (7 << 20)):
+        _, _, answered = fetch(f"{url}/v1/completions", body, {"Origin": "https://page.example"})
+        assert answered["access-control-allow-origin"] == "https://page.example"
 
 
 def test_health_under_its_short_name(url):
@@ -310,16 +324,23 @@ def test_health_under_its_short_name(url):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_fault_while_an_answer_is_made_ends_the_request(url, site, monkeypatch, caplog, stream):
+@pytest.mark.parametrize(
+    "place", [(Answer, "add"), (application, "completion_logprobs"), (application._Answers, "prism")], ids=lambda place: place[1]
+)
+def test_a_fault_while_an_answer_is_made_ends_the_request(url, site, monkeypatch, caplog, stream, place):
     """Wherever it is: the client is told, it is logged and counted, and nothing stays in the engine."""
 
     def broken(*_):
         raise ZeroDivisionError
 
-    failed = site.metrics.finished.labels("error")._value.get()
-    monkeypatch.setattr(Answer, "add", broken)
+    def ends():
+        return {end: site.metrics.finished.labels(end)._value.get() for end in ("error", "length", "cancelled", "stop")}
+
+    before = ends()
+    monkeypatch.setattr(*place, broken)
     with caplog.at_level(logging.ERROR, "prism_refactor"):
-        status, content = ask(url, "/v1/completions", {"prompt": [TEXT, TEXT], "stream": stream, "max_tokens": 500, "ignore_eos": True})
+        asked = {"prompt": [TEXT, TEXT], "stream": stream, "max_tokens": 200, "ignore_eos": True, "logprobs": 0}
+        status, content = ask(url, "/v1/completions", asked)
     assert idle(site)
     if stream:
         *_, error, end = (line for line in content.split("\n\n") if line)
@@ -332,8 +353,40 @@ def test_a_fault_while_an_answer_is_made_ends_the_request(url, site, monkeypatch
         "param": None,
         "code": None,
     }
-    assert site.metrics.finished.labels("error")._value.get() > failed
+    assert ends() == before | {"error": before["error"] + 2}
     assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+
+
+def test_calls_that_are_no_json_are_text_for_the_template(url, site, monkeypatch):
+    monkeypatch.setattr(site.tokenizer, "chat_template", "{% for m in messages %}{{ (m.tool_calls or [1])[0] }}{% endfor %}")
+    for arguments in ("not json", "[" * 100_000, ""):
+        call = {"id": "c1", "function": {"name": "f", "arguments": arguments}}
+        status, content = ask(url, "/v1/chat/completions", {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [call]}]})
+        # Too long for the model, at most.
+        assert status in (200, 400), content
+
+
+def test_a_body_of_a_hundred_thousand_brackets(url):
+    assert fetch(f"{url}/v1/completions", b"[" * 100_000)[0] == 400
+
+
+def test_logits_of_a_prompt_are_computed_once(site, monkeypatch):
+    """Those of its own tokens, in the steps that run them; not of what runs beside it, nor while it decodes."""
+    rows = []
+    original = site.engine.after_step
+    monkeypatch.setattr(site.engine, "after_step", lambda *given: rows.append(len(given[1])) or original(*given))
+    noted = []
+    note = site.engine.note_prompt
+    monkeypatch.setattr(site.engine, "note_prompt", lambda *given: noted.append(len(given[2])) or note(*given))
+    prompt = list(range(5, 5 + 3 * LIMITS.tokens))
+    requests = [
+        GenerationRequest(prompt, 8, 20, logprobs=0, prompt_logprobs=True, stop_at_eos=False),
+        GenerationRequest(prompt[::-1], 4, 20, stop_at_eos=False),
+    ]
+    chunks = site.engine.generate(requests)
+    assert [len(chunk.prompt_logprobs) for chunk in chunks] == [len(prompt) - 1, 0]
+    assert sum(noted) == len(prompt)
+    assert max(rows) <= LIMITS.requests
 
 
 @pytest.mark.long

@@ -85,7 +85,7 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
             domains.append(domain)
     if not any(any(row) for row in scored):
         raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
-    check_tokens(checkpoint.path, tokenizer, max(map(max, rows)), checkpoint.text_config.vocab_size)
+    check_tokens(checkpoint, tokenizer, max(map(max, rows)))
     return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
 
 

@@ -1,5 +1,6 @@
 """Load a refactored checkpoint whole, as a transformers model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
             model = attach(model, str(folder))
     copy_out_of_files(model, device)
     return model
+
+
+def end_tokens(*given: int | Sequence[int] | None) -> list[int]:
+    """Tokens that end a text, from what configs and tokenizers say: one, several or none."""
+    return sorted({token for each in given if each is not None for token in ([each] if isinstance(each, int) else each)})
 
 
 def copy_out_of_files(model: Any, device: str) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 from prism_refactor.formats import PrismConfig
+from prism_refactor.models.loading import end_tokens
 from prism_refactor.models.modeling_prism import set_active, set_token_active
 from prism_refactor.offload.manager import OffloadManager
 from prism_refactor.serving.performance import PerformanceModel
@@ -213,8 +214,7 @@ class Engine:
         if kind.predicts and performance is None:
             raise UsageError(f"`scheduler` {scheduler} needs a performance model; run prism-bench on the checkpoint first")
         self.policy: Scheduler = kind(self.limits, performance.cost if performance else None)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        self.eos_token_ids = sorted({*([] if eos is None else [eos] if isinstance(eos, int) else eos), *ends})
+        self.eos_token_ids = end_tokens(model.generation_config.eos_token_id if model.generation_config else None, ends)
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._step_start = self._scheduling = 0.0
