@@ -259,10 +259,8 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client, site, model, len
 
 
 def test_an_echo_with_the_names_of_special_tokens(client, site):
-    special = site.tokenizer.eos_token
-    (choice,) = client.completions.create(
-        model="tiny", prompt=f"The{special} river", max_tokens=2, echo=True, logprobs=0, temperature=0
-    ).choices
+    prompt = f"The{site.tokenizer.eos_token} river"
+    (choice,) = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, echo=True, logprobs=0, temperature=0).choices
     assert choice.text.startswith(prompt)
     pairs = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
     assert all(choice.text[offset:].startswith(token) for token, offset in pairs), pairs
