@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 import sys
 import zipfile
@@ -31,24 +32,9 @@ DOMAIN = "domain"
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 # What datasets hold beside their data.
 _BESIDE = ("dataset_info*.json", "metadata.json", "license*.txt", "licence*.txt", "readme*.txt", "notice*.txt", "requirements*.txt")
-# What may be data, and is not read.
-_UNREAD = {
-    ".arrow",
-    ".avro",
-    ".feather",
-    ".orc",
-    ".xlsx",
-    ".xml",
-    ".html",
-    ".npy",
-    ".npz",
-    ".pkl",
-    ".pickle",
-    ".tar",
-    ".tgz",
-    ".warc",
-    ".mds",
-}
+# And the suffixes of what are no data.
+_NO_DATA = {"", ".md", ".rst", ".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".lock", ".sha256", ".md5", ".log"}
+_NO_DATA |= {".bib", ".cff", ".png", ".jpg", ".jpeg", ".gif", ".svg"}
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
@@ -135,13 +121,13 @@ class Source:
     def _files(self, folder: Path) -> list[Path]:
         """The data files of a folder: nothing hidden, nothing that says what the data are, of one split."""
         found = []
-        for path in sorted(folder.rglob("*")):
-            hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-            if path.is_file() and not hidden and not any(fnmatch(path.name.lower(), pattern) for pattern in _BESIDE):
+        for path in _walk(folder):
+            if not any(fnmatch(path.name.lower(), pattern) for pattern in _BESIDE):
                 found.append(path)
-        unread = [path for path in found if _kind(path) is None and _UNREAD.union(_COMPRESSED) & {path.suffix.lower()}]
-        if unread:
-            raise InputError(f"`datasets` {unread[0]}: is of a kind that is not read; convert it, or name the other files")
+                if _kind(path) is None and path.suffix.lower() not in _NO_DATA:
+                    raise InputError(f"`datasets` {path}: is of a kind that is not read; convert it, or name the other files")
+                if not path.is_file():
+                    raise InputError(f"`datasets` {path}: the file it links to is missing; mend it or remove it")
         data = [path for path in found if _kind(path) is not None] or found
         splits = {path: _split_of(path.relative_to(folder)) for path in data}
         named = sorted({split for split in splits.values() if split})
@@ -184,13 +170,13 @@ class Source:
     def _checked(self, record: Any, column: str) -> Record:
         if not isinstance(record, dict):
             raise InputError(f"`datasets` {self.name}: a record is {type(record).__name__}, not an object with columns")
-        if column not in record and is_chat(record.get("messages")):
-            record = record | {column: record["messages"]}
+        if column not in record and (is_chat(messages := record.get("messages")) or ("messages" in record and not messages)):
+            record = record | {column: messages or None}
         if column not in record:
             raise InputError(
                 f"`datasets` {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with `text_column`"
             )
-        value = record[column]
+        value = record[column] = record[column] or None
         if value is not None and not isinstance(value, str | TextFile) and not is_chat(value):
             raise InputError(f"`datasets` {self.name}: column '{column}' holds {type(value).__name__}, not text")
         # What else there is may be large.
@@ -199,6 +185,20 @@ class Source:
 
 def _characters(value: object) -> int:
     return len(value) if isinstance(value, str) else len(str(value))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in those in it, linked ones too, that are not hidden."""
+    seen: set[Path] = set()
+    for inside, folders, files in os.walk(folder, followlinks=True):
+        real = Path(inside).resolve()
+        if real in seen:
+            # A link to a folder above.
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        yield from (Path(inside) / name for name in sorted(files) if not name.startswith("."))
 
 
 def _exists(name: str) -> bool:
@@ -225,10 +225,15 @@ class TextFile:
     path: Path
 
     def chunks(self) -> Iterator[str]:
-        """Its text, a piece at a time."""
-        with _opened(self.path) as stream:
-            while text := stream.read(_CHUNK):
-                yield text
+        """Its text, a piece at a time. Raises InputError when it cannot be read."""
+        try:
+            with _opened(self.path) as stream:
+                while text := stream.read(_CHUNK):
+                    yield text
+        except PrismError:
+            raise
+        except Exception as error:
+            raise InputError(f"`datasets` {self.path}: cannot be read: {one_line(error)}") from error
 
 
 def _split_of(path: Path) -> str | None:
@@ -350,7 +355,11 @@ def _json_records(path: Path, _: str) -> Iterator[Record]:
 def _table_records(path: Path, _: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     with _opened(path) as stream:
-        yield from csv.DictReader(stream, strict=True, delimiter="\t" if _kind(path) == ".tsv" else ",")
+        reader = csv.DictReader(stream, strict=True, delimiter="\t" if _kind(path) == ".tsv" else ",")
+        for record in reader:
+            if None in record or None in record.values():
+                raise ValueError(f"line {reader.line_num}: has not as many fields as the first line")
+            yield record
 
 
 def _text_records(path: Path, column: str) -> Iterator[Record]:
@@ -369,8 +378,7 @@ def _parquet_records(path: Path, column: str) -> Iterator[Record]:
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".jsonl": _json_records,
-    ".json": _json_records,
+    **dict.fromkeys((".jsonl", ".json", ".ndjson", ".jsonlines"), _json_records),
     ".txt": _text_records,
     ".parquet": _parquet_records,
     ".csv": _table_records,

@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from prism_refactor.calibration.sources import Source, TextFile, is_chat
+from prism_refactor.calibration.sources import Source, TextFile
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.files import check_no_pointers
+from prism_refactor.models.chats import for_template
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.folder import check_folder, read_json
 
 BUNDLED = Path(__file__).parent / "data"
 CALIBRATION_TEXT = str(BUNDLED / "calibration.jsonl")
 EVALUATION_TEXT = str(BUNDLED / "evaluation.jsonl")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken")
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Rows are drawn from this many times as many as asked for, so that a sample is not just the first few documents.
 _OVERSAMPLING = 4
 # Characters that are made tokens at a time: of a long document no more than what is needed is.
@@ -25,15 +27,19 @@ _PIECE = 1 << 16
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The checkpoint's own tokenizer. Raises InputError when there is none, or one that does not belong to the model."""
-    if model_dir.is_dir():
-        check_no_pointers(model_dir)
+    check_folder(model_dir)
+    there = any(any(model_dir.glob(name)) for name in _TOKENIZER_FILES)
+    missing = InputError(f"{model_dir}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json of the model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, model_max_length=10**9)
     except Exception as error:
-        raise InputError(f"{model_dir}: no usable tokenizer: {one_line(error)}") from error
+        for name in _TOKENIZER_JSON:
+            if (model_dir / name).exists():
+                read_json(model_dir / name)
+        raise InputError(f"{model_dir}: no usable tokenizer: {one_line(error)}") if there else missing from error
     # Where there are no files transformers makes one that knows nothing.
-    if not any((model_dir / name).exists() for name in {*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}):
-        raise InputError(f"{model_dir}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json of the model there")
+    if not there and not any((model_dir / name).exists() for name in tokenizer.vocab_files_names.values()):
+        raise missing
     try:
         vocabulary = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config().vocab_size
     except Exception as error:
@@ -71,14 +77,19 @@ def token_pieces(tokenizer: Any, document: str | list[dict[str, Any]] | TextFile
 def _texts(tokenizer: Any, document: str | list[dict[str, Any]] | TextFile | None) -> Iterable[str]:
     if isinstance(document, TextFile):
         return document.chunks()
-    if not is_chat(document):
-        return [str(document or "")]
+    if not isinstance(document, list):
+        return [_whole(document or "")]
     if not tokenizer.chat_template:
         raise InputError("the text is chats, and the model's tokenizer has no chat template; choose a column of text with `text_column`")
     try:
-        return [tokenizer.apply_chat_template(document, tokenize=False)]
+        return [_whole(tokenizer.apply_chat_template([for_template(message) for message in document], tokenize=False))]
     except Exception as error:
         raise InputError(f"the model's chat template refuses a chat of the text: {one_line(error)}") from error
+
+
+def _whole(text: str) -> str:
+    """Text with U+FFFD in the place of half characters, which JSON may have as half a pair of surrogates."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import click
 from prism_refactor.calibration.settings import torch_dtype
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, SERVING_OPTIONS, Finite, add
-from prism_refactor.errors import InputError, UsageError
+from prism_refactor.errors import InputError, UsageError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.offload.options import CacheBudget
 from prism_refactor.serving.scheduling import SCHEDULERS, Limits
@@ -109,6 +109,7 @@ def _model(folder: Path, options: dict[str, Any]) -> Any:
 
 def _tokenizer(folder: Path, template: Path | None) -> "PreTrainedTokenizerFast":
     from prism_refactor.calibration.text import load_tokenizer
+    from prism_refactor.models.transformers_models import check_chat_template
 
     tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
@@ -116,8 +117,11 @@ def _tokenizer(folder: Path, template: Path | None) -> "PreTrainedTokenizerFast"
     if template is not None:
         try:
             tokenizer.chat_template = template.read_text()
+            check_chat_template(tokenizer.chat_template)
         except OSError as error:
             raise UsageError(f"--chat-template {template}: {error.strerror}") from None
+        except Exception as error:
+            raise UsageError(f"--chat-template {template}: is no template: {one_line(error)}") from None
     return tokenizer
 
 

@@ -16,7 +16,8 @@ class PrismError(Exception):
 
 def one_line(error: BaseException) -> str:
     """Return another library's error on one line, shortened where it is long; its type where it says nothing."""
-    return textwrap.shorten(str(error), LONGEST_LINE) or type(error).__name__
+    # What others have in backticks is no option of ours.
+    return textwrap.shorten(str(error).replace("`", "'"), LONGEST_LINE) or type(error).__name__
 
 
 class UsageError(PrismError):

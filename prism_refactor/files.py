@@ -209,12 +209,6 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
 
 
-def check_no_pointers(folder: Path) -> None:
-    """Raise InputError where a file of a folder is what Git LFS leaves in the place of a large one."""
-    for path in folder.iterdir():
-        check_no_pointer(path)
-
-
 def check_no_pointer(path: Path) -> None:
     """Raise InputError where a file is what Git LFS leaves in the place of a large one."""
     if path.is_file() and os.access(path, os.R_OK):

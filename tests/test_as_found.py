@@ -52,6 +52,7 @@ LEFTOVERS = {
     "output_attentions": True,
     "return_dict": False,
     "use_cache": False,
+    "is_encoder_decoder": True,
 }
 
 
@@ -96,6 +97,7 @@ def test_keys_that_a_training_left_change_nothing(models, command, tmp_path, fam
         {"eos_token_id": None, "pad_token_id": None},
         {"eos_token_id": [2, 3], "pad_token_id": -1},
         {"max_time": 0.000001},
+        {"num_return_sequences": 3},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -110,6 +112,31 @@ def test_generation_config_says_no_more_than_where_a_text_ends(refactored, tmp_p
         assert result.code == 0, result.err
         answers.append(json.loads(result.out)["answers"][0]["text"])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "\ufeff{}",
+        "[]",
+        "null",
+        '"x"',
+        *(f'{{"eos_token_id": {value}}}' for value in ('"2"', "2.5", '[2, "5"]', "[[2]]", "-1", "true")),
+    ],
+)
+def test_a_broken_generation_config_is_named_at_once(models, refactored, tmp_path, command, text):
+    for name, source, more in (
+        ("prism-refactor", models["qwen3_moe"], [tmp_path / "other"]),
+        ("prism-run", refactored, ["--prompt", "x"]),
+        ("prism-serve", refactored, []),
+    ):
+        folder = shutil.copytree(source, tmp_path / name)
+        (folder / "generation_config.json").write_text(text)
+        result = command(name, folder, *more, "--quiet")
+        assert (result.code, result.err.count("\n")) == (3, 1), result.err
+        assert "generation_config.json" in result.err
 
 
 def test_a_text_ends_at_the_tokenizers_end_too(refactored, tmp_path, command):
@@ -190,6 +217,44 @@ def test_a_missing_tokenizer_is_named(models, refactored, tmp_path, command, nam
     assert (result.code, result.err.count("\n"), "tokenizer" in result.err) == (3, 1, True), result.err
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "granitemoe"])
+def test_so_is_that_of_every_family(models, tmp_path, command, family):
+    folder = shutil.copytree(models[family], tmp_path / "model")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    result = command("prism-refactor", folder, tmp_path / "out", "--quiet")
+    assert (result.code, "the tokenizer is missing" in result.err) == (3, True), result.err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_of_a_tokenizer_is_named(model, tmp_path, command, name):
+    (model / name).write_text("{ broken")
+    result = command("prism-refactor", model, tmp_path / "out", "--quiet")
+    assert (result.code, result.err.count("\n")) == (3, 1)
+    assert f"{name}: cannot be read as JSON" in result.err
+
+
+@pytest.mark.parametrize("noted", ["float16", "float32", None])
+def test_a_type_that_config_json_does_not_tell_rightly(models, tmp_path, command, noted):
+    """The result says how it is stored, so that every way to load it agrees."""
+    source, out = shutil.copytree(models["qwen3_moe"], tmp_path / "source"), tmp_path / "out"
+    weights = {name: value.bfloat16() for name, value in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    values = json.loads((source / "config.json").read_text()) | {"dtype": noted, "torch_dtype": noted}
+    (source / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    assert command("prism-refactor", source, out, *FAST, "--sub-experts", "2", "--quiet").code == 0
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert prism_refactor.load(out).dtype == torch.bfloat16
+    result = command("prism-run", out, "--prompt", "The river", "--max-new-tokens", "2", "--quiet")
+    assert result.code == 0, result.err
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(model, tmp_path, command):
+    (model / "adapter_config.json").write_text("{}")
+    result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
+    assert (result.code, "adapter_config.json: holds an adapter; merge it" in result.err) == (3, True), result.err
+
+
 def test_a_model_that_is_saved_again_keeps_its_router(refactored, tmp_path):
     """Through whatever it was loaded and whatever became of it: other weights, another type, a copy."""
     expected = logits(prism_refactor.load(refactored))
@@ -260,13 +325,57 @@ def rename(folder, change):
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
+INSIDE = {
+    "layers.1._orig_mod.": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    "_fsdp_wrapped_module.": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+    "_checkpoint_wrapped_module.": lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    "base_layer": lambda name: name.replace("q_proj.", "q_proj.base_layer."),
+    "modules_to_save": lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."),
+    "weight_orig": lambda name: name.replace("q_proj.weight", "q_proj.weight_orig"),
+    "parametrizations": lambda name: name.replace("q_proj.weight", "q_proj.parametrizations.weight.original"),
+    "language_model": lambda name: name.replace("model.", "model.language_model."),
+}
+
+
+@pytest.mark.parametrize("way", INSIDE)
+def test_wrappers_inside_names_are_told(model, tmp_path, command, way):
+    rename(model, INSIDE[way])
+    result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
+    assert (result.code, result.err.count("\n")) == (3, 1)
+    assert "called otherwise" in result.err
+    assert way in result.err
+
+
+def test_a_reward_model_is_called_one(model, tmp_path, command):
+    rename(model, lambda name: name.replace("lm_head", "score"))
+    result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
+    assert (result.code, "a classifier or a reward model" in result.err) == (3, True), result.err
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", None])
+def test_quantisation_that_is_noted_and_not_there_is_told(model, tmp_path, command, method):
+    edit(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
+    assert (result.code, "no tensor is; remove quantization_config" in result.err) == (3, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{% for m in messages %}", "is no template"), ("", "it is empty"), (b"\xe9{{", "is no template")]
+)
+def test_a_chat_template_is_read_at_the_start(refactored, tmp_path, command, text, says):
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = command("prism-serve", refactored, "--chat-template", path, "--quiet")
+    assert (result.code, result.err.count("\n"), says in result.err) == (2, 1, True), result.err
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "_orig_mod.module.", "student."])
 def test_a_prefix_is_named_with_its_remedy(model, tmp_path, command, prefix):
     rename(model, lambda name: prefix + name)
     result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
     assert (result.code, result.err.count("\n")) == (3, 1)
-    assert f"{prefix}lm_head.weight" in result.err
-    assert "take the prefix off" in result.err
+    assert f"{prefix}lm_head.weight for lm_head.weight" in result.err
+    assert "unwrapped or merged" in result.err
 
 
 def test_of_two_tied_tensors_a_quantised_one_is_enough(models, tmp_path):
@@ -285,7 +394,7 @@ def test_of_two_tied_tensors_a_quantised_one_is_enough(models, tmp_path):
         torch.testing.assert_close(slices["model.embed_tokens.weight"][:].float(), embedding, atol=1e-3, rtol=0.1)
 
 
-@pytest.mark.parametrize("way", ["without a prefix", "the head alone", "the embedding alone", "both", "fused experts"])
+@pytest.mark.parametrize("way", ["without a prefix", "a prefix twice", "the head alone", "the embedding alone", "both", "fused experts"])
 def test_what_transformers_loads_is_loaded(models, tmp_path, command, way):
     source, out = shutil.copytree(models["olmoe"], tmp_path / "source"), tmp_path / "out"
     original = AutoModelForCausalLM.from_pretrained(source)
@@ -296,6 +405,8 @@ def test_what_transformers_loads_is_loaded(models, tmp_path, command, way):
         weights = {name: value for name, value in original.state_dict().items() if name != "lm_head.weight"}
     weights |= {"lm_head.weight": embedding} if way in ("the head alone", "both") else {}
     weights |= {"model.embed_tokens.weight": embedding.clone()} if way != "the head alone" else {}
+    if way == "a prefix twice":
+        weights = {name.replace("model.", "model.model."): value for name, value in weights.items()}
     if way == "without a prefix":
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
     save_file({name: value.contiguous() for name, value in weights.items()}, source / "model.safetensors", {"format": "pt"})
@@ -364,6 +475,7 @@ def test_so_is_one_in_a_result(refactored, tmp_path, command, name):
     ("names", "says"),
     [
         (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter; merge it"),
+        (["model-00001-of-00002.safetensors"], "index.json is missing"),
         (["consolidated.safetensors"], "it has consolidated.safetensors"),
         (["model-Q4_K_M.gguf"], "it has model-Q4_K_M.gguf"),
         (["pytorch_model.bin"], "pickled weights"),

@@ -1,5 +1,6 @@
 """What OpenAI's own client, its types, lm_eval and browsers see of the server."""
 
+import gzip
 import json
 import logging
 import os
@@ -129,6 +130,11 @@ def test_fields_of_other_servers_are_refused_by_their_names(url, field):
     [
         ("/v1/completions", "stop", list("abcde"), "at most 4 items"),
         ("/v1/completions", "stop", ["a", ""], "at least 1 character"),
+        ("/v1/completions", "prompt", "half \ud83d a pair", "unicode"),
+        ("/v1/completions", "logprobs", False, "valid integer"),
+        ("/v1/completions", "max_tokens", True, "valid integer"),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "half \ud83d a pair"}], "half a pair of surrogates"),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}], "half a pair"),
         ("/v1/completions", "stop", 5, "a string or a list of strings"),
         ("/v1/completions", "prompt", ["a"] * 17, "at most 16 items"),
         ("/v1/completions", "prompt", [[1]] * 17, "at most 16 items"),
@@ -364,8 +370,34 @@ def test_calls_that_are_no_json_are_text_for_the_template(url, site, monkeypatch
         assert status in (200, 400), content
 
 
-def test_a_body_of_a_hundred_thousand_brackets(url):
-    assert fetch(f"{url}/v1/completions", b"[" * 100_000)[0] == 400
+@pytest.mark.parametrize(
+    ("body", "headers", "says"),
+    [
+        (b"[" * 100_000, {}, "no JSON"),
+        (b'{"model": "tiny", "prompt": "x",}', {}, "the body is no JSON at character"),
+        (b'{"model": "tiny", "prompt": "caf\xe9"}', {}, "no JSON in UTF-8"),
+        (gzip.compress(b'{"model": "tiny", "prompt": "x"}'), {"Content-Encoding": "gzip"}, "a body in gzip is not taken"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(url, body, headers, says):
+    status, answer, _ = fetch(f"{url}/v1/completions", body, headers)
+    assert (status, says in answer["error"]["message"], answer["error"]["param"]) == (400, True, None), answer
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": []},
+        {"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}]},
+        {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "function_call": None, "reasoning": "y"},
+    ],
+)
+def test_messages_that_clients_send_back_are_taken(url, message):
+    status, content = ask(url, "/v1/chat/completions", {"messages": [*MESSAGES, message, *MESSAGES]})
+    assert status == 200, content
 
 
 def test_logits_of_a_prompt_are_computed_once(site, monkeypatch):

@@ -92,6 +92,8 @@ def test_json_that_is_read_in_small_pieces(tmp_path, monkeypatch, chunk):
         ("x.jsonl", '{"text": "a"},\n{"text": "b"}', "line 1: no JSON"),
         ("x.jsonl", '{"text": "a"}\n{"text": "b', "line 2: no JSON: Unterminated string"),
         ("x.csv", 'text\n"a\nb\n', "unexpected end of data"),
+        ("x.csv", "id,text\n1,first half, second half\n", "line 2: has not as many fields"),
+        ("x.tsv", "id\ttext\n1\n", "line 2: has not as many fields"),
     ],
 )
 def test_a_broken_file_is_not_read_as_a_whole_one(tmp_path, name, text, says):
@@ -135,6 +137,23 @@ def test_other_columns_may_differ_from_file_to_file(tmp_path, second, kind):
     assert set(read(tmp_path)) == set(TEXTS)
 
 
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    """Also where a file is one document, which is read last."""
+    for number, raw in enumerate((b"caf\xe9 au lait", "\ufeffcaf\u00e9".encode("utf-16"), gzip.compress(b"words " * 1000)[:-20])):
+        path = tmp_path / f"x{number}.txt{'.gz' if number == 2 else ''}"
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match=rf"{path.name}: cannot be read"):
+            token_rows([str(path)], load_tokenizer(EXAMPLE), 2, 8, 0)
+
+
+def test_half_a_pair_of_surrogates_is_a_half_character(tmp_path):
+    """As scraped text has it where a picture was cut."""
+    tokenizer = load_tokenizer(EXAMPLE)
+    (tmp_path / "x.jsonl").write_text('{"text": "cut here \\ud83d and whole \\ud83d\\ude00 there"}\n' * 9)
+    found = tokenizer.decode(token_rows([str(tmp_path)], tokenizer, 1, 64, 0).flatten())
+    assert "cut here \ufffd and whole \U0001f600 there" in found
+
+
 def test_null_in_the_first_rows_of_a_column(tmp_path):
     (tmp_path / "x.jsonl").write_text(lines([{"text": None}] * 30 + [{"text": "words"}]))
     assert [text for text in (record["text"] for record in Source.parse(str(tmp_path)).records("text", 0)) if text] == ["words"]
@@ -168,15 +187,17 @@ def test_files_are_read_compressed_or_not(tmp_path, kind, compressed, as_folder)
     assert read(tmp_path if as_folder else path) == sorted([TEXTS[0]] if kind == ".txt" else TEXTS)
 
 
-@pytest.mark.parametrize("name", ["x.arrow", "x.feather", "x.jsonl.7z", "x.parquet.gz", "x.xlsx", "x.pkl", "x.tar.gz", "x.bin.zst"])
+UNREAD = ["x.arrow", "x.feather", "x.jsonl.7z", "x.parquet.gz", "x.xlsx", "x.pkl", "x.tar.gz", "x.bin.zst", "x.docx", "x.jsonl.incomplete"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
 def test_files_that_are_not_read_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"something")
     with pytest.raises(InputError, match=name.rpartition(".")[2]):
         read(tmp_path / name)
-    if not name.endswith(".7z"):
-        (tmp_path / "a.jsonl").write_text(lines([{"text": "x"}]))
-        with pytest.raises(InputError, match=name):
-            read(tmp_path)
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "x"}]))
+    with pytest.raises(InputError, match=name):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +256,18 @@ def test_a_folder_of_several_other_splits_says_which(tmp_path):
         read(tmp_path)
     (tmp_path / "dev.jsonl").unlink()
     assert read(tmp_path) == ["test"]
+
+
+def test_linked_folders_are_read_and_broken_links_named(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.ndjson").write_text(lines([{"text": "linked"}]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "above").symlink_to(tmp_path / "data")
+    assert read(tmp_path / "data") == ["linked"]
+    (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"gone\.jsonl: the file it links to is missing"):
+        read(tmp_path / "data")
 
 
 def test_files_that_name_no_split_are_the_trainings(tmp_path, caplog):
@@ -334,6 +367,26 @@ def test_a_turn_of_calls_alone_is_part_of_a_chat(tmp_path):
     turns = [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "map"}]}, CHAT[1]]
     (tmp_path / "x.jsonl").write_text(lines([{"messages": turns}] * 20))
     assert "<assistant> map" in tokenizer.decode(token_rows([str(tmp_path / "x.jsonl")], tokenizer, 9, 32, 0).flatten())
+
+
+def test_chats_are_read_as_the_server_reads_them(tmp_path):
+    """Parts of a content are one text, arguments of calls are objects; rows without messages are none."""
+    tokenizer = load_tokenizer(EXAMPLE)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{% for name, value in c.function.arguments.items() %}{{ name }}={{ value }}{% endfor %}"
+        "{% endfor %}{{ '|' }}{% endfor %}"
+    )
+    call = {"function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+    parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "cold?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (tmp_path / "x.jsonl").write_text(lines([{"messages": None}, {"messages": []}, *[{"messages": turns}] * 20]))
+    found = tokenizer.decode(token_rows([str(tmp_path)], tokenizer, 9, 32, 0).flatten())
+    assert "user: Is it cold?|assistant: city=Ulm" in found
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    (tmp_path / "x.jsonl").write_text(lines([{"messages": picture}]))
+    with pytest.raises(InputError, match="a part of a message is image_url, not text"):
+        token_rows([str(tmp_path)], tokenizer, 9, 32, 0)
 
 
 def test_what_is_not_read_takes_no_memory(tmp_path):

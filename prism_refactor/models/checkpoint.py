@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.files import LONGEST_NAME, check_no_pointers
+from prism_refactor.files import LONGEST_NAME
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
 from prism_refactor.models.dense import TWINS, Twin
 from prism_refactor.models.discovery import ACTIVE_KEYS, NO_EXPERTS, discover
+from prism_refactor.models.folder import CONFIG, check_folder, read_json
 from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
-from prism_refactor.models.quantised import NOTES, check_plain, stored_tensors
+from prism_refactor.models.quantised import NOTES, check_plain, is_quantised, stored_tensors
 from prism_refactor.models.stored import Stored, StoredSlice
 
 SINGLE_FILE = "model.safetensors"
@@ -63,9 +64,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if self.path.is_dir():
-            check_no_pointers(self.path)
-        self.config_json = self._read_json("config.json")
+        check_folder(self.path)
+        self.config_json = read_json(self.path / CONFIG)
         if not isinstance(self.config_json.get("auto_map", {}), dict):
             raise InputError(f"{self.path / 'config.json'}: auto_map is no JSON object; correct it or remove it")
         try:
@@ -148,6 +148,9 @@ class Checkpoint:
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from None
             return None
+        if not is_quantised(self.shapes, self._types):
+            method = found.get("quant_method")
+            raise InputError(f"{self.path / CONFIG}: says that it is quantised by '{method}', and no tensor is; remove quantization_config")
         for config in (self.config, self.text_config):
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
@@ -183,33 +186,6 @@ class Checkpoint:
         first = self._stored[name].parts[0] if name in self._stored else name
         return self._file_of[name] if first == name else self._file(first)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        if not self.path.is_dir():
-            raise InputError(f"{self.path}: no such folder; give a local folder with config.json and safetensors shards")
-        if name == "config.json" and not (self.path / name).exists():
-            self._check_inside()
-        try:
-            value = json.loads((self.path / name).read_text())
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no {name}; is this a model folder?") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.path / name}: cannot be read as JSON ({one_line(error)}); download it again") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{self.path / name}: holds no JSON object")
-        return value
-
-    def _check_inside(self) -> None:
-        """Raise InputError where there are model folders inside the one that was given: a folder of the Hub's cache, of a training, ..."""
-        current = self.path / "refs" / "main"
-        if current.is_file():
-            inside = [self.path / "snapshots" / current.read_text().strip()]
-        else:
-            inside = sorted(path.parent for pattern in ("*", "snapshots/*") for path in self.path.glob(f"{pattern}/config.json"))
-            inside = [path for path in inside if any(path.glob("*.safetensors*"))]
-        if inside:
-            names = ", ".join(str(path.relative_to(self.path)) for path in inside)
-            raise InputError(f"{self.path}: holds no model itself, but inside: {names}; give that folder")
-
     def _weight_map(self) -> dict[str, str]:
         # In transformers' order: a single file wins over an index.
         if (self.path / SINGLE_FILE).exists():
@@ -217,7 +193,7 @@ class Checkpoint:
                 return dict.fromkeys(shard.keys(), SINGLE_FILE)
         if not (self.path / INDEX_FILE).exists():
             raise InputError(self._what_is_there())
-        weight_map = self._read_json(INDEX_FILE).get("weight_map")
+        weight_map = read_json(self.path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{self.path / INDEX_FILE}: has no weight_map; download it again")
         for file in weight_map.values():
@@ -235,8 +211,8 @@ class Checkpoint:
                 f'If you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR')\", and copy the tokenizer's files"
             )
-        if (self.path / "adapter_config.json").exists():
-            return f"{self.path}: holds an adapter; merge it into its model first (peft: merge_and_unload, save_pretrained)"
+        if any(self.path.glob("*-00001-of-*.safetensors")):
+            return f"{self.path}: {INDEX_FILE} is missing, which says what is in which shard; download it too"
         others = sorted(path.name for path in self.path.iterdir() if path.suffix in (".safetensors", ".gguf"))
         there = f"; it has {others[0]}, which transformers does not load by itself" if others else ""
         return f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}{there}; only safetensors checkpoints are read"
@@ -264,10 +240,14 @@ class Checkpoint:
         layers = self.text_config.num_hidden_layers
         if not isinstance(layers, int) or not 1 <= layers <= len(stored):
             like = f" (a tensor is called {min(self.shapes, key=len)})" if not stored and self.shapes else ""
+            like += f" ({SINGLE_FILE} is read, not {INDEX_FILE} beside it)" if self._two_ways() else ""
             raise InputError(
                 f"{self.path / 'config.json'}: num_hidden_layers is {layers}, the shards hold {len(stored)} layers{like}; "
                 "complete the checkpoint"
             )
+
+    def _two_ways(self) -> bool:
+        return all((self.path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
     @contextmanager
     def _shard(self, file: str) -> Iterator[Any]:

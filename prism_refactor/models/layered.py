@@ -55,6 +55,10 @@ class LayeredModel:
         prefix, known = f"{self.model.base_model_prefix}.", self.checkpoint.weight_map
         layer = self.layer_name(0)
         names = names_on_disk(self.model, self.layers[0].state_dict(prefix=f"{layer}."))
+        if all(prefix + name in known for name in names):
+            # Twice, which transformers reads as well.
+            for name in [name for name in known if name.startswith(prefix + prefix)]:
+                self.checkpoint.rename(name, name.removeprefix(prefix))
         return prefix if all(name not in known and name.removeprefix(prefix) in known for name in names) else ""
 
     def names_on_disk(self, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -215,14 +219,27 @@ def _what_is_missing(name: str, lacking: Collection[str], there: Collection[str]
     """
     if any(".lora_" in other for other in there):
         return "holds an adapter's tensors; merge it into its model first (peft: merge_and_unload, save_pretrained)"
-    for other in sorted(there):
-        parts = other.split(".")
-        if any(".".join(parts[cut:]) in lacking for cut in range(1, len(parts))):
+    if any(other.split(".")[-2:] == ["score", "weight"] for other in there):
+        return "is a classifier or a reward model (it has a tensor score.weight), and no language model"
+    for wanted in sorted(lacking)[:_LOOKED_FOR]:
+        found = next((other for other in sorted(there) if other not in lacking and _is_inside(wanted.split("."), other.split("."))), None)
+        if found is not None:
             return (
-                f"its tensors have a prefix that a wrapper of the model left ({other}); load them with safetensors, take the prefix off "
-                "their names, and save them again"
+                f"its tensors are called otherwise than transformers calls them ({found} for {wanted}), as wrappers and adapters leave "
+                "them; save the model inside, unwrapped or merged, or take what is too much off the names"
             )
     return f"tensor {name} is missing; complete the checkpoint"
+
+
+# Names that are looked for under others: one of them is told.
+_LOOKED_FOR = 3
+
+
+def _is_inside(wanted: list[str], parts: list[str]) -> bool:
+    """Whether the parts of a name stand in another one in their order, of the last one the beginning."""
+    rest = iter(parts)
+    *first, last = wanted
+    return all(part in rest for part in first) and any(part.startswith(last) for part in rest)
 
 
 def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.files import check_no_pointers
 from prism_refactor.formats import PrismConfig
+from prism_refactor.models.folder import check_folder
 from prism_refactor.models.layered import check_device
 from prism_refactor.models.modeling_prism import attach, auto_class, run_plainly
 from prism_refactor.models.refactored import router_file
@@ -25,8 +25,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) ->
         UsageError: there is no such device.
     """
     check_device(device)
-    if folder.is_dir():
-        check_no_pointers(folder)
+    check_folder(folder)
     try:
         config = run_plainly(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         family = auto_class(config)

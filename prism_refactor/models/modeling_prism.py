@@ -36,7 +36,14 @@ MANIFEST_FILE = "prism.json"
 MODELING_FILE = "modeling_prism.py"
 _SMALLEST = 1e-30
 # Keys of a config that models run by where they are not asked for otherwise, and what they mean for one that is to give logits and no more.
-PLAIN = {"output_router_logits": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True, "use_cache": True}
+PLAIN = {
+    "output_router_logits": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "return_dict": True,
+    "use_cache": True,
+    "is_encoder_decoder": False,
+}
 ROUTER_NAMES = ("gate", "router")
 
 

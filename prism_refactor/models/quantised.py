@@ -40,6 +40,16 @@ _SIGNS = (".qweight", ".qzeros", ".scales", "_blocks", ".weight_packed", ".weigh
 NOTES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
+def _sign(shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> str | None:
+    """A tensor that only a quantised checkpoint has."""
+    return next((name for name in shapes if name.endswith(_SIGNS) or types[name] in _FP8), None)
+
+
+def is_quantised(shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> bool:
+    """Return whether a checkpoint has tensors of a quantised one; arguments: see `check_plain`."""
+    return _sign(shapes, types) is not None
+
+
 def check_plain(shapes: dict[str, tuple[int, ...]], types: dict[str, str], notes: list[str]) -> None:
     """Check that a checkpoint whose config.json says nothing of it is not quantised.
 
@@ -50,7 +60,7 @@ def check_plain(shapes: dict[str, tuple[int, ...]], types: dict[str, str], notes
     Raises:
         InputError: it is.
     """
-    sign = next((name for name in shapes if name.endswith(_SIGNS) or types[name] in _FP8), None)
+    sign = _sign(shapes, types)
     if sign is not None:
         where = f" ({notes[0]} says how)" if notes else ""
         raise InputError(f"quantised{where}: it has a tensor {sign}, and config.json no quantization_config; {_REMEDY}")
@@ -70,8 +80,6 @@ def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], t
         InputError: the format is not one that is read here, or a scale is missing.
     """
     method, floats = str(config.get("quant_method")), set(types.values()) & set(_FP8)
-    if method == "fp8" and not floats:
-        raise InputError("config.json says that it is quantised by 'fp8', and no tensor is; remove quantization_config")
     if method == "mxfp4":
         found = _mxfp4(shapes)
     elif method == "fp8" or (method == "compressed-tensors" and config.get("format") in _FP8_FORMATS and floats):

@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from prism_refactor.errors import InputError
 from prism_refactor.models.modeling_prism import activation_of, auto_class, cut_tensor, inner_projection
@@ -189,6 +190,13 @@ def _lean_loading() -> Iterator[None]:
 def names_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return some of a model's state in the names and layout its family has on disk (transformers' inverse conversion)."""
     return revert_weight_conversion(model, state)
+
+
+def check_chat_template(template: str) -> None:
+    """Raise an error of jinja's where a chat template cannot be read, or ValueError where it is empty."""
+    if not template.strip():
+        raise ValueError("it is empty")
+    _compile_jinja_template(template)
 
 
 def byte_of_character() -> dict[str, int]:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from prism_refactor.errors import InputError, PrismError, ResourceError, UsageError
 from prism_refactor.formats import PrismConfig, RoutingHeader, RoutingPass
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
+from prism_refactor.models.folder import end_of_text
 from prism_refactor.models.layered import LayeredModel, check_device
 from prism_refactor.models.loading import copy_out_of_files
 from prism_refactor.models.modeling_prism import ActiveK, activation_of, full_k, install, router_tensors, two_level_router
@@ -366,8 +366,8 @@ def load_offloaded(
         for number, block in enumerate(blocks.values()):
             block.experts.offload, block.experts.offload_layer = model.offload, number
         run_experts_with(model, OFFLOADED)
-        if (folder / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # How to search and sample is asked nowhere else.
+        model.generation_config = GenerationConfig(eos_token_id=end_of_text(folder) or model.generation_config.eos_token_id)
         # All is there now, and needed; but for the files, where everything has been read.
         unneeded.pop_all()
         if store is not disk:

@@ -21,7 +21,7 @@ from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import dotted, replaced_parts, router_name
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.discovery import FURTHER_LAYERS
-from prism_refactor.models.layered import LayeredModel
+from prism_refactor.models.layered import LayeredModel, dtype_name
 from prism_refactor.models.modeling_prism import MODELING_FILE, PLAIN, ROUTER_FILE, auto_class
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import build_meta_model
@@ -102,8 +102,8 @@ class _Writing:
 
     def __init__(self, job: Refactoring, workers: Workers, folder: Path):
         self.job, self.checkpoint, self.folder = job, job.checkpoint, folder
-        self.config = _write_config(job.checkpoint, folder, job.recipe, job.plan)
         self.source = LayeredModel(job.checkpoint, None)
+        self.config = _write_config(job.checkpoint, self.source, folder, job.recipe, job.plan)
         self.target = build_meta_model(self.config, torch.float32)
         self.writer = ShardWriter(folder, job.recipe.max_shard_bytes)
         self.layer_run = Run(job.recipe, job.checkpoint.architecture, workers, len(self.source.layers), job.events, job.timings)
@@ -248,7 +248,7 @@ class _Writing:
         self.writer.close_shard()
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Plan) -> Any:
+def _write_config(checkpoint: Checkpoint, layered: LayeredModel, folder: Path, recipe: Recipe, plan: Plan) -> Any:
     """The source's config.json with the new sizes; `prism` tells the two-level router what the original was."""
     architecture = checkpoint.architecture
     values = dict(checkpoint.config_json)
@@ -281,7 +281,13 @@ def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe, plan: Pl
         values["auto_map"] = values.get("auto_map", {}) | {
             auto_class(checkpoint.config).__name__: f"{Path(MODELING_FILE).stem}.PrismForCausalLM"
         }
+    stored = checkpoint.dtypes[layered.tensors_under(next(iter(layered.moe_blocks.values())) + ".experts")[0]]
+    if stored is not None:
+        # Whatever the source says: experts in slow memory are read as they are stored.
+        values["dtype"] = dtype_name(stored)
     for part in (values, text):
+        for key in ("torch_dtype", *(("dtype",) if part is not values else ())):
+            part.pop(key, None)
         # A training's leftovers, which have models give more than logits, or compute all again for every token.
         part |= {key: value for key, value in PLAIN.items() if key in part}
     if architecture.stock:

@@ -95,7 +95,7 @@ class TokenText:
 
     def add(self, token: int) -> str:
         """Add a token; returns the text that is sure now."""
-        if token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None:
+        if not self._has_text(token):
             return ""
         if self._is_byte(token):
             text = self._end_run(whole=True) if len(self._run) == _LONGEST_RUN else ""
@@ -118,7 +118,7 @@ class TokenText:
         # The places of those of the run.
         run: list[int] = []
         for place, token in enumerate(tokens):
-            if token in self._special:
+            if not self._has_text(token):
                 found.append(self.name(token))
                 continue
             rest = ""
@@ -134,7 +134,7 @@ class TokenText:
             self._share(found, run, self._lengths(), self._whole()[self._before :])
             return found
         rest = self._share(found, run, self._lengths(), self._end_run()) + self.end()
-        text = [place for place, token in enumerate(tokens) if token not in self._special]
+        text = [place for place, token in enumerate(tokens) if self._has_text(token)]
         if text:
             found[text[-1]] += rest
         return found
@@ -184,6 +184,10 @@ class TokenText:
             return raw.decode()
         except UnicodeDecodeError as error:
             return raw[: error.start].decode()
+
+    def _has_text(self, token: int) -> bool:
+        """Special tokens have none, nor has what the tokenizer does not know."""
+        return token not in self._special and self._tokenizer.convert_ids_to_tokens(token) is not None
 
     def _is_byte(self, token: int) -> bool:
         return not self._byte_level and _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None

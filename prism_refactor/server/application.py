@@ -658,6 +658,10 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
             "extra_forbidden": "is not known here; leave it out",
             "value_error": str(first.get("ctx", {}).get("error", "")),
         }.get(first["type"], first["msg"])
+        if first["type"] == "json_invalid":
+            # Its place is a number of characters.
+            place, where = where, ""
+            message = f"the body is no JSON at character {place}: {first.get('ctx', {}).get('error', first['msg'])}"
         if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             message = "the request needs a JSON body, and the header Content-Type: application/json"
         return _respond(400, f"{where}: {message}" if where else message, where or None)
@@ -677,8 +681,13 @@ def _handle_errors(app: FastAPI, state: ServerState) -> None:
         return _respond(503 if state.stopping else 500, str(error))
 
     @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> JSONResponse:
-        return _respond(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        detail = str(error.detail)
+        if error.status_code == 400:
+            # Ours have 404 and above: FastAPI could not read the body.
+            coding = request.headers.get("content-encoding", "identity")
+            detail = "the body is no JSON in UTF-8" if coding == "identity" else f"a body in {coding} is not taken; send it as it is"
+        return _respond(error.status_code, detail, headers=dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

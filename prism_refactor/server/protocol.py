@@ -1,35 +1,44 @@
 """What the server takes and gives: OpenAI's completions and chat completions, with a `prism` object of ours."""
 
-import json
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, WithJsonSchema, model_validator
 
 from prism_refactor.errors import UsageError
+from prism_refactor.models.chats import for_template
 
 MOST_PROMPTS = 16
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
 _INT32 = 2**31 - 1
 Text = Annotated[str, StringConstraints(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_length=1)]
+# No true, which Python takes for 1.
+Integer = Annotated[int, Field(strict=True)]
+Tokens = Annotated[list[Annotated[Integer, Field(ge=0, le=_INT32)]], Field(min_length=1)]
 # Of what is one of several types, the type is told by looking, so that an error is about the one that was meant. Names of types, as errors
 # have them between names of fields.
 _STRING, _STRINGS, _TOKENS, _TOKEN_LISTS, _PARTS = KINDS = ("<string>", "<strings>", "<token ids>", "<lists of token ids>", "<parts>")
 
 
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return _STRING
-    if not isinstance(value, list):
-        return None
-    first = value[0] if value else ""
-    return {str: _STRINGS, int: _TOKENS, list: _TOKEN_LISTS, dict: _PARTS}.get(type(first))
+def _one_of(wanted: str, empty: str = _STRINGS) -> Discriminator:
+    """How the type of a value is told; `empty`: that of an empty list."""
+
+    def kind(value: Any) -> str | None:
+        if isinstance(value, str):
+            return _STRING
+        if not isinstance(value, list):
+            return None
+        return {str: _STRINGS, int: _TOKENS, list: _TOKEN_LISTS, dict: _PARTS}.get(type(value[0])) if value else empty
+
+    return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
 
 
-def _one_of(wanted: str) -> Discriminator:
-    return Discriminator(_kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not Unicode: it has half a pair of surrogates") from None
+    return text
 
 
 def _only(*values: Any) -> Any:
@@ -43,6 +52,7 @@ def _only(*values: Any) -> Any:
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
 
 
+Unicode = Annotated[str, AfterValidator(_unicode)]
 # What changes nothing here, whatever it holds.
 Anything = Annotated[Any, WithJsonSchema({})]
 
@@ -61,9 +71,9 @@ class Given(BaseModel):
 class Prism(Given):
     """The quality floor and the urgency of a request."""
 
-    k: int | None = Field(None, ge=1, le=_INT32, description="Least sub-experts per token.")
+    k: Integer | None = Field(None, ge=1, le=_INT32, description="Least sub-experts per token.")
     quality: float | None = Field(None, gt=0, le=1, description="Least quality: perplexity of the full model over that at k.")
-    priority: int = Field(0, ge=-10, le=10, description="Higher is sooner; a level is worth 10 seconds of waiting.")
+    priority: Integer = Field(0, ge=-10, le=10, description="Higher is sooner; a level is worth 10 seconds of waiting.")
     deadline: float | None = Field(None, gt=0, le=86400, description="Seconds in which the whole answer should be there.")
 
 
@@ -80,8 +90,8 @@ class Generation(Given):
     model: str = Field(max_length=256, description="The served model, or the model with a floor: name@k.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: Integer = Field(1, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
     stop: Annotated[
         Annotated[Text, Tag(_STRING)] | Annotated[list[Text], Field(max_length=4), Tag(_STRINGS)], _one_of("a string or a list of strings")
     ] = Field(default_factory=list)
@@ -110,34 +120,38 @@ class CompletionRequest(Generation):
         | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS), Tag(_TOKEN_LISTS)],
         _one_of("a string, token ids, or a list of one of them"),
     ]
-    max_tokens: int = Field(16, ge=0, le=_INT32)
-    logprobs: int | None = Field(None, ge=0, le=5)
+    max_tokens: Integer = Field(16, ge=0, le=_INT32)
+    logprobs: Integer | None = Field(None, ge=0, le=5)
     echo: bool = Field(False, description="Begin the text with the prompt, and the log probabilities with its tokens'.")
     best_of: _only(1) = 1  # type: ignore[valid-type]
     suffix: _only("") = ""  # type: ignore[valid-type]
 
 
 class TextPart(Given):
-    """A part of a message."""
+    """A part of a message. What else it has, cache_control for one, changes nothing."""
 
-    type: Literal["text"]
-    text: str
-    prompt_cache_breakpoint: Anything = None
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["text", "refusal"]
+    text: Unicode = ""
+    refusal: Unicode = ""
 
 
-class FunctionCall(Given):
+class FunctionCall(BaseModel):
     """What a message calls."""
 
+    model_config = ConfigDict(extra="allow")
+
     name: str
-    arguments: str
+    arguments: Unicode
 
 
-class ToolCall(Given):
-    """A call in a message of the assistant's."""
+class ToolCall(BaseModel):
+    """A call in a message of the assistant's. What else it has is given to the chat template."""
 
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    model_config = ConfigDict(extra="allow")
+
+    function: FunctionCall | None = None
 
 
 class Message(Given):
@@ -147,37 +161,32 @@ class Message(Given):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: (
-        Annotated[Annotated[str, Tag(_STRING)] | Annotated[list[TextPart], Tag(_PARTS)], _one_of("a string or a list of parts")] | None
+        Annotated[Annotated[Unicode, Tag(_STRING)] | Annotated[list[TextPart], Tag(_PARTS)], _one_of("a string or a list of parts", _PARTS)]
+        | None
     ) = None
     tool_calls: list[ToolCall] | None = None
     audio: _only() = None  # type: ignore[valid-type]
 
     def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates read it: one text, and the arguments of calls as objects.
+        """Return the message as chat templates read it; see `models.chats`.
 
         Raises:
             UsageError: it has no content, which only the assistant's need not have.
         """
         if self.content is None and self.role != "assistant":
             raise UsageError(f"messages: one of role {self.role} has no content")
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        found = self.model_dump(exclude_none=True, exclude={"content"}) | {"content": text}
-        for call in found.get("tool_calls", ()):
-            # Whatever is no JSON is text for the template.
-            with suppress(ValueError, RecursionError):
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        return found
+        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content or ()]
+        return for_template(self.model_dump(exclude_none=True, exclude={"content"}) | {"content": content})
 
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_tokens: int | None = Field(None, ge=1, le=_INT32)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
+    max_tokens: Integer | None = Field(None, ge=1, le=_INT32)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=_INT32)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
     metadata: Anything = None
     moderation: _only() = None  # type: ignore[valid-type]
     parallel_tool_calls: Anything = None

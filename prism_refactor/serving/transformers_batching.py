@@ -160,6 +160,8 @@ class Batching:
         # Neither computes dropped slots. Measured on a CPU (docs/serving.md): the loop over experts is as fast as the grouped product on
         # small batches, and up to twice as fast on large ones.
         run_experts_with(model, OFFLOADED if offloaded else EXPERTS if on_cpu else "grouped_mm")
+        # Which the manager mixes with the model's own.
+        own, model.generation_config = model.generation_config, generation
         mapping: dict[str, Any] = SCHEDULER_MAPPING
         mapping[config.scheduler_type] = functools.partial(_BatchScheduler, batching=self)
         try:
@@ -174,6 +176,7 @@ class Batching:
             self._restore()
             raise InputError(f"transformers' continuous batching does not take {type(model).__name__}: {one_line(error)}") from error
         finally:
+            model.generation_config = own
             del mapping[config.scheduler_type]
         return manager
 
