@@ -136,7 +136,7 @@ DAMAGE = [
     (lambda folder: drop_tensor(folder, "model.norm.weight"), "tensor model.norm.weight is missing"),
     (lambda folder: change_config(folder, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
     (lambda folder: change_config(folder, hidden_act="nope"), "transformers cannot build a language model of it"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer is missing"),
 ]
 
 

@@ -437,8 +437,9 @@ def test_schedulers_that_predict_ask_for_prism_bench(model):
 def test_only_refactored_checkpoints_are_loaded(models, tmp_path):
     with pytest.raises(InputError, match="not a refactored checkpoint"):
         load(Models(tmp_path)["olmoe"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot load"):
-        load(tmp_path)
+        load(tmp_path / "empty")
 
 
 def test_a_closed_engine_leaves_the_model_as_it_was(model, engine_of):

@@ -20,7 +20,6 @@ import torch
 from conftest import FAMILIES, FAST, mostly_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
 
 from prism_refactor.calibration.text import load_tokenizer
 from prism_refactor.errors import InputError, ResourceError, UsageError
@@ -157,7 +156,7 @@ def test_the_checkpoint_is_open_as_long_as_the_model(elastic, copied, monkeypatc
         load_offloaded(elastic, CacheBudget("1KiB"))
     assert not is_open()
     with monkeypatch.context() as patch:
-        patch.setattr(GenerationConfig, "from_pretrained", lambda _: 1 / 0)
+        patch.setattr("prism_refactor.offload.manager.end_of_text", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             load_offloaded(elastic, CacheBudget("25%"))
     assert not is_open()

@@ -92,9 +92,9 @@ class LayeredModel:
                 sources[original] = [name]
         missing = sorted(name for name in state if name not in sources and tied.get(name) not in sources)
         # One tensor on disk may be several of the model's.
-        lacking = self.names_on_disk(self.model, state).keys() - self.checkpoint.weight_map.keys()
-        if missing and lacking:
-            raise InputError(f"{self.checkpoint.path}: {_what_is_missing(missing[0], lacking, self.checkpoint.weight_map.keys())}")
+        expected, there = self.names_on_disk(self.model, state).keys(), self.checkpoint.weight_map.keys()
+        if missing and expected - there:
+            raise InputError(f"{self.checkpoint.path}: {_what_is_missing(missing[0], expected - there, there - expected)}")
         return dict(sources)
 
     def tensors_under(self, prefix: str) -> list[str]:
@@ -215,14 +215,14 @@ def _what_is_missing(name: str, lacking: Collection[str], there: Collection[str]
     Args:
         name: a tensor of the model that is not there.
         lacking: names that are expected on disk and not there.
-        there: those that are.
+        there: names on disk that are not expected.
     """
     if any(".lora_" in other for other in there):
         return "holds an adapter's tensors; merge it into its model first (peft: merge_and_unload, save_pretrained)"
     if any(other.split(".")[-2:] == ["score", "weight"] for other in there):
         return "is a classifier or a reward model (it has a tensor score.weight), and no language model"
     for wanted in sorted(lacking)[:_LOOKED_FOR]:
-        found = next((other for other in sorted(there) if other not in lacking and _is_inside(wanted.split("."), other.split("."))), None)
+        found = next((other for other in sorted(there) if _is_inside(wanted.split("."), other.split("."))), None)
         if found is not None:
             return (
                 f"its tensors are called otherwise than transformers calls them ({found} for {wanted}), as wrappers and adapters leave "
@@ -236,10 +236,10 @@ _LOOKED_FOR = 3
 
 
 def _is_inside(wanted: list[str], parts: list[str]) -> bool:
-    """Whether the parts of a name stand in another one in their order, of the last one the beginning."""
+    """Whether the parts of a name stand in another one in their order; the last of them may be called the original one."""
     rest = iter(parts)
     *first, last = wanted
-    return all(part in rest for part in first) and any(part.startswith(last) for part in rest)
+    return all(part in rest for part in first) and any(part in (last, f"{last}_orig") for part in rest)
 
 
 def _put(owner: Any, leaf: str, value: torch.Tensor) -> None:
