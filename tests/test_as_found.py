@@ -534,6 +534,12 @@ def test_sizes_as_people_write_them(text, size):
     assert prism_refactor.resources.parse_size(text) == size
 
 
+def test_an_empty_text_config_is_named(model, tmp_path, command):
+    edit(model / "config.json", text_config={})
+    result = command("prism-refactor", model, tmp_path / "out", "--dry-run", "--quiet")
+    assert (result.code, "has no text_config; remove it" in result.err) == (3, True), result.err
+
+
 def test_a_checkpoint_that_is_opened_runs_plainly(model):
     edit(model / "config.json", **LEFTOVERS)
     config = Checkpoint(model).config

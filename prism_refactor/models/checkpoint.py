@@ -72,6 +72,8 @@ class Checkpoint:
             self.config: Any = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"{self.path / 'config.json'}: transformers cannot read it: {one_line(error)}") from error
+        if isinstance(self.config.get_text_config(), dict):
+            raise InputError(f"{self.path / CONFIG}: a model of this type has no text_config; remove it")
         run_plainly(self.config)
         twin = self._twin()
         self.dense: str | None = self.config.model_type if twin else None

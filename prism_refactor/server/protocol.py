@@ -2,7 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from prism_refactor.errors import UsageError
 from prism_refactor.models.chats import for_template
@@ -11,10 +22,6 @@ MOST_PROMPTS = 16
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
 _INT32 = 2**31 - 1
-Text = Annotated[str, StringConstraints(min_length=1)]
-# No true, which Python takes for 1.
-Integer = Annotated[int, Field(strict=True)]
-Tokens = Annotated[list[Annotated[Integer, Field(ge=0, le=_INT32)]], Field(min_length=1)]
 # Of what is one of several types, the type is told by looking, so that an error is about the one that was meant. Names of types, as errors
 # have them between names of fields.
 _STRING, _STRINGS, _TOKENS, _TOKEN_LISTS, _PARTS = KINDS = ("<string>", "<strings>", "<token ids>", "<lists of token ids>", "<parts>")
@@ -28,9 +35,16 @@ def _one_of(wanted: str, empty: str = _STRINGS) -> Discriminator:
             return _STRING
         if not isinstance(value, list):
             return None
-        return {str: _STRINGS, int: _TOKENS, list: _TOKEN_LISTS, dict: _PARTS}.get(type(value[0])) if value else empty
+        return {str: _STRINGS, int: _TOKENS, float: _TOKENS, list: _TOKEN_LISTS, dict: _PARTS}.get(type(value[0])) if value else empty
 
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        # Python takes true for 1.
+        raise ValueError("Input should be a valid integer, not true or false")
+    return value
 
 
 def _unicode(text: str) -> str:
@@ -52,6 +66,11 @@ def _only(*values: Any) -> Any:
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
 
 
+Text = Annotated[str, StringConstraints(min_length=1)]
+# Integers, behind the bounds of each: pydantic has them in the schema then.
+_NUMBER = BeforeValidator(_no_boolean)
+Count = Annotated[int, Field(ge=1, le=_INT32), _NUMBER]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_INT32), _NUMBER]], Field(min_length=1)]
 Unicode = Annotated[str, AfterValidator(_unicode)]
 # What changes nothing here, whatever it holds.
 Anything = Annotated[Any, WithJsonSchema({})]
@@ -71,9 +90,11 @@ class Given(BaseModel):
 class Prism(Given):
     """The quality floor and the urgency of a request."""
 
-    k: Integer | None = Field(None, ge=1, le=_INT32, description="Least sub-experts per token.")
+    k: Count | None = Field(None, description="Least sub-experts per token.")
     quality: float | None = Field(None, gt=0, le=1, description="Least quality: perplexity of the full model over that at k.")
-    priority: Integer = Field(0, ge=-10, le=10, description="Higher is sooner; a level is worth 10 seconds of waiting.")
+    priority: Annotated[int, Field(ge=-10, le=10), _NUMBER] = Field(
+        0, description="Higher is sooner; a level is worth 10 seconds of waiting."
+    )
     deadline: float | None = Field(None, gt=0, le=86400, description="Seconds in which the whole answer should be there.")
 
 
@@ -90,8 +111,8 @@ class Generation(Given):
     model: str = Field(max_length=256, description="The served model, or the model with a floor: name@k.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: Integer = Field(1, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _NUMBER] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), _NUMBER] = Field(1, description="Answers to each prompt.")
     stop: Annotated[
         Annotated[Text, Tag(_STRING)] | Annotated[list[Text], Field(max_length=4), Tag(_STRINGS)], _one_of("a string or a list of strings")
     ] = Field(default_factory=list)
@@ -120,8 +141,8 @@ class CompletionRequest(Generation):
         | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS), Tag(_TOKEN_LISTS)],
         _one_of("a string, token ids, or a list of one of them"),
     ]
-    max_tokens: Integer = Field(16, ge=0, le=_INT32)
-    logprobs: Integer | None = Field(None, ge=0, le=5)
+    max_tokens: Annotated[int, Field(ge=0, le=_INT32), _NUMBER] = 16
+    logprobs: Annotated[int, Field(ge=0, le=5), _NUMBER] | None = None
     echo: bool = Field(False, description="Begin the text with the prompt, and the log probabilities with its tokens'.")
     best_of: _only(1) = 1  # type: ignore[valid-type]
     suffix: _only("") = ""  # type: ignore[valid-type]
@@ -183,10 +204,10 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_tokens: Integer | None = Field(None, ge=1, le=_INT32)
-    max_completion_tokens: Integer | None = Field(None, ge=1, le=_INT32)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _NUMBER] | None = None
     metadata: Anything = None
     moderation: _only() = None  # type: ignore[valid-type]
     parallel_tool_calls: Anything = None
