@@ -103,6 +103,14 @@ def test_a_text_goes_on_after_its_prompt(tokenizer):
             assert prompt + text_of(tokenizer, tokens[cut:], tokens[:cut]) == whole
 
 
+def test_a_text_behind_some_other_keeps_its_first_space(tokenizer):
+    whole = tokenizer("heron stands", add_special_tokens=False).input_ids
+    first = tokenizer("heron", add_special_tokens=False).input_ids
+    assert whole[: len(first)] == first
+    answer = Answer(tokenizer)
+    assert decode(tokenizer, first) + answer.add(whole[len(first) :], True) == decode(tokenizer, whole)
+
+
 def test_tokens_join_to_the_text_and_offsets_point_to_them(tokenizer):
     for tokens, cut in draws(tokenizer):
         prompt, rest = tokens[:cut], tokens[cut:]
@@ -116,7 +124,7 @@ def test_tokens_join_to_the_text_and_offsets_point_to_them(tokenizer):
 
 def test_so_do_the_parts_of_a_stream(tokenizer):
     for tokens, cut in draws(tokenizer):
-        answer, tokens_told, text = Answer(tokenizer), [], ""
+        answer, tokens_told, text = Answer(tokenizer, (), ()), [], ""
         for part, last in ((tokens[:cut], False), (tokens[cut:], True)):
             offset = answer.characters
             before = list(answer.tokens)
@@ -164,7 +172,7 @@ def test_a_long_run_of_byte_tokens_is_told_on_the_way():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_fallback(), unk_token="<unk>")
     text = "\u0f56\u0f7c\u0f51" * 20
     tokens = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
-    answer = Answer(tokenizer)
+    answer = Answer(tokenizer, (), ())
     told = [answer.add([token], False) for token in tokens]
     assert sum(map(bool, told)) >= 4
     assert "".join(told) + answer.add([], True) == text

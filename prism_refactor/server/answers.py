@@ -28,13 +28,13 @@ class TokenText:
 
     Args:
         tokenizer: of the model.
-        before: token ids before the text, the prompt.
+        before: token ids before the text, the prompt; None: some text, whichever.
 
     Attributes:
         characters: of the text so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None = ()):
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         self._special = {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
         self._byte_level = "ByteLevel" in str(self._backend.decoder)
@@ -44,7 +44,7 @@ class TokenText:
         self._context: list[int] = []
         self._run: list[int] = []
         self._before = self._told = 0
-        context = list(before[-CONTEXT:])
+        context = self._backend.encode("a", add_special_tokens=False).ids if before is None else list(before[-CONTEXT:])
         while context and self._is_byte(context[0]) and 0x80 <= self.of(context[0])[0] < 0xC0:
             # The rest of a character that begins before.
             del context[0]
@@ -203,18 +203,18 @@ class Answer:
     Attributes:
         tokenizer: of the model.
         stops: sequences that end the text and are not part of it.
-        before: token ids before the text, the prompt.
+        before: token ids before the text, the prompt; None: some text, whichever.
         tokens: generated so far.
         stopped: a stop sequence has come.
     """
 
     tokenizer: InitVar[PreTrainedTokenizerFast]
     stops: Sequence[str] = ()
-    before: InitVar[Sequence[int]] = ()
+    before: InitVar[Sequence[int] | None] = None
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
 
-    def __post_init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int]) -> None:
+    def __post_init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None) -> None:
         self._text = TokenText(tokenizer, before)
         self._held = ""
 
