@@ -146,8 +146,7 @@ class Source:
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         if self.split not in splits:
             raise InputError(f"`datasets` {self.name}: no split {self.split}; it has {', '.join(splits)}")
-        saved = splits[self.split]
-        yield from saved
+        yield from splits[self.split]
 
     def _shuffled(self, records: Iterator[Any], column: str, rng: np.random.Generator) -> Iterator[Record]:
         """Records in random order, drawn from a buffer, as `datasets` does; it holds few where they are large."""
@@ -170,8 +169,8 @@ class Source:
     def _checked(self, record: Any, column: str) -> Record:
         if not isinstance(record, dict):
             raise InputError(f"`datasets` {self.name}: a record is {type(record).__name__}, not an object with columns")
-        if column not in record and (is_chat(messages := record.get("messages")) or ("messages" in record and not messages)):
-            record = record | {column: messages or None}
+        if column not in record and "messages" in record and (not record["messages"] or is_chat(record["messages"])):
+            record = record | {column: record["messages"]}
         if column not in record:
             raise InputError(
                 f"`datasets` {self.name}: no column '{column}'; it has {', '.join(map(str, record))}; choose with `text_column`"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, FAST, load
+from conftest import CHOICE, EXAMPLE, FAST, load, write_task
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -220,20 +220,7 @@ def test_lm_eval_runs_the_checkpoint_unchanged_at_any_k(tmp_path, elastic, k):
         {"question": "The Python standard", "choices": [" library", " zebra"], "answer": 0},
         {"question": "import os\nimport", "choices": [" sys", " Debian"], "answer": 0},
     ]
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    task = {
-        "task": "prism_local",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "prism_local.yaml").write_text(json.dumps(task))
+    write_task(tmp_path, "prism_local", documents, CHOICE)
     model_args = f"pretrained={elastic},trust_remote_code=True,num_experts_per_tok={k},dtype=float32"
     arguments = ["--model", "hf", "--model_args", model_args, "--tasks", "prism_local", "--include_path", tmp_path, "--device", "cpu"]
     subprocess.run(

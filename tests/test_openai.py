@@ -12,6 +12,7 @@ from typing import get_type_hints
 import openai
 import pytest
 import torch
+from conftest import CHOICE, write_task
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from serving import LIMITS, TEXT, fetch, idle, served
@@ -77,16 +78,6 @@ FIELDS = [(path, body, field, values) for path, body, known in KINDS for field, 
 def site_and_url(elastic):
     with served(elastic, origins=("https://page.example",)) as both:
         yield both
-
-
-@pytest.fixture
-def site(site_and_url):
-    return site_and_url[0]
-
-
-@pytest.fixture
-def url(site_and_url):
-    return site_and_url[1]
 
 
 @pytest.fixture
@@ -426,27 +417,15 @@ def test_lm_eval_scores_the_server_as_it_scores_the_checkpoint(url, elastic, tmp
         {"question": "import os\nimport", "choices": [" sys", " Debian"], "answer": 0},
         {"question": "The river runs through", "choices": [" the old town", " \u6cb3"], "answer": 0},
     ]
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}}, "test_split": "test"}
-    choice = {
-        "task": "prism_choice",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
     generate = {
-        "task": "prism_generate",
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
         "metric_list": [{"metric": "exact_match"}],
     }
-    for task in (choice, generate):
-        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task | data))
+    write_task(tmp_path, "prism_choice", documents, CHOICE)
+    write_task(tmp_path, "prism_generate", documents, generate)
     ways = {
         "hf": f"pretrained={elastic},trust_remote_code=True,dtype=float32",
         "local-completions": f"model=tiny,base_url={url}/v1/completions,tokenizer={elastic},num_concurrent=2,max_retries=1",

@@ -38,16 +38,6 @@ def site_and_url(elastic):
         yield both
 
 
-@pytest.fixture
-def site(site_and_url):
-    return site_and_url[0]
-
-
-@pytest.fixture
-def url(site_and_url):
-    return site_and_url[1]
-
-
 def complete(url, **body):
     status, answer, _ = fetch(f"{url}/v1/completions", {"model": "tiny", "prompt": TEXT, "temperature": 0, "max_tokens": 8} | body)
     assert status == 200, answer

@@ -21,7 +21,7 @@ from prism_refactor.models.dense import TWINS, Twin
 from prism_refactor.models.discovery import ACTIVE_KEYS, NO_EXPERTS, discover
 from prism_refactor.models.folder import CONFIG, check_folder, read_json
 from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
-from prism_refactor.models.quantised import NOTES, check_plain, is_quantised, stored_tensors
+from prism_refactor.models.quantised import NOTES, REMEDY, sign_of_quantisation, stored_tensors
 from prism_refactor.models.stored import Stored, StoredSlice
 
 SINGLE_FILE = "model.safetensors"
@@ -143,14 +143,14 @@ class Checkpoint:
         if not found and self.config_json.get("compression_config"):
             # As compressed-tensors wrote it at first.
             found = {"quant_method": "compressed-tensors"} | self.config_json["compression_config"]
+        sign = sign_of_quantisation(self.shapes, self._types)
         if not found:
-            notes = [name for name in NOTES if (self.path / name).exists()]
-            try:
-                check_plain(self.shapes, self._types, notes)
-            except InputError as error:
-                raise InputError(f"{self.path}: {error}") from None
+            if sign is not None:
+                notes = "".join([f" ({name} says how)" for name in NOTES if (self.path / name).exists()][:1])
+                said = f"it has a tensor {sign}, and config.json no quantization_config; {REMEDY}"
+                raise InputError(f"{self.path}: quantised{notes}: {said}")
             return None
-        if not is_quantised(self.shapes, self._types):
+        if sign is None:
             method = found.get("quant_method")
             raise InputError(f"{self.path / CONFIG}: says that it is quantised by '{method}', and no tensor is; remove quantization_config")
         for config in (self.config, self.text_config):

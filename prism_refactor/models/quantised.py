@@ -32,7 +32,7 @@ _BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
 # The values of a 4-bit float (two bits of exponent, one of mantissa), negative ones from 8 on; and the bias of a scale's exponent.
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _EXPONENT_BIAS = 127
-_REMEDY = "dequantise it first (from_pretrained, model.dequantize(), save_pretrained), or start from the bf16 checkpoint"
+REMEDY = "dequantise it first (from_pretrained, model.dequantize(), save_pretrained), or start from the bf16 checkpoint"
 
 
 # Tensors that only quantised checkpoints have, and where their formats are noted beside config.json.
@@ -40,30 +40,9 @@ _SIGNS = (".qweight", ".qzeros", ".scales", "_blocks", ".weight_packed", ".weigh
 NOTES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
-def _sign(shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> str | None:
-    """A tensor that only a quantised checkpoint has."""
+def sign_of_quantisation(shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> str | None:
+    """Return a tensor that only a quantised checkpoint has, if there is one; arguments: see `stored_tensors`."""
     return next((name for name in shapes if name.endswith(_SIGNS) or types[name] in _FP8), None)
-
-
-def is_quantised(shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> bool:
-    """Return whether a checkpoint has tensors of a quantised one; arguments: see `check_plain`."""
-    return _sign(shapes, types) is not None
-
-
-def check_plain(shapes: dict[str, tuple[int, ...]], types: dict[str, str], notes: list[str]) -> None:
-    """Check that a checkpoint whose config.json says nothing of it is not quantised.
-
-    Args:
-        shapes, types: of every tensor on disk.
-        notes: which of `NOTES` are there.
-
-    Raises:
-        InputError: it is.
-    """
-    sign = _sign(shapes, types)
-    if sign is not None:
-        where = f" ({notes[0]} says how)" if notes else ""
-        raise InputError(f"quantised{where}: it has a tensor {sign}, and config.json no quantization_config; {_REMEDY}")
 
 
 def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], types: dict[str, str]) -> tuple[dict[str, Stored], set[str]]:
@@ -87,7 +66,7 @@ def stored_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], t
     elif method == "compressed-tensors" and config.get("format") == _PACKED_FORMAT:
         found = _packed(config, shapes)
     else:
-        raise InputError(f"quantised by '{method}', which is not read here (FP8, MXFP4 and packed integers are); {_REMEDY}")
+        raise InputError(f"quantised by '{method}', which is not read here (FP8, MXFP4 and packed integers are); {REMEDY}")
     parts = {part for stored in found.values() for part in stored.parts}
     return found, (parts | {name for name in shapes if name.endswith(_UNUSED)}) - found.keys()
 
@@ -159,10 +138,10 @@ def dequantise_fp8(values: torch.Tensor, scales: torch.Tensor, size: tuple[int, 
 def _packed(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
     kinds = {(found.get("type"), found.get("num_bits"), found.get("group_size")) for found in _group_weights(config)}
     if len(kinds) != 1:
-        raise InputError(f"its weights are quantised in {len(kinds)} ways, where one is read; {_REMEDY}")
+        raise InputError(f"its weights are quantised in {len(kinds)} ways, where one is read; {REMEDY}")
     ((kind, bits, group),) = kinds
     if kind != "int" or bits not in (4, 8):
-        raise InputError(f"its weights are packed {bits}-bit numbers of type {kind}, where integers of 4 and 8 bits are read; {_REMEDY}")
+        raise InputError(f"its weights are packed {bits}-bit numbers of type {kind}, where integers of 4 and 8 bits are read; {REMEDY}")
     found = {}
     for packed, shape in shapes.items():
         if not packed.endswith(_PACKED):
@@ -170,7 +149,7 @@ def _packed(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
         name = packed.removesuffix(_PACKED)
         scales = f"{name}_scale"
         if any(name + end in shapes for end in _NOT_READ):
-            raise InputError(f"tensor {name} has a zero point or an order of columns, which is not read here; {_REMEDY}")
+            raise InputError(f"tensor {name} has a zero point or an order of columns, which is not read here; {REMEDY}")
         # compressed-tensors writes -1, or nothing, for a whole row.
         columns = shape[-1] * _WORD // bits
         if isinstance(group, int) and group > 0 and scales in shapes:
