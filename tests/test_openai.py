@@ -367,7 +367,7 @@ def test_calls_that_are_no_json_are_text_for_the_template(url, site, monkeypatch
         (b"[" * 100_000, {}, "no JSON"),
         (b'{"model": "tiny", "prompt": "x",}', {}, "the body is no JSON at character"),
         (b'{"model": "tiny", "prompt": "caf\xe9"}', {}, "no JSON in UTF-8"),
-        (gzip.compress(b'{"model": "tiny", "prompt": "x"}'), {"Content-Encoding": "gzip"}, "a body in gzip is not taken"),
+        (gzip.compress(b'{"model": "tiny", "prompt": "x"}', mtime=0), {"Content-Encoding": "gzip"}, "a body in gzip is not taken"),
     ],
 )
 def test_a_body_that_cannot_be_read_is_told_why(url, body, headers, says):
