@@ -185,6 +185,18 @@ FAMILIES = {
 }
 # The vLLM plugin routes them: their routers read what their experts read.
 PLAIN = [family for family in FAMILIES if family != "gemma4_text"]
+LLAMA4 = {
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 1,
+    "num_local_experts": 4,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 48,
+    "interleave_moe_layer_step": 1,
+    "moe_layers": [1, 2],
+    "head_dim": 8,
+    "no_rope_layers": [1, 1, 0],
+    "attention_chunk_size": 16,
+}
 # Their own classes cannot run split experts.
 IN_PLACE = {
     # Layers of hyper-connections; the first chooses experts by a table of tokens.
@@ -214,6 +226,14 @@ IN_PLACE = {
     },
     # Its router chooses two experts, whatever it is told.
     "phimoe": {"num_local_experts": 4, "intermediate_size": 32},
+    # Its shared expert has the width of its experts, which are given every token, weighted; attention in chunks, and without positions.
+    "llama4_text": LLAMA4,
+    # Of images and text.
+    "llama4": LLAMA4
+    | {
+        "vision": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 28}
+        | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    },
 }
 # Of a model of images and text: in the example's vocabulary.
 IMAGE_TOKENS = {"image_token_id": 4000, "video_token_id": 4001, "vision_start_token_id": 4002, "vision_end_token_id": 4003}

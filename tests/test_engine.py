@@ -118,7 +118,7 @@ def test_other_families(engine_of, models, command, tmp_path, family):
     assert [answer.tokens for answer in answers] == [alone(model, request) for request in requests]
 
 
-@pytest.mark.parametrize("family", ["lfm2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["lfm2_moe", "deepseek_v3", "llama4"])
 def test_families_that_continuous_batching_does_not_run_are_refused(engine_of, models, command, tmp_path, family):
     assert command("prism-refactor", models[family], tmp_path / "out", *FAST).code == 0
     model = load(tmp_path / "out", dtype=torch.float32)

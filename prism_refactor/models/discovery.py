@@ -31,6 +31,7 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
     **dict.fromkeys(("hidden_size", "d_model"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "d_ff"), 48),
+    "intermediate_size_mlp": 56,
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(_SHARED_WIDTHS, 40),
     **dict.fromkeys(("num_attention_heads", "swa_num_attention_heads"), 4),

@@ -373,6 +373,42 @@ def _device(module):
 _SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")
 
 
+def adopt_llama4(model):
+    """Let the experts of Llama 4 models be given what other families' are: rows [T, H], experts [T, 1], weights [T, 1].
+
+    Its own are given every row once for each expert, [E * T, H], times the router's score, which is 0 but for the chosen one.
+    """
+    for block in model.modules():
+        if type(block).__name__ == "Llama4TextMoe" and block.top_k == 1 and not hasattr(block.experts, "is_transposed"):
+            experts = block.experts
+            experts.is_transposed, experts._apply_gate = True, functools.partial(_llama4_gate, experts)
+            experts.forward = functools.partial(_llama4_experts, experts)
+            block.forward = functools.partial(_llama4_block, block)
+
+
+def _llama4_gate(experts, both):
+    gate, up = both.chunk(2, dim=-1)
+    return up * experts.act_fn(gate)
+
+
+def _llama4_experts(experts, hidden_states, top_k_index, top_k_weights):
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert < experts.num_experts:
+            tokens, slots = torch.where(top_k_index == expert)
+            rows = experts._apply_gate(hidden_states[tokens] @ experts.gate_up_proj[expert]) @ experts.down_proj[expert]
+            output.index_add_(0, tokens, rows * top_k_weights[tokens, slots, None].to(rows.dtype))
+    return output
+
+
+def _llama4_block(block, hidden_states):
+    rows = hidden_states.reshape(-1, block.hidden_dim)
+    scores, logits = block.router(rows)
+    score, chosen = scores.max(-1, keepdim=True)
+    # The score is a factor of what an expert is given, not of what it gives.
+    return block.shared_expert(rows) + block.experts(rows * score, chosen, torch.ones_like(score)), logits
+
+
 def router_of(block):
     """The router of a MoE block, whatever its family calls it; None if there is none."""
     return next((module for name in ROUTER_NAMES if isinstance(module := getattr(block, name, None), nn.Module)), None)
@@ -443,6 +479,7 @@ def attach(model, folder):
         ValueError: not a refactored model, or one written with `--router replicate`, which has no sub-router; or the number of experts that
             the original's own router chooses was changed.
     """
+    adopt_llama4(model)
     config = model.config.get_text_config()
     # A loss of the stock router's, which does not route here; and a form of outputs that transformers' models do not run with.
     run_plainly(model.config, ("output_router_logits", "return_dict"))
@@ -479,9 +516,16 @@ def _save_with_router(model, folder, save_directory, is_main_process=True, *args
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
 
 
+def decoder_layers(model):
+    """The decoder layers of a language model, perhaps inside a model of images and text; the model where they are not in one list."""
+    decoder = model.get_decoder()
+    # Llama 4's is a language model with a head.
+    return getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", model)
+
+
 def moe_blocks(model):
     """A model's MoE blocks, in the order of its layers: modules with a router and `experts`; not those of what encodes images."""
-    layers = getattr(model.get_decoder(), "layers", model)
+    layers = decoder_layers(model)
     blocks = [module for module in layers.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
     return [block for block in blocks if router_of(block) is not None]
 

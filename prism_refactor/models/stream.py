@@ -186,7 +186,8 @@ class LayerStream:
 
         What a family does to logits (granitemoe divides them) is done; its layers are stood in for.
         """
-        parts = [name for name, module in self.model.named_children() if module is not self.model.base_model]
+        output = self.model.get_output_embeddings()
+        parts = [name for name, module in self.model.named_modules() if module is output]
         others = [name for name, module in self._decoder.named_children() if module is not self.layered.layers]
         parts += [*(dotted(self._decoder_name, name) for name in others), *self._decoder_tensors()]
         owned = [part for part in parts if self.layered.tensors_under(part)]
@@ -202,4 +203,4 @@ class LayerStream:
             try:
                 yield logits
             finally:
-                self.model.get_output_embeddings().to("meta")
+                output.to("meta")

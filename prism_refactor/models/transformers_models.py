@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from prism_refactor.errors import InputError
-from prism_refactor.models.modeling_prism import activation_of, auto_class, cut_tensor, inner_projection
+from prism_refactor.models.modeling_prism import activation_of, adopt_llama4, auto_class, cut_tensor, decoder_layers, inner_projection
 
 _ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 _LOAD_IN_STEP = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -45,7 +45,7 @@ def layers_of(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: they are not in one list.
     """
-    found = getattr(model.get_decoder(), "layers", None)
+    found = decoder_layers(model)
     if not isinstance(found, nn.ModuleList):
         raise InputError(f"the decoder layers of {type(model).__name__} are not in one list")
     return next((name, module) for name, module in model.named_modules() if module is found)
@@ -220,20 +220,24 @@ def adopt_experts(model: Any) -> Any:
     They are known by their arguments and tensors; the proof compares what the registry gives with what they give themselves. Call it
     before a router is attached.
     """
+    adopt_llama4(model)
     for module in model.modules():
         known = all(hasattr(module, name) for name in ("num_experts", "gate_up_proj", "down_proj", "_apply_gate"))
-        if known and not hasattr(module, "is_concatenated") and [*inspect.signature(type(module).forward).parameters][1:] == _ARGUMENTS:
+        if known and not hasattr(module, "is_concatenated") and [*inspect.signature(module.forward).parameters] == _ARGUMENTS:
             # As its decorator does.
             module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False
-            module.is_transposed, module.is_concatenated, module._is_expert_parallel = False, True, False
+            module.is_transposed = getattr(module, "is_transposed", False)
+            module.is_concatenated, module._is_expert_parallel = True, False
             module.config, module.prism_implementation = model.config.get_text_config(), "eager"
-            module.forward = functools.partial(_run_adopted, module)
+            module.forward = functools.partial(_run_adopted, module, module.forward)
     return model
 
 
-def _run_adopted(experts: Any, *arguments: torch.Tensor) -> torch.Tensor:
-    """The forward of experts that `adopt_experts` has found."""
-    run = ALL_EXPERTS_FUNCTIONS.get_interface(experts.prism_implementation, type(experts).forward)
+def _run_adopted(experts: Any, own: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.Tensor:
+    """The forward of experts that `adopt_experts` has found; `own`: the one they had."""
+    if experts.prism_implementation == "eager":
+        return own(*arguments)
+    run = ALL_EXPERTS_FUNCTIONS.get_interface(experts.prism_implementation, own)
     return run(experts, *arguments)
 
 
