@@ -10,9 +10,9 @@ from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.statistics import OBSERVED, LayerCollector, LayerStatistics
 from prism_refactor.errors import UsageError
 from prism_refactor.events import Events
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import dtype_name
+from prism_refactor.models.modeling_prism import moe_block
 from prism_refactor.models.stream import LayerStream
 from prism_refactor.models.transformers_models import run_experts_with
 

@@ -13,8 +13,8 @@ from prism_refactor.calibration.statistics import OBSERVED, LayerCollector
 from prism_refactor.calibration.store import Statistics
 from prism_refactor.calibration.text import load_tokenizer, token_rows
 from prism_refactor.errors import UsageError
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import moe_block
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 
 QUICK = Calibration(num_samples=6, max_seq_length=48, tokens_per_expert=20, batch_size=4)

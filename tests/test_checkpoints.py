@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.files import check_target, output_folder
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import experts_forward
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import places
+from prism_refactor.models.modeling_prism import moe_block, places
 from prism_refactor.models.side_files import side_files
 from prism_refactor.models.transformers_models import FusedExperts
 from prism_refactor.models.writer import BLOCK, ShardWriter

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from prism_refactor.evaluation.windows import Windows
 from prism_refactor.events import Events
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import (
     ROUTER_FILE,
     ActiveK,
     install,
+    moe_block,
     router_of,
     router_tensors,
     set_top_k,

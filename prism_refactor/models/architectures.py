@@ -111,14 +111,6 @@ def size_in(config: Any, key: str) -> int:
     return found[0]
 
 
-def moe_block(layer: nn.Module) -> tuple[str, Any] | None:
-    """The (name, module) of a decoder layer's MoE block, recognised by its router and its `experts`; None in a dense layer."""
-    for name, module in layer.named_modules():
-        if isinstance(getattr(module, "experts", None), nn.Module) and router_name(module) is not None:
-            return name, module
-    return None
-
-
 def router_name(block: object) -> str | None:
     """What a MoE block calls its router."""
     return next((name for name in ROUTER_NAMES if isinstance(getattr(block, name, None), nn.Module)), None)

@@ -15,8 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prism_refactor.errors import InputError, one_line
-from prism_refactor.models.architectures import moe_block
 from prism_refactor.models.discovery import config_values, first_layer, reduced
+from prism_refactor.models.modeling_prism import moe_block
 from prism_refactor.models.proof import TOLERANCE, random_model
 from prism_refactor.models.stored import Stored
 from prism_refactor.models.transformers_models import build_meta_model, layers_of

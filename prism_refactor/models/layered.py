@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from prism_refactor.errors import InputError, UsageError, one_line
-from prism_refactor.models.architectures import dotted, moe_block
+from prism_refactor.models.architectures import dotted
 from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import moe_block
 from prism_refactor.models.transformers_models import Conversion, build_meta_model, layers_of, names_on_disk
 
 

@@ -517,17 +517,24 @@ def _save_with_router(model, folder, save_directory, is_main_process=True, *args
 
 
 def decoder_layers(model):
-    """The decoder layers of a language model, perhaps inside a model of images and text; the model where they are not in one list."""
+    """The list of decoder layers of a language model, perhaps inside a model of images and text; None where there is no such list."""
     decoder = model.get_decoder()
     # Llama 4's is a language model with a head.
-    return getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", model)
+    return getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", None)
+
+
+def moe_block(layer):
+    """The (name, module) of a decoder layer's MoE block, recognised by its router and its `experts`; None in a dense layer."""
+    for name, module in layer.named_modules():
+        if isinstance(getattr(module, "experts", None), nn.Module) and router_of(module) is not None:
+            return name, module
+    return None
 
 
 def moe_blocks(model):
-    """A model's MoE blocks, in the order of its layers: modules with a router and `experts`; not those of what encodes images."""
-    layers = decoder_layers(model)
-    blocks = [module for module in layers.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
-    return [block for block in blocks if router_of(block) is not None]
+    """A model's MoE blocks, in the order of its layers; not those of what encodes images."""
+    found = [moe_block(layer) for layer in decoder_layers(model)]
+    return [block for _, block in filter(None, found)]
 
 
 def moe_gates(model):

@@ -16,9 +16,9 @@ from torch import nn
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import Architecture, dotted, moe_block, original_routing, repeat_routing, routing, routing_state
+from prism_refactor.models.architectures import Architecture, dotted, original_routing, repeat_routing, routing, routing_state
 from prism_refactor.models.experts import experts_forward
-from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, places, router_of, two_level_router, uninstall
+from prism_refactor.models.modeling_prism import ActiveK, cut, full_k, install, moe_block, places, router_of, two_level_router, uninstall
 from prism_refactor.models.transformers_models import FusedExperts, build_model, layers_of, named_arguments, run_experts_with
 
 # The split that is tried, the largest difference that counts as equal, and how much worse every other plan must be.

@@ -26,6 +26,7 @@ from prism_refactor.tables import table
 PROVEN = Path(__file__).with_name("proven.json")
 # What a published config.json has and the class's defaults lack, or have wrong.
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+_ERNIE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [22, 22, 20]}}
 _INDEXER = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048, "indexer_compress_ratio": 4}
 _GEMMA4 = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "hidden_size_per_layer_input": 0}
 _PUBLISHED: dict[str, dict[str, Any]] = {
@@ -33,6 +34,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense", *["sparse"] * 11]},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "norm_topk_prob": True},
+    "ernie4_5_vl_moe": {"text_config": _ERNIE},
+    "ernie4_5_vl_moe_text": _ERNIE,
     "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
     "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": _SECTIONS}},

@@ -9,7 +9,7 @@ import torch
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.architectures import Architecture, moe_block, original_routing, repeat_routing, replaced_parts, routing_state
+from prism_refactor.models.architectures import Architecture, original_routing, repeat_routing, replaced_parts, routing_state
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.modeling_prism import (
@@ -18,6 +18,7 @@ from prism_refactor.models.modeling_prism import (
     ActiveK,
     full_k,
     install,
+    moe_block,
     places,
     router_tensors,
     two_level_router,
