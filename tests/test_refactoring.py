@@ -163,7 +163,7 @@ def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_
             log_size = torch.minimum(tensors["weight"][expert] @ x + tensors["bias"][expert], tensors["ceiling"][expert])
             for part, value in enumerate(log_size.exp().tolist()):
                 size[4 * expert + part], share[4 * expert + part] = probability * value, probability
-        expected = torch.zeros(256)
+        expected, mapped = torch.zeros(256), tensors["map_out"] @ (tensors["map_in"] @ x)
         mean, direction = tensors["compensation"].flatten(1, 2)
         for place, index in enumerate(sorted(size, key=lambda index: -size[index])):
             if place < 5:
@@ -171,7 +171,7 @@ def test_two_level_runs_the_largest_by_weight_times_predicted_size_and_adds_the_
                 kept = block.experts.down_proj[index] @ (torch.nn.functional.silu(gate) * up)
                 expected += kept * share[index] / 4 * tensors["scale"][4]
             else:
-                expected += share[index] * mean[index] + size[index] * direction[index]
+                expected += share[index] * mean[index] + size[index] * (direction[index] + mapped)
         torch.testing.assert_close(output[token], expected, atol=1e-4, rtol=1e-3)
 
 
@@ -245,6 +245,7 @@ def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, comm
         "ceiling": (6, 4),
         "compensation": (2, 6, 4, 32),
         "scale": (8,),
+        **{"map_in": (2, 32), "map_out": (32, 2)},
     }
 
 

@@ -37,6 +37,7 @@ def random_tensors(kind, experts, top_k, hidden, has_bias):
         found["ceiling"] = torch.randn(experts, SUB_EXPERTS) + 1
         found["compensation"] = torch.randn(2, experts, SUB_EXPERTS, hidden)
         found["scale"] = torch.rand(top_k * SUB_EXPERTS) + 0.5
+        found |= {"map_in": torch.randn(5, hidden), "map_out": torch.randn(hidden, 5)}
         return found
     found["rows"] = torch.randn(experts, SUB_EXPERTS, 6, hidden)
     if has_bias:

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+from safetensors import safe_open
+
 from prism_refactor.formats import Cost, Manifest, PrismConfig
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.layered import LayeredModel
-from prism_refactor.models.modeling_prism import moe_blocks, router_of
+from prism_refactor.models.modeling_prism import ROUTER_FILE, moe_blocks, router_of
 from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 
 
@@ -25,6 +27,7 @@ class CostModel:
         self.parts = 1 if self.prism is None or self.prism.stock else self.prism.sub_experts
         is_proxy = router == "two-level" and self.prism is not None and self.prism.router == "proxy"
         self.gate_neurons = Manifest.read(checkpoint.path).recipe.gate_neurons if is_proxy else 0
+        self.rank = _map_rank(checkpoint) if router == "two-level" and not is_proxy else 0
         model: Any = LayeredModel(checkpoint, None).model
         self.blocks = moe_blocks(model)
         experts = sum(parameter.numel() for block in self.blocks for parameter in block.experts.parameters())
@@ -65,5 +68,12 @@ class CostModel:
             return gate, 2 * gate
         linear = self.prism.router == "linear"
         sub_router = total * hidden if linear else 2 * self.gate_neurons * full * hidden
-        compensation = 2 * (full - k) * hidden if linear else 0
+        compensation = 2 * (full - k + self.rank) * hidden if linear else 0
         return gate + sub_router + compensation, 2 * (gate + sub_router + compensation)
+
+
+def _map_rank(checkpoint: Checkpoint) -> int:
+    """Rank of the map of a layer's compensation; 0 where it has none."""
+    with safe_open(checkpoint.path / ROUTER_FILE, framework="pt") as file:
+        maps = [name for name in file.keys() if name.endswith(".map_in")]  # noqa: SIM118  (a safetensors handle is not iterable)
+        return file.get_slice(maps[0]).get_shape()[0] if maps else 0

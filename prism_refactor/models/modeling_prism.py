@@ -4,8 +4,8 @@ This file is copied into every refactored checkpoint, where `from_pretrained(fol
 
 The checkpoint is a plain model of its family with N times the experts. In place of its gate the original one picks its top-K experts; the
 two-level router ranks their K * N sub-experts by (expert's weight) x (sub-expert's predicted size), and runs the best k, each with the
-weight of its expert. Where the checkpoint has a compensation, what the others would have added on average is added in
-their place, and the kept output is rescaled. At k = K * N that is the original model.
+weight of its expert. Where the checkpoint has a compensation, what the others are expected to add is added in their place, and the kept
+output is rescaled. At k = K * N that is the original model.
 
 Where a family cannot be that in its own classes, the checkpoint is the original with each expert's neurons in another order; its experts
 are cut here, in memory, and its router is left as it is.
@@ -58,9 +58,10 @@ class TwoLevelRouter(nn.Module):
         sub_experts: N.
         factor: what `down_proj` is multiplied with; the weights are divided by it.
         kind: how sizes are predicted, see `tensors`.
-        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N], compensation [2, E, N, H] and scale
-            [K * N]. 'proxy', the paper's gate neurons: their rows [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where
-            those have biases. Where the family corrects scores by a tensor outside its router: correction [E].
+        tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]; compensation [2, E, N, H], map_in [R, H]
+            and map_out [H, R], see `expected`; scale [K * N], of what is kept. 'proxy', the paper's gate neurons: their rows
+            [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. Where the family corrects scores by a
+            tensor outside its router: correction [E].
         activation: see `activation_of`, for the proxy.
         groups: see `places`.
     """
@@ -163,7 +164,7 @@ class TwoLevelRouter(nn.Module):
         kept, missing = shares[:, :k] / self.factor, None
         if compensated:
             size = value.gather(1, order[:, k:]).exp()
-            missing = self.expected(numbers[:, k:], shares[:, k:], size).to(hidden_states.dtype)
+            missing = self.expected(hidden_states, numbers[:, k:], shares[:, k:], size).to(hidden_states.dtype)
             kept = (kept * self.scale[k - 1]).to(weights.dtype)
         if value.requires_grad:
             # Straight-through: forward as above; backward as if a sub-expert ran in proportion to how clearly it is chosen.
@@ -189,17 +190,30 @@ class TwoLevelRouter(nn.Module):
         kept, missing = shares[:, :k] / self.factor, None
         if hasattr(self, "compensation"):
             absent = shares.float() * dropped, value.exp() * dropped
-            missing = self.expected(numbers, *absent).to(hidden_states.dtype)
+            missing = self.expected(hidden_states, numbers, *absent).to(hidden_states.dtype)
             whole = own == len(self.scale)
             kept = torch.where(whole, kept, (kept * self.scale[own - 1]).to(kept.dtype))
         skipped = self.num_experts * self.sub_experts
         return kept.masked_fill(dropped[:, :k], 0), indices[:, :k].masked_fill(dropped[:, :k], skipped), missing
 
-    def expected(self, numbers, shares, size):
-        """Expected output [T, H] of sub-experts e N + n: sum of share x (mean output) + size x (mean direction); arguments [T, m]."""
+    def expected(self, hidden_states, numbers, shares, size):
+        """Expected output of sub-experts e N + n that do not run.
+
+        Args:
+            hidden_states: MoE inputs [T, H].
+            numbers: int64 [T, m], the sub-experts.
+            shares: weights of their experts [T, m]; 0 for one that runs.
+            size: float32 [T, m], weight x predicted size; 0 for one that runs.
+
+        Returns:
+            sum of share x (mean output) + size x (mean direction + map_out (map_in x)), float32 [T, H].
+        """
         mean, direction = self.compensation.flatten(1, 2)
         constant = F.embedding_bag(numbers, mean, per_sample_weights=shares.float(), mode="sum")
-        return constant + F.embedding_bag(numbers, direction, per_sample_weights=size, mode="sum")
+        found = constant + F.embedding_bag(numbers, direction, per_sample_weights=size, mode="sum")
+        if not hasattr(self, "map_in"):
+            return found
+        return found + size.sum(1, keepdim=True) * F.linear(F.linear(hidden_states.float(), self.map_in), self.map_out)
 
 
 class ActiveK:
@@ -370,7 +384,7 @@ def _device(module):
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
-_SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "correction")
+_SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "map_in", "map_out", "correction")
 
 
 def adopt_llama4(model):

@@ -1,10 +1,15 @@
-"""What dropped sub-experts would have added: its mean, fitted in closed form, stands in for them.
+"""What dropped sub-experts would have added is predicted in closed form: it stands in for them.
 
 Beyond MoE-Prism, which lets a dropped sub-expert give nothing. For a dropped sub-expert j of an expert with weight p, predicted size s_j:
 
     p * mean_j + p * s_j * direction_j
 
-with the two vectors of every sub-expert, and a factor c_k on the kept output, fitted by least squares to the layer's full output.
+with the two vectors of every sub-expert; for all that a token drops together, a linear map of the MoE input x, of low rank (reduced-rank
+regression; Izenman, 1975), times their predicted sizes:
+
+    (sum over the dropped of p * s_j) * map_out (map_in x)
+
+and a factor c_k on the kept output. All are fitted by least squares to the layer's full output.
 """
 
 import numpy as np
@@ -12,52 +17,107 @@ import torch
 
 from prism_refactor.models.experts import by_expert, sub_expert_activations, sub_expert_outputs
 from prism_refactor.models.modeling_prism import TwoLevelRouter
-from prism_refactor.models.transformers_models import ExpertsModule
+from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts
 from prism_refactor.routing.sample import Routed
 
 # Shares of the sub-experts that are kept while fitting; other k interpolate the factors.
 KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-RIDGE = 1e-3
+# Relative to the mean square of the vectors' features, and of the map's inputs.
+RIDGE, MAP_RIDGE = 1e-3, 1e-2
 ROUNDS = 3
+# Operations of the map, relative to those of a token's experts at full k.
+MAP_COST = 1 / 32
+
+
+def map_rank(hidden: int, neurons: int, top_k: int) -> int:
+    """Rank of a layer's map: what `MAP_COST` pays for, at most half of the hidden size.
+
+    Example:
+        >>> map_rank(576, 1536, 1)
+        72
+    """
+    return max(1, min(hidden // 2, round(MAP_COST * 6 * hidden * neurons * top_k / (4 * hidden))))
 
 
 class _Accumulator:
-    """Sums over tokens from which means, directions and factors follow; M is 2 E N features, H the hidden size."""
+    """Sums over tokens from which vectors, map and factors follow.
+
+    Args:
+        features: 2 E N, see `add`.
+        hidden: H.
+        choices: numbers of kept sub-experts.
+
+    The last H of the M = 2 E N + H regressors are the input, times the summed size of what the token drops.
+    """
 
     def __init__(self, features: int, hidden: int, choices: int):
-        self.gram = torch.zeros(features, features, dtype=torch.float64)
-        self.missing = torch.zeros(features, hidden, dtype=torch.float64)
-        self.kept = torch.zeros(choices, features, hidden)
+        regressors = features + hidden
+        self.features = features
+        self.gram = torch.zeros(regressors, regressors, dtype=torch.float64)
+        self.missing = torch.zeros(regressors, hidden, dtype=torch.float64)
+        self.kept = torch.zeros(choices, regressors, hidden)
         self.kept_square = torch.zeros(choices, dtype=torch.float64)
         self.kept_missing = torch.zeros(choices, dtype=torch.float64)
-        self.weight: torch.Tensor | None = None
+        self.weight = torch.empty(0)
 
-    def add(self, features: torch.Tensor, kept: torch.Tensor, missing: torch.Tensor) -> None:
-        """Take in a chunk: features [choices, T, M], kept and missing output [choices, T, H]."""
-        if self.weight is None:
+    def add(self, features: torch.Tensor, inputs: torch.Tensor, kept: torch.Tensor, missing: torch.Tensor) -> None:
+        """Take in a chunk.
+
+        Args:
+            features: [choices, T, 2 E N], of every sub-expert that is dropped the share p, then the size p s.
+            inputs: [T, H].
+            kept, missing: output [choices, T, H].
+        """
+        if not len(self.weight):
             # Every k counts by the inverse of its error, as the first chunk shows it.
             self.weight = 1 / missing.square().sum((1, 2)).clamp_min(1e-30)
-        for choice, (rows, here, gone) in enumerate(zip(features, kept, missing, strict=True)):
-            self.gram += (self.weight[choice] * (rows.T @ rows)).double()
-            self.missing += (self.weight[choice] * (rows.T @ gone)).double()
-            self.kept[choice] += rows.T @ here
+        cut = self.features
+        amounts = features[..., cut // 2 :].sum(-1, keepdim=True)
+        for choice, (rows, amount, here, gone) in enumerate(zip(features, amounts, kept, missing, strict=True)):
+            weight, mapped = self.weight[choice], amount * inputs
+            self.gram[:cut, :cut] += (weight * (rows.T @ rows)).double()
+            self.gram[:cut, cut:] += (weight * (rows.T @ mapped)).double()
+            regressors = torch.cat([rows, mapped], 1)
+            self.missing += (weight * (regressors.T @ gone)).double()
+            self.kept[choice] += regressors.T @ here
             self.kept_square[choice] += here.square().sum()
             self.kept_missing[choice] += (here * gone).sum()
+        squares = torch.einsum("k,kto->to", self.weight, amounts.square())
+        self.gram[cut:, cut:] += (inputs.T @ (squares * inputs)).double()
 
-    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(vectors [M, H], factors [choices]), by turns: each is the least-squares answer to the other."""
-        assert self.weight is not None
-        gram = self.gram.clone()
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-30))
-        factor = torch.linalg.cholesky(gram)
-        extra = torch.zeros_like(self.kept_square)
+    def solve(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(vectors [2 E N, H], map_in [R, H], map_out [H, R], factors [choices]), float32.
+
+        Coefficients and factors by turns: each is the least-squares answer to the other. Then the map is cut to its rank, and the
+        vectors are fitted again.
+        """
+        vectors, inputs = slice(self.features), slice(self.features, None)
+        gram = torch.triu(self.gram)
+        gram = gram + gram.triu(1).T
+        for part, ridge in ((vectors, RIDGE), (inputs, MAP_RIDGE)):
+            diagonal = gram[part, part].diagonal()
+            diagonal += ridge * diagonal.mean().clamp_min(1e-30)
+        factor, extra = torch.linalg.cholesky(gram), torch.zeros_like(self.kept_square)
         for _ in range(ROUNDS):
-            target = self.missing + torch.einsum("k,kmh->mh", self.weight.double() * extra, self.kept.double())
-            # A kept output that is scaled by 1 - extra leaves extra x kept to be made up for.
-            vectors = torch.cholesky_solve(target, factor)
-            made_up = (self.kept.double() * vectors).sum((1, 2))
-            extra = -(self.kept_missing - made_up) / self.kept_square.clamp_min(1e-30)
-        return vectors.float(), (1 - extra).float()
+            coefficients = torch.cholesky_solve(self._target(extra), factor)
+            extra = self._extra(coefficients)
+        whole = coefficients[inputs]
+        # The directions of the output in which the map's predictions are largest.
+        map_out = torch.linalg.eigh(whole.T @ gram[inputs, inputs] @ whole).eigenvectors[:, -rank:]
+        map_in = (whole @ map_out).T
+        coefficients[inputs] = map_in.T @ map_out.T
+        rest = self._target(extra)[vectors] - gram[vectors, inputs] @ coefficients[inputs]
+        coefficients[vectors] = torch.cholesky_solve(rest, torch.linalg.cholesky(gram[vectors, vectors]))
+        factors = 1 - self._extra(coefficients)
+        return coefficients[vectors].float(), map_in.float(), map_out.float(), factors.float()
+
+    def _target(self, extra: torch.Tensor) -> torch.Tensor:
+        """What the regressors are to explain, if the kept output is scaled by 1 - extra: extra x kept is to be made up for."""
+        return self.missing + torch.einsum("k,kmh->mh", self.weight.double() * extra, self.kept.double())
+
+    def _extra(self, coefficients: torch.Tensor) -> torch.Tensor:
+        made_up = torch.stack([(kept.double() * coefficients).sum() for kept in self.kept])
+        return -(self.kept_missing - made_up) / self.kept_square.clamp_min(1e-30)
 
 
 @torch.inference_mode()
@@ -70,11 +130,11 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
         routed: sample to fit on.
 
     Returns:
-        compensation float32 [2, E, N, H]: mean and direction of every sub-expert; scale float32 [K * N]: factor on the kept output at
-        k = 1 .. K * N, 1 at the last.
+        compensation float32 [2, E, N, H]: mean and direction of every sub-expert; map_in float32 [R, H] and map_out float32
+        [H, R]; scale float32 [K * N]: factor on the kept output at k = 1 .. K * N, 1 at the last.
     """
-    sub_experts, total = router.sub_experts, experts.num_experts
-    width = routed.experts.shape[1] * sub_experts
+    sub_experts, total, top_k = router.sub_experts, experts.num_experts, routed.experts.shape[1]
+    width = top_k * sub_experts
     choices = torch.tensor(sorted({max(1, round(share * width)) for share in KEPT_SHARES} - {width}))
     accumulator = _Accumulator(2 * total, routed.inputs.shape[1], len(choices))
     for part in routed.chunks():
@@ -94,10 +154,14 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
             outputs = sub_expert_outputs(experts, expert, activations) * weights[tokens, slots, None, None]
             full.index_add_(0, tokens, outputs.sum(1))
             missing.index_add_(1, tokens, torch.einsum("ktn,tnh->kth", by_slot[:, tokens, slots], outputs))
-        accumulator.add(features, full - missing, missing)
-    vectors, factors = accumulator.solve()
+        accumulator.add(features, chunk, full - missing, missing)
+    _, hidden, neurons = FusedExperts(experts).shape
+    vectors, map_in, map_out, factors = accumulator.solve(map_rank(hidden, neurons * sub_experts, top_k))
+
     scale = np.interp(np.arange(1, width + 1), [*choices.tolist(), width], [*factors.tolist(), 1.0])
     return {
         "compensation": vectors.view(2, total // sub_experts, sub_experts, -1),
         "scale": torch.from_numpy(scale).float(),
+        "map_in": map_in.contiguous(),
+        "map_out": map_out.contiguous(),
     }

@@ -26,6 +26,8 @@ class SubRouter(NamedTuple):
         ceiling: float32 [E, N], the largest log size that may be predicted; None for the router 'proxy'.
         expected: float32 [2 * E * N, H], the mean output of every sub-expert, then its mean direction; None without compensation.
         scale: float32 [K * N + 1], what the kept weights are multiplied with, by k; 1 at full k. None without compensation.
+        map_in, map_out: float32 [R, H] and [H, R], the linear map of the inputs that stands in for all that is dropped together, times its
+            size. None where there is none.
         places: int64 [E * N], which of the model's experts sub-expert e N + n is; None where it is number e N + n.
     """
 
@@ -35,6 +37,8 @@ class SubRouter(NamedTuple):
     expected: torch.Tensor | None
     scale: torch.Tensor | None
     places: torch.Tensor | None
+    map_in: torch.Tensor | None = None
+    map_out: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], activation: str) -> "SubRouter":
@@ -53,7 +57,8 @@ class SubRouter(NamedTuple):
             halves = {name: tensors[name].unflatten(2, (parts, -1)) for name in ("rows", "row_bias") if name in tensors}
             return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale, tensors.get("places"))
         weight, bias, ceiling = (tensors[name].float() for name in ("weight", "bias", "ceiling"))
-        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"))
+        linear = [tensors[name].float() if name in tensors else None for name in ("map_in", "map_out")]
+        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"), *linear)
 
     @property
     def sub_experts(self) -> int:
@@ -121,8 +126,10 @@ def route(
         kept = kept * router.scale[k][:, None]
     missing = None
     if router.expected is not None:
-        amounts = torch.cat([shares * dropped, value.exp() * dropped], 1)
+        left = value.exp() * dropped
         both = torch.cat([ids, ids + len(router.expected) // 2], 1)
-        missing = F.embedding_bag(both, router.expected, per_sample_weights=amounts, mode="sum")
+        missing = F.embedding_bag(both, router.expected, per_sample_weights=torch.cat([shares * dropped, left], 1), mode="sum")
+        if router.map_in is not None and router.map_out is not None:
+            missing = missing + left.sum(1, keepdim=True) * F.linear(F.linear(hidden.float(), router.map_in), router.map_out)
     chosen = torch.where(dropped, ids[:, :1], ids)
     return kept.masked_fill(dropped, 0), chosen if router.places is None else router.places[chosen], missing
