@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.argument("model_dir", type=INPUT_FOLDER)
 @click.argument("refactored_dirs", type=INPUT_FOLDER, nargs=-1, metavar="[REFACTORED_DIR]...")
 @click.option("--k", "choices", metavar="LIST", help="Active sub-experts: '4,8,12', '2-16' or 'all'.  [default: whole experts' worth]")
+@click.option("--budget", "budgets", metavar="LIST", help="Also shares that tokens run on average, each what it needs: '25%,50%'.")
 @click.option(
     "--router",
     type=click.Choice(["two-level", "stock", "both"]),
@@ -48,6 +49,7 @@ def main(
     model_dir: Path,
     refactored_dirs: tuple[Path, ...],
     choices: str | None,
+    budgets: str | None,
     router: str,
     stride: int | None,
     num_tokens: int | None,
@@ -80,6 +82,7 @@ def main(
     for model in models:
         model.check_source(original)
     requests = [_request(model, choices, router, allocated) for model in models]
+    shares = _shares(budgets, models, router)
     for model, (_, values) in zip(models, requests, strict=True):
         for requirement in requirements:
             check_position(requirement, values, model.prism.max_active)
@@ -88,7 +91,7 @@ def main(
     comparison = Comparison(original, windows, calibration.compute(original), calibration.seed, reporter)
     curves: list[Curve] = []
     for model, (routers, values) in zip(models, requests, strict=True):
-        found = comparison.curves(model, routers, values, allocated)
+        found = comparison.curves(model, routers, values, allocated, shares)
         curves += found
         result = _result(windows, calibration, comparison.original, found)
         if allocated:
@@ -136,6 +139,24 @@ def _choices(text: str, full: int) -> list[int]:
     return sorted(found)
 
 
+def _shares(text: str | None, models: list["RefactoredCheckpoint"], router: str) -> list[float]:
+    """The budgets of --budget, rising. Raises UsageError when the text is no list of shares, or a model cannot run within a budget."""
+    if text is None:
+        return []
+    for model in models:
+        if router == "stock" or not model.prism.has_router:
+            raise UsageError(f"--budget: {model.path} has no two-level router here; use --router two-level or another folder")
+        if not model.has_thresholds:
+            raise UsageError(f"--budget: {model.path} was written before there were budgets; refactor it again")
+    try:
+        found = sorted({float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise UsageError(f"--budget {text}: write shares above 0 and at most 1, such as '25%,50%' or '0.25,0.5'")
+    return found
+
+
 def _result(windows: "Windows", calibration: Calibration, original: Curve, curves: list[Curve]) -> Evaluation:
     rows, length = windows.rows.shape
     datasets = list(calibration.datasets) or ["bundled"]
@@ -160,6 +181,9 @@ def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
         unit = "whole experts" if curve is original else f"sub-experts, {curve.router} router"
         rows = [_row(point, curve) for point in curve.points]
         parts.append(f"\n{curve.model}: {unit}\n{table(header[:6] if curve is original else header, rows)}")
+        if curve.budgets:
+            rows = [_row(point, curve) for point in curve.budgets]
+            parts.append(f"within a budget, k as each token needs, on average\n{table(['mean k', *header[1:]], rows)}")
         if curve.allocated:
             rows = []
             for uniform, point in zip([point for point in curve.points if point.share < 1], curve.allocated, strict=True):
@@ -169,9 +193,9 @@ def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
     domains = sorted(original.points[-1].domains)
     if len(domains) > 1:
         rows = [
-            [curve.model, curve.router, f"{point.k}", *(f"{point.domains[domain]:.2f}" for domain in domains)]
+            [curve.model, curve.router, _mean_k(point, curve), *(f"{point.domains[domain]:.2f}" for domain in domains)]
             for curve in [original, *curves]
-            for point in curve.points
+            for point in [*curve.points, *curve.budgets]
         ]
         parts.append(f"\nperplexity by domain\n{table(['model', 'router', 'k', *domains], rows)}")
     return "\n".join(parts)
@@ -181,9 +205,13 @@ def _per_layer(point: OperatingPoint) -> str:
     return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
 
 
+def _mean_k(point: OperatingPoint, curve: Curve) -> str:
+    return f"{point.k}" if point.budget is None else f"{point.share * curve.full:.2f}"
+
+
 def _row(point: OperatingPoint, curve: Curve) -> list[str]:
     row = [
-        f"{point.k} of {curve.full}",
+        f"{_mean_k(point, curve)} of {curve.full}",
         f"{point.share:.0%}",
         f"{point.cost.active_parameters / 1e6:.1f}M",
         f"{point.cost.flops / 1e6:.2f}",

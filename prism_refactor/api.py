@@ -28,25 +28,26 @@ from prism_refactor.resources import check_disk, check_memory
 Folder = str | Path
 
 
-def load(folder: Folder, k: int | Sequence[int] | None = None, device: str = "cpu") -> Any:
+def load(folder: Folder, k: int | Sequence[int] | None = None, device: str = "cpu", budget: float | None = None) -> Any:
     """Return the model of a refactored checkpoint, with two-level routing where it has a sub-expert router.
 
     Args:
         folder: what `refactor` or `prism-refactor` wrote.
         k: active sub-experts per token, as for `set_active`; None: as config.json says, which is all of them.
         device: 'cpu' or 'cuda'.
+        budget: in the place of k, see `set_active`.
 
     Raises:
         InputError: the folder is no refactored checkpoint.
-        ValueError: k is out of range.
+        ValueError: k or the budget is out of range.
 
     Example:
         >>> model = prism_refactor.load("demo-output", k=8)
         >>> model.generate(**tokenizer("The Python standard library", return_tensors="pt"))
     """
     model = load_model(Path(folder), device)
-    if k is not None:
-        set_active(model, k)
+    if k is not None or budget is not None:
+        set_active(model, k, budget)
     return model
 
 
@@ -68,21 +69,24 @@ def attach(model: Any, folder: Folder) -> Any:
     return modeling_prism.attach(model, os.fspath(folder))
 
 
-def set_active(model: Any, k: int | Sequence[int]) -> None:
-    """Run a refactored model, stock or two-level, with k sub-experts per token from now on.
+def set_active(model: Any, k: int | Sequence[int] | None = None, budget: float | None = None) -> None:
+    """Run a refactored model, stock or two-level, with k sub-experts per token, or within a budget, from now on.
 
     Args:
         model: from `load`, `attach` or transformers.
         k: a number for all layers, 1 to N times the original top-k, or an operating point: one number per MoE layer.
+        budget: in the place of k, the share of the sub-experts that tokens run on average, above 0 and at most 1. A token runs those whose
+            weight x predicted size is above a threshold, at least one. Needs two-level routing.
 
     Raises:
-        ValueError: k is out of range, or has not one number per MoE layer.
+        ValueError: k or the budget is out of range, both or neither are given, or k has not one number per MoE layer.
 
     Example:
         >>> prism_refactor.set_active(model, 6)
         >>> prism_refactor.set_active(model, [5, 3, 3, 5])
+        >>> prism_refactor.set_active(model, budget=0.25)
     """
-    modeling_prism.set_active(model, k)
+    modeling_prism.set_active(model, k, budget)
 
 
 def operating_points(folder: Folder) -> dict[int, list[int]]:
@@ -152,17 +156,21 @@ def profile(model_dir: Folder, stats_dir: Folder, overwrite: bool = False, **opt
     return [record["summary"] for record in records]
 
 
-def evaluate(model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None = None, **options: Any) -> tuple[Curve, Curve]:
+def evaluate(
+    model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None = None, budgets: Sequence[float] = (), **options: Any
+) -> tuple[Curve, Curve]:
     """Measure perplexity, as `prism-eval` does; returns the curves of the original and of the refactored model.
 
     Args:
         model_dir: the original checkpoint.
         refactored_dir: a model refactored from it; its two-level router is used where it has one.
         k: active sub-experts per token, rising; None: whole experts' worth.
+        budgets: shares of the sub-experts that tokens run on average, rising; the points are the curve's `budgets`.
         options: fields of `Calibration`: datasets, max_seq_length, batch_size, ...; `num_samples` is not used.
 
     Raises:
         InputError: a checkpoint or the text cannot be used, or the models do not belong together.
+        UsageError: budgets, and the refactored model cannot run within one.
 
     Example:
         >>> original, refactored = prism_refactor.evaluate("OLMoE-1B-7B", "out", k=[8, 16])
@@ -173,8 +181,10 @@ def evaluate(model_dir: Folder, refactored_dir: Folder, k: Sequence[int] | None 
     refactored.check_source(original)
     comparison = Comparison(original, read_windows(calibration, original), calibration.compute(original), calibration.seed)
     prism = refactored.prism
+    if budgets and not refactored.has_thresholds:
+        raise UsageError(f"`budgets`: {refactored.path} has no thresholds; refactor it again, with a sub-expert router")
     choices = prism.whole_experts if k is None else sorted(k)
-    return comparison.original, comparison.curves(refactored, [prism.best_router], choices)[0]
+    return comparison.original, comparison.curves(refactored, [prism.best_router], choices, budgets=budgets)[0]
 
 
 def _check_options(options: dict[str, Any], known: set[str]) -> None:

@@ -339,11 +339,13 @@ class OperatingPoint:
     """One number of active sub-experts with its figures.
 
     Attributes:
-        k: active (sub-)experts per MoE layer; one number when they are all the same.
-        share: active share of the experts that the original uses.
+        k: active (sub-)experts per MoE layer; one number when they are all the same. Within a budget, the most that a
+            token may run.
+        share: active share of the experts that the original uses; within a budget, as measured.
         cost: per token.
         perplexity, interval: with its 95 % bootstrap interval over windows.
         domains: perplexity by domain.
+        budget: the share that was asked for; None where k was.
         ratio, ratio_interval: perplexity relative to the original's at the same active experts; None where it has no such setting.
         recovered, recovered_interval: share of what the original loses at the same active experts that is won back; None where it loses
             nothing.
@@ -355,6 +357,7 @@ class OperatingPoint:
     perplexity: float
     interval: tuple[float, float]
     domains: dict[str, float]
+    budget: float | None = None
     ratio: float | None = None
     ratio_interval: tuple[float, float] | None = None
     recovered: float | None = None
@@ -371,6 +374,7 @@ class Curve:
         full: k at which everything runs.
         points: by rising k.
         allocated: non-uniform operating points by rising mean k; only where asked for.
+        budgets: points within a budget, by rising budget; only where asked for.
     """
 
     model: str
@@ -378,6 +382,7 @@ class Curve:
     full: int
     points: list[OperatingPoint]
     allocated: list[OperatingPoint]
+    budgets: list[OperatingPoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_output_has_everything_a_loader_and_a_reader_need(tmp_path, models, comm
         "ceiling": (6, 4),
         "compensation": (2, 6, 4, 32),
         "scale": (8,),
-        **{"map_in": (2, 32), "map_out": (32, 2)},
+        **{"map_in": (2, 32), "map_out": (32, 2), "threshold": (8,)},
     }
 
 

@@ -1,5 +1,6 @@
 """The original and its refactored models on the same text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class Comparison:
             for point, losses in zip(points, sums, strict=True)
         ]
 
-    def curves(self, checkpoint: Checkpoint, routers: list[str], choices: list[int], allocated: bool = False) -> list[Curve]:
+    def curves(
+        self, checkpoint: Checkpoint, routers: list[str], choices: list[int], allocated: bool = False, budgets: Sequence[float] = ()
+    ) -> list[Curve]:
         """The refactored model under each router at each k, in one pass over its layers.
 
         With `allocated`, the output error of each layer is measured in that pass too, and a second pass measures the non-uniform
@@ -57,6 +60,7 @@ class Comparison:
             routers: out of 'stock' and 'two-level'.
             choices: values of k, rising.
             allocated: see above.
+            budgets: of the two-level router, rising.
         """
         full = PrismConfig.required(checkpoint.config, checkpoint.path).max_active
         length = self.windows.rows.shape[1]
@@ -65,13 +69,19 @@ class Comparison:
         points = [Point(router, (k,) * layers) for router in routers for k in choices]
         # Layer errors are measured on the inputs of the full two-level model.
         reference = [Point("two-level", (full,) * layers)] if allocated else []
-        losses = self._losses(checkpoint, reference + points, allocated)
+        elastic = [Point("two-level", (full,) * layers, budget) for budget in budgets]
+        losses = self._losses(checkpoint, reference + points + elastic, allocated)
         curves = []
         for number, router in enumerate(routers):
             start = len(reference) + number * len(choices)
             sums = losses.sums[start : start + len(choices)]
             found = self._measured([(k,) * layers for k in choices], sums, full, costs[router])
             curves.append(Curve(checkpoint.path.resolve().name, router, full, found, []))
+        last = len(losses.sums) - len(budgets)
+        for budget, sums, active in zip(budgets, losses.sums[last:], losses.active[last:].tolist(), strict=True):
+            cost, within = costs["two-level"].at(active), (budget, sum(active) / layers / full)
+            point = measured(self.sampled, sums, (full,) * layers, full, cost, self._originals, within)
+            curves[routers.index("two-level")].budgets.append(point)
         if allocated:
             suggested = list(allocate(losses.layer_errors, [k for k in choices if k < full]).values())
             sums = self._losses(checkpoint, [Point("two-level", k) for k in suggested]).sums

@@ -1,6 +1,7 @@
 """What a token costs at a number of active experts: parameters and floating-point operations."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from safetensors import safe_open
@@ -45,17 +46,17 @@ class CostModel:
         attention = 2 * config.num_attention_heads * widths * (length // 2) * attention_layers
         self.fixed_flops = 2 * (self.dense - (0 if tied else embedding.numel())) + attention
 
-    def at(self, per_layer: list[int]) -> Cost:
-        """At k experts, or sub-experts, in each MoE layer."""
-        parameters, flops = self.dense, self.fixed_flops
+    def at(self, per_layer: Sequence[float]) -> Cost:
+        """At k experts, or sub-experts, in each MoE layer; means where tokens differ."""
+        parameters, flops = float(self.dense), float(self.fixed_flops)
         for block, k in zip(self.blocks, per_layer, strict=True):
             one = sum(math.prod(parameter.shape[1:]) for parameter in block.experts.parameters()) // self.parts
             extra_parameters, extra_flops = self._two_level(block, k) if self.router == "two-level" else (0, 0)
             parameters += k * one + extra_parameters
             flops += 2 * k * one + extra_flops
-        return Cost(parameters, flops)
+        return Cost(round(parameters), round(flops))
 
-    def _two_level(self, block: MoeBlock, k: int) -> tuple[int, int]:
+    def _two_level(self, block: MoeBlock, k: float) -> tuple[float, float]:
         """What the two-level router adds: the original router for the stock one and, below full k, the sub-router and the compensation."""
         assert self.prism is not None
         sub_experts, full = self.prism.sub_experts, self.prism.max_active

@@ -45,7 +45,13 @@ class Bootstrap:
 
 
 def measured(
-    sampled: Bootstrap, sums: torch.Tensor, k: tuple[int, ...], full: int, cost: Cost, original: dict[float, Any]
+    sampled: Bootstrap,
+    sums: torch.Tensor,
+    k: tuple[int, ...],
+    full: int,
+    cost: Cost,
+    original: dict[float, Any],
+    within: tuple[float, float] | None = None,
 ) -> OperatingPoint:
     """Figures of one operating point.
 
@@ -56,20 +62,22 @@ def measured(
         full: k at which everything runs.
         cost: per token.
         original: the original's losses [S] by active share; holds 1.0.
+        within: (budget, share that ran), where a budget was asked for; what is recovered is measured there.
     """
     value, resampled = sampled.perplexity(sums)
-    share = sum(k) / len(k) / full
+    asked, share = within or (sum(k) / len(k) / full,) * 2
     comparison: dict[str, Any] = {}
-    if share in original:
-        theirs, theirs_resampled = sampled.perplexity(original[share])
+    if asked in original:
+        theirs, theirs_resampled = sampled.perplexity(original[asked])
         whole, whole_resampled = sampled.perplexity(original[1.0])
         comparison = {"ratio": value / theirs, "ratio_interval": _interval(resampled / theirs_resampled)}
-        if share < 1 and theirs > whole:
+        if asked < 1 and theirs > whole:
             with np.errstate(divide="ignore", invalid="ignore"):
                 shares = (theirs_resampled - resampled) / (theirs_resampled - whole_resampled)
             comparison |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
     number: int | list[int] = k[0] if len(set(k)) == 1 else list(k)
-    return OperatingPoint(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), **comparison)
+    budget = None if within is None else asked
+    return OperatingPoint(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), budget, **comparison)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -40,10 +40,12 @@ class Point:
     Attributes:
         router: 'original', 'stock' or 'two-level'.
         k: active experts, or sub-experts, of each MoE layer.
+        budget: of the two-level router, in the place of k: the share of the sub-experts that tokens run on average; None: k.
     """
 
     router: str
     k: tuple[int, ...]
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Losses:
 
     Attributes:
         sums: float64 [P, S]: per operating point and window, summed negative log-likelihood of its scored tokens, nats.
+        active: float64 [P, L]: sub-experts that tokens ran in each MoE layer, on average.
         layer_errors: float64 [L, K * N] or None: squared error of each MoE layer's output at k = 1, 2, ..., mean over tokens, on the
             inputs it gets in the full model. Not relative to the layer's own norm: all layers add to the same residual stream.
     """
 
     sums: torch.Tensor
+    active: torch.Tensor
     layer_errors: torch.Tensor | None
 
 
@@ -84,6 +88,7 @@ def stream_losses(
     run_experts_with(stream.model, EXPERTS)
     routers = router_tensors(checkpoint.path / ROUTER_FILE) if any(point.router == "two-level" for point in points) else {}
     errors: list[torch.Tensor] = []
+    active: list[list[float]] = [[] for _ in points]
     moe_layers = 0
     for index in range(len(stream)):
         with stream.layer(index) as layer:
@@ -93,17 +98,20 @@ def stream_losses(
                 two_level = two_level_router(found[1], checkpoint.config, routers[stream.layered.moe_blocks[index]])
             for number, point in enumerate(points):
                 with ExitStack() as stack:
+                    ran = stack.enter_context(_active_of(two_level)) if point.budget is not None and found is not None else None
                     if found is not None:
                         stack.enter_context(_routed(found[1], two_level, point, moe_layers, checkpoint.architecture.top_k))
                     calls = stack.enter_context(_calls_of(found[1])) if found is not None and measure_layers and number == 0 else None
                     stream.advance(index, state=number)
                     if found is not None and calls is not None:
                         errors.append(_layer_errors(found[1], calls))
+                    if found is not None:
+                        active[number].append(point.k[moe_layers] if ran is None else torch.cat(ran).double().mean().item())
                 events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
             moe_layers += found is not None
     with stream.head() as head:
         sums = torch.stack([_sums(head, state, windows, compute.device) for state in stream.states])
-    return Losses(sums, torch.stack(errors) if errors else None)
+    return Losses(sums, torch.tensor(active, dtype=torch.float64), torch.stack(errors) if errors else None)
 
 
 @contextmanager
@@ -118,7 +126,7 @@ def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int, key: 
         finally:
             handle.remove()
         return
-    install(block, two_level, ActiveK(point.k), moe_layer)
+    install(block, two_level, ActiveK(point.k, point.budget), moe_layer)
     try:
         yield
     finally:
@@ -132,6 +140,18 @@ def _heaviest(k: int, _: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torc
         return None
     kept = weights.topk(k).indices
     return hidden, experts.gather(1, kept), weights.gather(1, kept)
+
+
+@contextmanager
+def _active_of(two_level: Any) -> Iterator[list[torch.Tensor]]:
+    """Give the number of sub-experts that each token runs, int64 [T], as it comes."""
+    ran: list[torch.Tensor] = []
+    skipped = two_level.num_experts * two_level.sub_experts
+    handle = two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != skipped).sum(1).cpu()))
+    try:
+        yield ran
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -60,8 +60,8 @@ class TwoLevelRouter(nn.Module):
         kind: how sizes are predicted, see `tensors`.
         tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]; compensation [2, E, N, H], map_in [R, H]
             and map_out [H, R], see `expected`; scale [K * N], of what is kept. 'proxy', the paper's gate neurons: their rows
-            [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. Where the family corrects scores by a
-            tensor outside its router: correction [E].
+            [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. Of both: threshold [K * N], see
+            `within`. Where the family corrects scores by a tensor outside its router: correction [E].
         activation: see `activation_of`, for the proxy.
         groups: see `places`.
     """
@@ -120,7 +120,22 @@ class TwoLevelRouter(nn.Module):
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
         return value.flatten(1)
 
-    def forward(self, hidden_states, weights, experts, k, token_k=None):
+    def within(self, value, budget):
+        """How many sub-experts each token runs at a budget, int64 [T]: those above its threshold, at least one.
+
+        Args:
+            value: `rank` of its sub-experts, float32 [T, K * N].
+            budget: the share of them that runs on average over tokens.
+        """
+        if budget == 1:
+            return torch.full(value.shape[:1], value.shape[1], device=value.device)
+        last = value.shape[1] - 1
+        place = min(max(budget * value.shape[1] - 1, 0), last)
+        before = int(place)
+        threshold = torch.lerp(self.threshold[before], self.threshold[min(before + 1, last)], place - before)
+        return (value > threshold).sum(1).clamp(min=1)
+
+    def forward(self, hidden_states, weights, experts, k, token_k=None, budget=None):
         """Pick the k best sub-experts of each token.
 
         Args:
@@ -128,8 +143,9 @@ class TwoLevelRouter(nn.Module):
             weights: [T, K], of the original routing.
             experts: int64 [T, K], which it chose.
             k: sub-experts per token, at most K * N.
-            token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the index that
-                transformers' experts skip (the number of sub-experts), with weight 0, in its other slots.
+            token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the number of
+                sub-experts as index, with weight 0, in its other slots, which are not to be run.
+            budget: in place of both, see `within`.
 
         Returns:
             (weights [T, k], indices int64 [T, k], what the other sub-experts are expected to add [T, H] or None). The weights are divided
@@ -141,10 +157,13 @@ class TwoLevelRouter(nn.Module):
         if token_k is not None and len(token_k) != len(hidden_states):
             raise ValueError(f"{len(token_k)} numbers of sub-experts for {len(hidden_states)} tokens; give one for each token")
         most = experts.shape[1] * self.sub_experts
-        everything = k == most and token_k is None
+        everything = k == most and token_k is None and budget is None
         if everything and self.choose is None:
             return self._everything(weights, experts)
         value = self.rank(hidden_states, weights, experts)
+        if budget is not None:
+            token_k = self.within(value, budget)
+            k = int(token_k.max())
         compensated = hasattr(self, "compensation")
         order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
         slots = order // self.sub_experts
@@ -222,17 +241,38 @@ class ActiveK:
     Attributes:
         per_layer: k of each MoE layer; where tokens differ, the largest.
         per_token: int64 [T], k of each token of the next forward; None: all tokens run `per_layer`.
+        budget: the share of sub-experts that tokens run on average; None: they run what the others say.
     """
 
-    def __init__(self, per_layer):
-        self.per_layer, self.per_token = list(per_layer), None
+    def __init__(self, per_layer, budget=None):
+        self.per_layer, self.per_token, self.budget = list(per_layer), None, budget
+
+    def of_layer(self, layer):
+        """What the two-level router of a layer is told: (k, k of each token, budget)."""
+        return self.per_layer[layer], self.per_token, self.budget
 
 
 def _two_level_forward(experts, forward, active, layer, hidden_states, top_k_index, top_k_weights):
     """The forward of an experts module with two-level routing, which is given what the original router chose."""
-    weights, indices, missing = experts.two_level(hidden_states, top_k_weights, top_k_index, active.per_layer[layer], active.per_token)
-    output = forward(hidden_states, indices, weights)
+    weights, indices, missing = experts.two_level(hidden_states, top_k_weights, top_k_index, *active.of_layer(layer))
+    if (active.per_token is None and active.budget is None) or _skips_dropped(experts):
+        output = forward(hidden_states, indices, weights)
+    else:
+        output = _run_kept(experts, forward, hidden_states, indices, weights)
     return output if missing is None else output + missing.view_as(output)
+
+
+def _skips_dropped(experts):
+    """Whether what runs an experts module passes over slots whose index is its number of experts: this project's do."""
+    name = getattr(experts, "prism_implementation", None) or experts.config._experts_implementation
+    return str(name).startswith("prism")
+
+
+def _run_kept(experts, forward, hidden_states, indices, weights):
+    """The output of experts without the slots that tokens drop, as rows of one expert each."""
+    tokens, slots = torch.where(indices < experts.num_experts)
+    rows = forward(hidden_states[tokens], indices[tokens, slots, None], weights[tokens, slots, None])
+    return torch.zeros_like(hidden_states).index_add_(0, tokens, rows.to(hidden_states.dtype))
 
 
 def _original_router(router, config, state):
@@ -384,7 +424,7 @@ def _device(module):
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
-_SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "map_in", "map_out", "correction")
+_SUB_ROUTER = ("weight", "bias", "ceiling", "compensation", "scale", "map_in", "map_out", "threshold", "correction")
 
 
 def adopt_llama4(model):
@@ -569,17 +609,24 @@ def full_k(config):
     return recipe["sub_experts"] * recipe["source"][recipe["top_k"]]
 
 
-def set_active(model, k):
-    """Run a refactored model, stock or two-level, with k sub-experts per token from now on.
+def set_active(model, k=None, budget=None):
+    """Run a refactored model, stock or two-level, with k sub-experts per token, or within a budget, from now on.
 
     Args:
         model: the model.
         k: a number for all layers, or an operating point: one number per MoE layer.
+        budget: the share of the sub-experts that tokens run on average, above 0 and at most 1; a token runs more or fewer, as it needs.
 
     Raises:
-        ValueError: k is not between 1 and N times the original top-k, or has not one number per MoE layer.
+        ValueError: both or neither are given; k is not between 1 and N times the original top-k, or has not one number per MoE layer; the
+            budget is no such share, or the model has no two-level routing with thresholds.
     """
     most, active = full_k(model.config), getattr(model, "prism_active", None)
+    if (k is None) == (budget is None):
+        raise ValueError("choose either k, a number of sub-experts, or a budget, the share of them that runs on average")
+    if budget is not None:
+        _check_budget(model, budget)
+        k = most
     prism = model.config.get_text_config().prism
     if active is None and not prism.get("stock", True):
         raise ValueError("this model is the original without two-level routing; attach it first")
@@ -593,9 +640,18 @@ def set_active(model, k):
     if prism.get("stock", True):
         setattr(model.config.get_text_config(), prism["top_k"], max(per_layer))
     if active is not None:
-        active.per_layer, active.per_token = per_layer, None
+        active.per_layer, active.per_token, active.budget = per_layer, None, budget
     for layer, gate in enumerate(gates):
         set_top_k(gate, prism["top_k"], per_layer[layer])
+
+
+def _check_budget(model, budget):
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget {budget}: choose a share above 0 and at most 1")
+    if getattr(model, "prism_active", None) is None:
+        raise ValueError("a budget needs two-level routing; attach it to the model first")
+    if not hasattr(moe_blocks(model)[0].experts.two_level, "threshold"):
+        raise ValueError("a budget needs thresholds, and this checkpoint was written before there were any; refactor it again")
 
 
 def set_top_k(router, key, k):
@@ -623,7 +679,7 @@ def set_token_active(model, token_k):
         raise ValueError("a k per token needs two-level routing; attach it to the model first")
     _check_k(token_k, full_k(model.config))
     most = max(token_k)
-    active.per_layer = [most] * len(active.per_layer)
+    active.per_layer, active.budget = [most] * len(active.per_layer), None
     # A batch of one k runs as if `set_active` had been called: nothing is ranked at full k, nothing is dropped.
     active.per_token = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
 

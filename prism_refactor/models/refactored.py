@@ -21,6 +21,7 @@ class RefactoredCheckpoint(Checkpoint):
     Attributes:
         prism: what config.json says about the original.
         manifest: what is in prism.json.
+        has_thresholds: whether its two-level router can run within a budget.
 
     Raises:
         InputError: the folder is no refactored checkpoint, or a file of it cannot be read.
@@ -31,7 +32,7 @@ class RefactoredCheckpoint(Checkpoint):
         self.prism = PrismConfig.required(self.config, path)
         self.manifest = Manifest.read(path)
         with router_file(path) as file:
-            router_tensors(file)
+            self.has_thresholds = all("threshold" in tensors for tensors in router_tensors(file).values())
 
     def check_source(self, source: Checkpoint) -> None:
         """Raise InputError unless this checkpoint was made from `source`."""

@@ -211,7 +211,7 @@ class OffloadManager:
         if two_level is None:
             return experts
         active: Any = self.model.prism_active
-        return two_level(hidden_states, weights, experts, active.per_layer[layer], active.per_token)[1]
+        return two_level(hidden_states, weights, experts, *active.of_layer(layer))[1]
 
     def choose(self, layer: int, indices: torch.Tensor, asked: torch.Tensor) -> Any:
         """Which sub-experts of a token to skip, see `TwoLevelRouter.choose`."""

@@ -30,6 +30,7 @@ import prism_refactor
 
 model = prism_refactor.load(folder, k={half})
 prism_refactor.set_active(model, {most})  # as often as you like
+prism_refactor.set_active(model, budget=0.25)  # a quarter on average: each token runs what it needs
 ```
 """
 

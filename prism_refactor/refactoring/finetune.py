@@ -1,5 +1,6 @@
 """Router-only fine-tuning (MoE-Prism, linear gate): everything is frozen but router rows, and k rises while training."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.models.transformers_models import adopt_experts, run_experts_with
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
+from prism_refactor.routing.budget import thresholds
 from prism_refactor.signals import exit_code, uninterrupted
 from prism_refactor.tensors import save_tensors
 
@@ -136,6 +138,27 @@ class Training:
                 logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
                 total += F.cross_entropy(logits, tokens[0, 1:]).item()
         return float(np.exp(total / len(choices) / len(self.held_out)))
+
+    @torch.no_grad()
+    def thresholds(self) -> list[torch.Tensor]:
+        """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values, from the held-out text."""
+        blocks = moe_blocks(self.model)
+        values: list[list[torch.Tensor]] = [[] for _ in blocks]
+
+        def note(layer: int, router: Any, arguments: tuple[Any, ...]) -> None:
+            values[layer].append(router.rank(*arguments[:3]).cpu())
+
+        hooks = [block.experts.two_level.register_forward_pre_hook(functools.partial(note, layer)) for layer, block in enumerate(blocks)]
+        try:
+            set_active(self.model, full_k(self.model.config))
+            self.model.eval()
+            with self._values(self.best_values):
+                for row in self.held_out:
+                    self.model(input_ids=row[None].to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [thresholds(torch.cat(each)) for each in values]
 
     @contextmanager
     def _values(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -300,4 +323,7 @@ class FineTuning:
         for key, value in self.training.best_values.items():
             layer, _, leaf = key.partition(".")
             found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
-        return found if self.router == "two-level" else LayeredModel(self.source, None).names_on_disk(model, found)
+        if self.router == "stock":
+            return LayeredModel(self.source, None).names_on_disk(model, found)
+        limits = zip(gates, self.training.thresholds(), strict=True)
+        return found | {f"{names[id(gate)]}.threshold": each for gate, each in limits}

@@ -20,6 +20,7 @@ from prism_refactor.models.transformers_models import FusedExperts, MoeBlock
 from prism_refactor.recipe import Recipe
 from prism_refactor.refactoring.timings import Timings
 from prism_refactor.refactoring.workers import Task, Workers
+from prism_refactor.routing.budget import thresholds
 from prism_refactor.routing.compensation import fit_compensation
 from prism_refactor.routing.linear import fit_linear
 from prism_refactor.routing.output import relative_error, stock_output, two_level_output
@@ -109,11 +110,14 @@ class LayerRefactoring:
         if not stock:
             del weights
             cut(self.target.experts, self.recipe.sub_experts)
-        fitting, held_out = self._sample().split()
+        sample = self._sample()
+        fitting, held_out = sample.split()
         stored = original_routing(self.source) if stock else {}
         original = {name: value.float() for name, value in stored.items()}
         with self.run.timings.stage("fitting"), in_float32(self.target):
             fitted = self._fit_router(original, labels, fitting)
+            if self.recipe.has_router:
+                fitted["threshold"] = self._thresholds(original | fitted, sample)
         with self.run.timings.stage("measuring"):
             errors = self._output_errors(original | fitted, held_out.part(slice(MEASURED)))
         experts = [
@@ -124,7 +128,8 @@ class LayerRefactoring:
         if not stock:
             # Together again.
             weights = _named(self.target.experts.state_dict())
-        return LayerResult(weights, stored | {"neuron_sub_expert": labels.int()} | fitted, self._pictures(order), report)
+        router = stored | {"neuron_sub_expert": labels.int()} | fitted
+        return LayerResult(weights, router, self._pictures(order), report)
 
     def _sample(self) -> Routed:
         """The sampled inputs and where the source sends them: found anew in float32 where that takes no more than they."""
@@ -153,6 +158,11 @@ class LayerRefactoring:
             return {"gate_neurons": torch.stack(chosen)}
         fitted = fit_linear(experts, fitting, len(labels), recipe.sub_experts, self.run.workers.run)
         return fitted | fit_compensation(two_level_router(self.target, self.config, original | fitted), experts, fitting)
+
+    @torch.inference_mode()
+    def _thresholds(self, router: Tensors, routed: Routed) -> torch.Tensor:
+        two_level = two_level_router(self.target, self.config, router)
+        return thresholds(torch.cat([two_level.rank(part.inputs, part.weights, part.experts) for part in routed.chunks()]))
 
     def _output_errors(self, router: Tensors, routed: Routed) -> dict[str, list[Any]]:
         """Return the squared relative error of the layer's output at k = N, 2 N, ... K N sub-experts, and of the original at 1 ... K.

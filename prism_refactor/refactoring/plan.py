@@ -117,7 +117,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
         quantised=checkpoint.quantised,
         disk_needed=int((1 + _DISK_MARGIN) * bytes_out) + _DISK_FIXED + 4 * router_bytes + text_bytes + side_bytes,
         disk_free=free_disk(target),
-        memory_needed=memory_needed(layered, calibration, workers),
+        memory_needed=memory_needed(layered, calibration, workers, recipe.sub_experts),
         memory_free=allowed_memory(),
         compute=_compute(layered, layers, calibration),
     )
@@ -219,11 +219,11 @@ def _text_bytes(layered: LayeredModel, calibration: Calibration) -> int:
     )
 
 
-def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None) -> int:
-    """Bytes at the peak of profiling or, with a number of workers, of refactoring too, in all processes on this machine.
+def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int | None = None, sub_experts: int = 1) -> int:
+    """Bytes at the peak of profiling or, with a number of workers, of refactoring into `sub_experts` too, in all processes on this machine.
 
     Profiling holds a layer as stored and widened to the compute type; fitting holds it as stored and split, where it is not written split
-    once more, and the workers' Gram matrices.
+    once more, and the Gram matrices of the workers or of the compensation.
     """
     width = calibration.resolved_dtype(layered.checkpoint).itemsize
     stored = max(dtype.itemsize for dtype in layered.checkpoint.dtypes.values() if dtype is not None)
@@ -242,7 +242,10 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     if workers is not None:
         # A regression of D features needs about four D x D matrices in float64.
         regression = 4 * 8 * min(hidden, tokens) ** 2
-        processes = workers * (regression + _WORKER_BYTES) if workers > 1 else regression
+        # The compensation of D features has four D x D matrices and as many D x H ones; no worker runs beside it.
+        features = 2 * count * sub_experts + hidden
+        matrices = max(workers * regression, 4 * 8 * features * (features + hidden))
+        processes = matrices + (workers * _WORKER_BYTES if workers > 1 else 0)
         copies_of_layer = 2 if layered.checkpoint.architecture.stock else 3
         peak = max(peak, copies_of_layer * _LAYER_MARGIN * largest * stored + processes + inputs)
     return int(peak) + _text_bytes(layered, calibration) + sample + 2 * inputs + picture + _FIXED_BYTES

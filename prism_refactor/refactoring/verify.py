@@ -138,6 +138,8 @@ def _compare_block(before: Any, after: Any, router: dict[str, torch.Tensor], con
         shapes["scale"] = (full_k(config),)
         rank = len(router.get("map_in", ()))
         shapes |= {"map_in": (rank, hidden), "map_out": (hidden, rank)}
+    if prism.has_router:
+        shapes["threshold"] = (full_k(config),)
     original = original_routing(before) if prism.stock else {}
     if {name: tuple(value.shape) for name, value in router.items()} != shapes | {
         name: tuple(value.shape) for name, value in original.items()

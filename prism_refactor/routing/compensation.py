@@ -113,10 +113,13 @@ class _Accumulator:
 
     def _target(self, extra: torch.Tensor) -> torch.Tensor:
         """What the regressors are to explain, if the kept output is scaled by 1 - extra: extra x kept is to be made up for."""
-        return self.missing + torch.einsum("k,kmh->mh", self.weight.double() * extra, self.kept.double())
+        target = self.missing.clone()
+        for share, kept in zip((self.weight.double() * extra).tolist(), self.kept, strict=True):
+            target.add_(kept, alpha=share)
+        return target
 
     def _extra(self, coefficients: torch.Tensor) -> torch.Tensor:
-        made_up = torch.stack([(kept.double() * coefficients).sum() for kept in self.kept])
+        made_up = torch.stack([torch.sum(kept * coefficients) for kept in self.kept])
         return -(self.kept_missing - made_up) / self.kept_square.clamp_min(1e-30)
 
 
