@@ -227,7 +227,7 @@ class Ablation:
         """One layer's two-level router, fitted where the checkpoint does not hold it."""
         if router == "linear":
             return two_level(block, config, tensors, "linear")
-        bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale")}
+        bare = {name: tensor for name, tensor in tensors.items() if name not in ("compensation", "scale", "map_in", "map_out")}
         sub_experts = PrismConfig(**config.prism).sub_experts
         inputs, original = layer.inputs.float(), two_level(block, config, bare, "linear")
         sample, _ = Routed(inputs, *original.route(inputs)[1:]).split()

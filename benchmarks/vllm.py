@@ -31,6 +31,7 @@ from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import auto_class
+from prism_refactor.routing.compensation import map_rank
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "vllm_plugin" / "tests"), str(ROOT / "vllm_plugin")]
@@ -173,6 +174,8 @@ def routing_cost() -> None:
         "ceiling": torch.randn(experts, parts) + 3,
         "compensation": torch.randn(2, experts, parts, hidden),
         "scale": torch.rand(top_k * parts),
+        "map_in": torch.randn(map_rank(hidden, 1024, top_k), hidden) / 40,
+        "map_out": torch.randn(hidden, map_rank(hidden, 1024, top_k)) / 40,
     }
     router, compiled = SubRouter.of(tensors, "silu"), torch.compile(route)
     kernel = re.compile(r"^\s+(?:cpp_fused\w*\(|extern_kernels\.|buf\d+ = torch\.ops\.aten\.)", re.MULTILINE)

@@ -87,7 +87,8 @@ def write_model(folder: Path, name: str, layers: int, split: bool, dry: bool) ->
         config |= {"num_experts": experts * SUB_EXPERTS, "num_experts_per_tok": top_k * SUB_EXPERTS, width: sizes[width] // SUB_EXPERTS}
         prism = {"sub_experts": SUB_EXPERTS, "factor": SUB_EXPERTS, "router": "linear", "top_k": "num_experts_per_tok", "source": before}
         config["prism"] = prism
-        tensors = {}
+        # A map of a 32nd of the experts' operations.
+        tensors, rank = {}, 3 * sizes[width] * top_k // 64
         for layer in range(layers):
             tensors |= {
                 f"model.layers.{layer}.mlp.gate.{leaf}": value
@@ -98,6 +99,8 @@ def write_model(folder: Path, name: str, layers: int, split: bool, dry: bool) ->
                     "ceiling": torch.full((experts, SUB_EXPERTS), 9.0),
                     "compensation": torch.randn(2, experts, SUB_EXPERTS, hidden) * 1e-3,
                     "scale": torch.ones(top_k * SUB_EXPERTS),
+                    "map_in": torch.randn(rank, hidden) * 1e-3,
+                    "map_out": torch.randn(hidden, rank) * 1e-3,
                 }.items()
             }
         save_file(tensors, folder / "sub_expert_router.safetensors")

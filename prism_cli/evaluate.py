@@ -141,6 +141,8 @@ def _choices(text: str, full: int) -> list[int]:
 
 def _shares(text: str | None, models: list["RefactoredCheckpoint"], router: str) -> list[float]:
     """The budgets of --budget, rising. Raises UsageError when the text is no list of shares, or a model cannot run within a budget."""
+    from prism_refactor.evaluation.curve import checked_budgets
+
     if text is None:
         return []
     for model in models:
@@ -148,13 +150,11 @@ def _shares(text: str | None, models: list["RefactoredCheckpoint"], router: str)
             raise UsageError(f"--budget: {model.path} has no two-level router here; use --router two-level or another folder")
         if not model.has_thresholds:
             raise UsageError(f"--budget: {model.path} was written before there were budgets; refactor it again")
+    parts = [part.strip() for part in text.split(",")]
     try:
-        found = sorted({float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1) for part in text.split(",")})
+        return checked_budgets(float(part.removesuffix("%")) / (100 if part.endswith("%") else 1) for part in parts)
     except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
-        raise UsageError(f"--budget {text}: write shares above 0 and at most 1, such as '25%,50%' or '0.25,0.5'")
-    return found
+        raise UsageError(f"--budget {text}: write shares such as '25%,50%' or '0.25,0.5'") from None
 
 
 def _result(windows: "Windows", calibration: Calibration, original: Curve, curves: list[Curve]) -> Evaluation:
@@ -193,7 +193,7 @@ def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
     domains = sorted(original.points[-1].domains)
     if len(domains) > 1:
         rows = [
-            [curve.model, curve.router, _mean_k(point, curve), *(f"{point.domains[domain]:.2f}" for domain in domains)]
+            [curve.model, curve.router, point.k_text(curve.full), *(f"{point.domains[domain]:.2f}" for domain in domains)]
             for curve in [original, *curves]
             for point in [*curve.points, *curve.budgets]
         ]
@@ -205,13 +205,9 @@ def _per_layer(point: OperatingPoint) -> str:
     return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
 
 
-def _mean_k(point: OperatingPoint, curve: Curve) -> str:
-    return f"{point.k}" if point.budget is None else f"{point.share * curve.full:.2f}"
-
-
 def _row(point: OperatingPoint, curve: Curve) -> list[str]:
     row = [
-        f"{_mean_k(point, curve)} of {curve.full}",
+        f"{point.k_text(curve.full)} of {curve.full}",
         f"{point.share:.0%}",
         f"{point.cost.active_parameters / 1e6:.1f}M",
         f"{point.cost.flops / 1e6:.2f}",

@@ -11,6 +11,7 @@ from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.store import estimated_bytes, write_statistics
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.compare import Comparison
+from prism_refactor.evaluation.curve import checked_budgets
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.files import check_target
 from prism_refactor.formats import INDEX, MANIFEST, Curve, Manifest
@@ -165,12 +166,12 @@ def evaluate(
         model_dir: the original checkpoint.
         refactored_dir: a model refactored from it; its two-level router is used where it has one.
         k: active sub-experts per token, rising; None: whole experts' worth.
-        budgets: shares of the sub-experts that tokens run on average, rising; the points are the curve's `budgets`.
+        budgets: shares of the sub-experts that tokens run on average; the points are the curve's `budgets`.
         options: fields of `Calibration`: datasets, max_seq_length, batch_size, ...; `num_samples` is not used.
 
     Raises:
         InputError: a checkpoint or the text cannot be used, or the models do not belong together.
-        UsageError: budgets, and the refactored model cannot run within one.
+        UsageError: a budget is no share, or the refactored model cannot run within one.
 
     Example:
         >>> original, refactored = prism_refactor.evaluate("OLMoE-1B-7B", "out", k=[8, 16])
@@ -184,7 +185,7 @@ def evaluate(
     if budgets and not refactored.has_thresholds:
         raise UsageError(f"`budgets`: {refactored.path} has no thresholds; refactor it again, with a sub-expert router")
     choices = prism.whole_experts if k is None else sorted(k)
-    return comparison.original, comparison.curves(refactored, [prism.best_router], choices, budgets=budgets)[0]
+    return comparison.original, comparison.curves(refactored, [prism.best_router], choices, budgets=checked_budgets(budgets))[0]
 
 
 def _check_options(options: dict[str, Any], known: set[str]) -> None:

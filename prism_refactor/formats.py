@@ -363,6 +363,12 @@ class OperatingPoint:
     recovered: float | None = None
     recovered_interval: tuple[float, float] | None = None
 
+    def k_text(self, full: int) -> str:
+        """k as people read it: '4', '5 3 3 5' by layer, or '4.07', the mean within a budget; `full`: of the curve."""
+        if self.budget is not None:
+            return f"{self.share * full:.2f}"
+        return str(self.k) if isinstance(self.k, int) else " ".join(map(str, self.k))
+
 
 @dataclass(frozen=True)
 class Curve:

@@ -69,8 +69,8 @@ class Comparison:
         points = [Point(router, (k,) * layers) for router in routers for k in choices]
         # Layer errors are measured on the inputs of the full two-level model.
         reference = [Point("two-level", (full,) * layers)] if allocated else []
-        elastic = [Point("two-level", (full,) * layers, budget) for budget in budgets]
-        losses = self._losses(checkpoint, reference + points + elastic, allocated)
+        within = [Point("two-level", (full,) * layers, budget) for budget in budgets]
+        losses = self._losses(checkpoint, reference + points + within, allocated)
         curves = []
         for number, router in enumerate(routers):
             start = len(reference) + number * len(choices)
@@ -79,8 +79,8 @@ class Comparison:
             curves.append(Curve(checkpoint.path.resolve().name, router, full, found, []))
         last = len(losses.sums) - len(budgets)
         for budget, sums, active in zip(budgets, losses.sums[last:], losses.active[last:].tolist(), strict=True):
-            cost, within = costs["two-level"].at(active), (budget, sum(active) / layers / full)
-            point = measured(self.sampled, sums, (full,) * layers, full, cost, self._originals, within)
+            cost, share = costs["two-level"].at(active), sum(active) / layers / full
+            point = measured(self.sampled, sums, (full,) * layers, full, cost, self._originals, budget, share)
             curves[routers.index("two-level")].budgets.append(point)
         if allocated:
             suggested = list(allocate(losses.layer_errors, [k for k in choices if k < full]).values())

@@ -1,5 +1,7 @@
 """The quality curve: perplexity with intervals, the original beside each refactored model, and the figures that a requirement may be on."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,8 @@ def measured(
     full: int,
     cost: Cost,
     original: dict[float, Any],
-    within: tuple[float, float] | None = None,
+    budget: float | None = None,
+    active: float = math.nan,
 ) -> OperatingPoint:
     """Figures of one operating point.
 
@@ -62,10 +65,12 @@ def measured(
         full: k at which everything runs.
         cost: per token.
         original: the original's losses [S] by active share; holds 1.0.
-        within: (budget, share that ran), where a budget was asked for; what is recovered is measured there.
+        budget: the share that was asked for, if it was; what is recovered is measured there.
+        active: then the share that ran.
     """
     value, resampled = sampled.perplexity(sums)
-    asked, share = within or (sum(k) / len(k) / full,) * 2
+    share = sum(k) / len(k) / full if budget is None else active
+    asked = share if budget is None else budget
     comparison: dict[str, Any] = {}
     if asked in original:
         theirs, theirs_resampled = sampled.perplexity(original[asked])
@@ -76,13 +81,21 @@ def measured(
                 shares = (theirs_resampled - resampled) / (theirs_resampled - whole_resampled)
             comparison |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
     number: int | list[int] = k[0] if len(set(k)) == 1 else list(k)
-    budget = None if within is None else asked
     return OperatingPoint(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), budget, **comparison)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
     low, high = np.nanpercentile(values, CONFIDENCE)
     return float(low), float(high)
+
+
+def checked_budgets(budgets: Iterable[float]) -> list[float]:
+    """Some budgets, rising. Raises UsageError when one is no share above 0 and at most 1."""
+    found = sorted(set(budgets))
+    for budget in found:
+        if not 0 < budget <= 1:
+            raise UsageError(f"`budget` {budget:g}: choose a share above 0 and at most 1")
+    return found
 
 
 # The figures that a requirement may be on, and that each has a position.

@@ -126,7 +126,7 @@ def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int, key: 
         finally:
             handle.remove()
         return
-    install(block, two_level, ActiveK(point.k, point.budget), moe_layer)
+    install(block, two_level, ActiveK(point.k, budget=point.budget), moe_layer)
     try:
         yield
     finally:

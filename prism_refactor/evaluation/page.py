@@ -199,12 +199,12 @@ def _quality(evaluation: Evaluation) -> dict[str, Any]:
         "text": evaluation.text,
         "perplexity": chart(perplexity, ticks, "active share of the original's experts", "perplexity"),
         "ratio": chart(ratio, ticks, "active share of the original's experts", "perplexity ÷ the original's"),
-        "rows": [_point_row(curve, point) for curve in curves for point in curve.points],
+        "rows": [_point_row(curve, point) for curve in curves for point in [*curve.points, *curve.budgets]],
         "domains": domains,
         "domain_rows": [
-            (_title(curve), _kind(curve.router), _k(point.k), [_value(point.domains.get(domain), ".2f") for domain in domains])
+            (_title(curve), _kind(curve.router), point.k_text(curve.full), [_value(point.domains.get(domain), ".2f") for domain in domains])
             for curve in curves
-            for point in curve.points
+            for point in [*curve.points, *curve.budgets]
         ],
     }
 
@@ -235,7 +235,7 @@ def _point_row(curve: Curve, point: OperatingPoint) -> dict[str, Any]:
         "kind": _kind(curve.router),
         "first": point is curve.points[0],
         "cells": [
-            f"{_k(point.k)} of {curve.full}",
+            f"{point.k_text(curve.full)} of {curve.full}" + (" on average" if point.budget is not None else ""),
             f"{point.share:.0%}",
             f"{point.cost.active_parameters / 1e6:,.1f} M",
             f"{point.cost.flops / 1e9:#.3g}".rstrip("."),

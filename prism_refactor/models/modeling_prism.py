@@ -61,7 +61,7 @@ class TwoLevelRouter(nn.Module):
         tensors: of the sub-router. 'linear': weight [E, N, H], bias [E, N], ceiling [E, N]; compensation [2, E, N, H], map_in [R, H]
             and map_out [H, R], see `expected`; scale [K * N], of what is kept. 'proxy', the paper's gate neurons: their rows
             [E, N, 2r, H] as the experts hold them, and row_bias [E, N, 2r] where those have biases. Of both: threshold [K * N], see
-            `within`. Where the family corrects scores by a tensor outside its router: correction [E].
+            `k_within`. Where the family corrects scores by a tensor outside its router: correction [E].
         activation: see `activation_of`, for the proxy.
         groups: see `places`.
     """
@@ -120,15 +120,13 @@ class TwoLevelRouter(nn.Module):
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
         return value.flatten(1)
 
-    def within(self, value, budget):
+    def k_within(self, value, budget):
         """How many sub-experts each token runs at a budget, int64 [T]: those above its threshold, at least one.
 
         Args:
             value: `rank` of its sub-experts, float32 [T, K * N].
-            budget: the share of them that runs on average over tokens.
+            budget: the share of them that runs on average over tokens; below 1 / (K * N) it is that.
         """
-        if budget == 1:
-            return torch.full(value.shape[:1], value.shape[1], device=value.device)
         last = value.shape[1] - 1
         place = min(max(budget * value.shape[1] - 1, 0), last)
         before = int(place)
@@ -145,7 +143,7 @@ class TwoLevelRouter(nn.Module):
             k: sub-experts per token, at most K * N.
             token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the number of
                 sub-experts as index, with weight 0, in its other slots, which are not to be run.
-            budget: in place of both, see `within`.
+            budget: in place of both, see `k_within`.
 
         Returns:
             (weights [T, k], indices int64 [T, k], what the other sub-experts are expected to add [T, H] or None). The weights are divided
@@ -162,7 +160,7 @@ class TwoLevelRouter(nn.Module):
             return self._everything(weights, experts)
         value = self.rank(hidden_states, weights, experts)
         if budget is not None:
-            token_k = self.within(value, budget)
+            token_k = self.k_within(value, budget)
             k = int(token_k.max())
         compensated = hasattr(self, "compensation")
         order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
@@ -241,11 +239,17 @@ class ActiveK:
     Attributes:
         per_layer: k of each MoE layer; where tokens differ, the largest.
         per_token: int64 [T], k of each token of the next forward; None: all tokens run `per_layer`.
-        budget: the share of sub-experts that tokens run on average; None: they run what the others say.
+        budget: the share of sub-experts that tokens run on average, in the place of both; None: they run `per_layer` or `per_token`.
     """
 
-    def __init__(self, per_layer, budget=None):
-        self.per_layer, self.per_token, self.budget = list(per_layer), None, budget
+    def __init__(self, per_layer, per_token=None, budget=None):
+        self.set(per_layer, per_token, budget)
+
+    def set(self, per_layer, per_token=None, budget=None):
+        """Change all of it."""
+        self.per_layer, self.per_token = list(per_layer), per_token
+        # A budget of all is the largest k, and then nothing is ranked.
+        self.budget = None if budget == 1 else budget
 
     def of_layer(self, layer):
         """What the two-level router of a layer is told: (k, k of each token, budget)."""
@@ -264,8 +268,9 @@ def _two_level_forward(experts, forward, active, layer, hidden_states, top_k_ind
 
 def _skips_dropped(experts):
     """Whether what runs an experts module passes over slots whose index is its number of experts: this project's do."""
-    name = getattr(experts, "prism_implementation", None) or experts.config._experts_implementation
-    return str(name).startswith("prism")
+    # Llama 4's have no config.
+    own = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return str(getattr(experts, "prism_implementation", own)).startswith("prism")
 
 
 def _run_kept(experts, forward, hidden_states, indices, weights):
@@ -615,7 +620,8 @@ def set_active(model, k=None, budget=None):
     Args:
         model: the model.
         k: a number for all layers, or an operating point: one number per MoE layer.
-        budget: the share of the sub-experts that tokens run on average, above 0 and at most 1; a token runs more or fewer, as it needs.
+        budget: the share of the sub-experts that tokens run on average, above 0 and at most 1; a token runs more or fewer, as it needs, and
+            at least one.
 
     Raises:
         ValueError: both or neither are given; k is not between 1 and N times the original top-k, or has not one number per MoE layer; the
@@ -640,7 +646,7 @@ def set_active(model, k=None, budget=None):
     if prism.get("stock", True):
         setattr(model.config.get_text_config(), prism["top_k"], max(per_layer))
     if active is not None:
-        active.per_layer, active.per_token, active.budget = per_layer, None, budget
+        active.set(per_layer, budget=budget)
     for layer, gate in enumerate(gates):
         set_top_k(gate, prism["top_k"], per_layer[layer])
 
@@ -648,6 +654,8 @@ def set_active(model, k=None, budget=None):
 def _check_budget(model, budget):
     if not 0 < budget <= 1:
         raise ValueError(f"budget {budget}: choose a share above 0 and at most 1")
+    if model.config.get_text_config().prism["router"] == "replicate":
+        raise ValueError("a budget needs a sub-expert router, and this checkpoint has none; refactor with the router linear or proxy")
     if getattr(model, "prism_active", None) is None:
         raise ValueError("a budget needs two-level routing; attach it to the model first")
     if not hasattr(moe_blocks(model)[0].experts.two_level, "threshold"):
@@ -679,9 +687,9 @@ def set_token_active(model, token_k):
         raise ValueError("a k per token needs two-level routing; attach it to the model first")
     _check_k(token_k, full_k(model.config))
     most = max(token_k)
-    active.per_layer, active.budget = [most] * len(active.per_layer), None
     # A batch of one k runs as if `set_active` had been called: nothing is ranked at full k, nothing is dropped.
-    active.per_token = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
+    per_token = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
+    active.set([most] * len(active.per_layer), per_token)
 
 
 def _check_k(values, most):

@@ -287,10 +287,13 @@ class _Forecast:
         chosen = guess < self.experts
         found = ((guess[:, :, None] == index[:, None, :]).any(2) & chosen).sum(0) / np.maximum(chosen.sum(0), 1)
         right = self._right[layer]
-        if right is None or len(right) != len(found):
+        if right is None:
             self._right[layer] = found
-        else:
-            self._right[layer] = np.where(chosen.any(0), right + MEMORY * (found - right), right)
+            return
+        # Within a budget there are more slots now and fewer then.
+        width = min(len(right), len(found))
+        learned = np.where(chosen.any(0)[:width], right[:width] + MEMORY * (found[:width] - right[:width]), right[:width])
+        self._right[layer] = np.concatenate([learned, right[width:], found[width:]])
 
 
 def offloaded_experts_forward(

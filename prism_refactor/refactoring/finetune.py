@@ -35,6 +35,8 @@ from prism_refactor.tensors import save_tensors
 NOT_COPIED = (CARD, MANIFEST, EVALUATION, PAGE)
 # The last part of the text chooses the best state: one sequence in so many.
 HELD_OUT_ONE_IN = 16
+# Sequences, beside the held-out ones, that thresholds of budgets are taken from.
+THRESHOLD_ROWS = 64
 _STATE_FILE, _STATE_RECORD = "training.safetensors", "training.json"
 
 
@@ -141,7 +143,7 @@ class Training:
 
     @torch.no_grad()
     def thresholds(self) -> list[torch.Tensor]:
-        """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values, from the held-out text."""
+        """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values."""
         blocks = moe_blocks(self.model)
         values: list[list[torch.Tensor]] = [[] for _ in blocks]
 
@@ -153,7 +155,7 @@ class Training:
             set_active(self.model, full_k(self.model.config))
             self.model.eval()
             with self._values(self.best_values):
-                for row in self.held_out:
+                for row in [*self.held_out, *self.rows[:THRESHOLD_ROWS]]:
                     self.model(input_ids=row[None].to(self.model.device), use_cache=False)
         finally:
             for hook in hooks:
@@ -309,7 +311,8 @@ class FineTuning:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) in shards:
                 tensors = load_file(source.path / relative)
-                save_tensors({name: changed.get(name, value).to(value.dtype) for name, value in tensors.items()}, folder / relative)
+                own = {name: value for name, value in changed.items() if name in tensors or relative == Path(ROUTER_FILE)}
+                save_tensors(tensors | {name: value.to(tensors.get(name, value).dtype) for name, value in own.items()}, folder / relative)
             else:
                 shutil.copyfile(source.path / relative, folder / relative)
         manifest.write(folder)

@@ -11,8 +11,10 @@ import torch
 def thresholds(values: torch.Tensor) -> torch.Tensor:
     """Above which value sub-experts run so that 1, 2, ..., K * N of them do, on average over tokens.
 
+    Where many values are equal (predicted sizes at their ceiling, a proxy's gate neurons that are all off) fewer may run.
+
     Args:
-        values: float32 [T, K * N], of the sub-experts of a layer's tokens.
+        values: float32 [T, K * N], of the sub-experts of a layer's tokens; K * N is 2 at least.
 
     Returns:
         float32 [K * N], falling.

@@ -22,21 +22,23 @@ from prism_refactor.routing.sample import Routed
 
 # Shares of the sub-experts that are kept while fitting; other k interpolate the factors.
 KEPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-# Relative to the mean square of the vectors' features, and of the map's inputs.
+# Relative to the mean of all vectors' features squared, and to each input's of the map: an input may be a thousand times another.
 RIDGE, MAP_RIDGE = 1e-3, 1e-2
 ROUNDS = 3
 # Operations of the map, relative to those of a token's experts at full k.
 MAP_COST = 1 / 32
 
 
-def map_rank(hidden: int, neurons: int, top_k: int) -> int:
-    """Rank of a layer's map: what `MAP_COST` pays for, at most half of the hidden size.
+def map_rank(hidden: int, neurons: int, top_k: int, matrices: int = 3) -> int:
+    """Rank R of a layer's map: what `MAP_COST` pays for, at most half of the hidden size.
+
+    The map takes 4 H R operations a token, an expert of C neurons 2 H C for each of its matrices: gate, up and down, or two.
 
     Example:
         >>> map_rank(576, 1536, 1)
         72
     """
-    return max(1, min(hidden // 2, round(MAP_COST * 6 * hidden * neurons * top_k / (4 * hidden))))
+    return max(1, min(hidden // 2, round(MAP_COST * matrices * neurons * top_k / 2)))
 
 
 class _Accumulator:
@@ -94,16 +96,18 @@ class _Accumulator:
         vectors, inputs = slice(self.features), slice(self.features, None)
         gram = torch.triu(self.gram)
         gram = gram + gram.triu(1).T
-        for part, ridge in ((vectors, RIDGE), (inputs, MAP_RIDGE)):
-            diagonal = gram[part, part].diagonal()
-            diagonal += ridge * diagonal.mean().clamp_min(1e-30)
+        diagonal, smallest = gram.diagonal(), self.gram.diagonal().mean().clamp_min(1e-30)
+        diagonal[vectors] += RIDGE * diagonal[vectors].mean().clamp_min(1e-30)
+        diagonal[inputs] += MAP_RIDGE * diagonal[inputs] + 1e-9 * smallest
         factor, extra = torch.linalg.cholesky(gram), torch.zeros_like(self.kept_square)
         for _ in range(ROUNDS):
             coefficients = torch.cholesky_solve(self._target(extra), factor)
             extra = self._extra(coefficients)
         whole = coefficients[inputs]
-        # The directions of the output in which the map's predictions are largest.
-        map_out = torch.linalg.eigh(whole.T @ gram[inputs, inputs] @ whole).eigenvectors[:, -rank:]
+        # The directions of the output in which the map's predictions are largest, of what the vectors cannot explain: this block of the
+        # factor is that of the Schur complement.
+        root = factor[inputs, inputs].T @ whole
+        map_out = torch.linalg.eigh(root.T @ root).eigenvectors[:, -rank:]
         map_in = (whole @ map_out).T
         coefficients[inputs] = map_in.T @ map_out.T
         rest = self._target(extra)[vectors] - gram[vectors, inputs] @ coefficients[inputs]
@@ -158,8 +162,10 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
             full.index_add_(0, tokens, outputs.sum(1))
             missing.index_add_(1, tokens, torch.einsum("ktn,tnh->kth", by_slot[:, tokens, slots], outputs))
         accumulator.add(features, chunk, full - missing, missing)
-    _, hidden, neurons = FusedExperts(experts).shape
-    vectors, map_in, map_out, factors = accumulator.solve(map_rank(hidden, neurons * sub_experts, top_k))
+    fused = FusedExperts(experts)
+    _, hidden, neurons = fused.shape
+    rank = map_rank(hidden, neurons * sub_experts, top_k, 3 if fused.inner == "gate_up_proj" else 2)
+    vectors, map_in, map_out, factors = accumulator.solve(rank)
 
     scale = np.interp(np.arange(1, width + 1), [*choices.tolist(), width], [*factors.tolist(), 1.0])
     return {
