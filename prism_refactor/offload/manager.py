@@ -292,7 +292,8 @@ class _Forecast:
             return
         # Within a budget there are more slots now and fewer then.
         width = min(len(right), len(found))
-        learned = np.where(chosen.any(0)[:width], right[:width] + MEMORY * (found[:width] - right[:width]), right[:width])
+        seen = chosen[:, :width].any(0)
+        learned = np.where(seen, right[:width] + MEMORY * (found[:width] - right[:width]), right[:width])
         self._right[layer] = np.concatenate([learned, right[width:], found[width:]])
 
 
