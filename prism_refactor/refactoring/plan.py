@@ -242,9 +242,9 @@ def memory_needed(layered: LayeredModel, calibration: Calibration, workers: int 
     if workers is not None:
         # A regression of D features needs about four D x D matrices in float64.
         regression = 4 * 8 * min(hidden, tokens) ** 2
-        # The compensation of D features has four D x D matrices and as many D x H ones; no worker runs beside it.
+        # The compensation of D features has five D x D matrices and seven D x H ones; no worker runs beside it.
         features = 2 * count * sub_experts + hidden
-        matrices = max(workers * regression, 4 * 8 * features * (features + hidden))
+        matrices = max(workers * regression, 8 * features * (5 * features + 7 * hidden))
         processes = matrices + (workers * _WORKER_BYTES if workers > 1 else 0)
         copies_of_layer = 2 if layered.checkpoint.architecture.stock else 3
         peak = max(peak, copies_of_layer * _LAYER_MARGIN * largest * stored + processes + inputs)
