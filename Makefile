@@ -23,7 +23,7 @@ demo: setup ## refactor the example checkpoint, verify it, measure its quality a
 	@echo "2/4 verifying that $(DEMO) is the same model at full k"
 	@$(BIN)/prism-verify examples/olmoe-tiny $(DEMO) --quiet
 	@echo "3/4 measuring it with fewer active sub-experts"
-	@$(BIN)/prism-eval examples/olmoe-tiny $(DEMO) --k 2,4,6,8,10,12,14,16 --num-tokens 16000 --save --quiet
+	@$(BIN)/prism-eval examples/olmoe-tiny $(DEMO) --k 2,4,6,8,10,12,14,16 --budget 12.5%,25%,50%,75% --num-tokens 16000 --save --quiet
 	@echo "4/4 writing it all on one page"
 	@$(BIN)/prism-report $(DEMO) --quiet
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import prism_refactor
 from prism_refactor.calibration.settings import Calibration
+from prism_refactor.curriculum import Curriculum
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import read_windows
@@ -19,6 +20,7 @@ from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks
 from prism_refactor.models.stream import ComputeOptions
 from prism_refactor.offload.manager import load_offloaded
 from prism_refactor.offload.options import CacheBudget
+from prism_refactor.refactoring.finetune import Training
 from prism_refactor.routing.budget import thresholds
 
 TEXT = ["--num-tokens", "2000", "--max-seq-length", "128"]
@@ -219,18 +221,20 @@ def test_a_model_in_slow_memory_runs_within_a_budget(models, command, tmp_path, 
         model.offload.close()
 
 
-def test_training_brings_thresholds_of_its_own(elastic, command, tmp_path):
-    options = ["--steps", "2", "--num-samples", "16", "--max-seq-length", "64", "--learning-rate", "0.01", "--quiet"]
-    assert command("prism-finetune", elastic, tmp_path / "tuned", *options).code == 0
-    before, after = (load_file(folder / ROUTER_FILE) for folder in (elastic, tmp_path / "tuned"))
-    names = [name for name in before if name.endswith(".threshold")]
-    assert len(names) == 4
-    assert all(not torch.equal(before[name], after[name]) for name in names)
-    model, ran = prism_refactor.load(tmp_path / "tuned", budget=0.5), []
-    for block in moe_blocks(model):
-        block.experts.two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != 64).sum(1)))
+@torch.inference_mode()
+def test_trained_rows_get_thresholds_of_their_own(elastic):
+    model = attach(load(elastic), elastic)
+    before = [block.experts.two_level.threshold for block in moe_blocks(model)]
     rows = Calibration(num_samples=16, max_seq_length=64).rows(Checkpoint(elastic))
-    with torch.inference_mode():
-        logits(model, rows)
-    assert torch.cat(ran).double().mean() == pytest.approx(8, rel=0.03)
-    assert command("prism-verify", EXAMPLE, tmp_path / "tuned", "--num-samples", "2").code == 0
+    training = Training(model, rows[:-4], rows[-4:], Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
+    training.best_values = {name: value / 2 for name, value in training.original.items()}
+    found, ran = training.thresholds(), []
+    for name, parameter in training.parameters.items():
+        parameter.data = training.best_values[name]
+    for block, own, old in zip(moe_blocks(model), found, before, strict=True):
+        assert not torch.equal(own, old)
+        block.experts.two_level.threshold = own
+        block.experts.two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != 64).sum(1)))
+    set_active(model, budget=0.5)
+    logits(model, rows)
+    assert torch.cat(ran).double().mean() == pytest.approx(8, rel=0.02)

@@ -101,8 +101,8 @@ def test_costs_count_the_parameters_of_the_model(elastic):
     two_level = CostModel(checkpoint, "two-level", 128)
     # The original gate for the stock one.
     assert two_level.at([16] * 4).flops - cost.at([16] * 4).flops == 4 * 2 * (16 - 64) * 256
-    # And one row a sub-expert, two vectors for each of the 8 dropped.
-    assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 - 64 + 64 + 16) * 256
+    # And one row a sub-expert, two vectors for each of the 8 dropped, and a map of rank 48, in and out.
+    assert two_level.at([8] * 4).flops - cost.at([8] * 4).flops == 4 * 2 * (16 - 64 + 64 + 16 + 2 * 48) * 256
     # At full k it is the original.
     assert two_level.at([16] * 4) == CostModel(Checkpoint(EXAMPLE), "original", 128).at([4] * 4)
 

@@ -35,7 +35,7 @@ def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, 
     assert result.code == 0, result.err
     record = json.loads((out / "prism.json").read_text())["finetuning"]
     assert (record["router"], record["loss"], record["first_k"], record["last_k"]) == (router, loss, 4, 12)
-    leaves = ("gate.weight",) if router == "stock" else ("gate.weight", "gate.bias")
+    leaves = ("gate.weight",) if router == "stock" else ("gate.weight", "gate.bias", "gate.threshold")
     found = changed_tensors(elastic, out)
     assert all(name.endswith(leaves) for name in found)
     assert bool(found) == (record["best_step"] > 0)

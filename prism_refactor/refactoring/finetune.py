@@ -328,5 +328,8 @@ class FineTuning:
             found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
         if self.router == "stock":
             return LayeredModel(self.source, None).names_on_disk(model, found)
+        if self.training.best[0] == 0:
+            # Nothing was better than what was there, whose thresholds are true.
+            return found
         limits = zip(gates, self.training.thresholds(), strict=True)
         return found | {f"{names[id(gate)]}.threshold": each for gate, each in limits}
