@@ -67,7 +67,6 @@ class Model:
         # Windows side by side.
         self.windows: Windows = read_windows(calibration, checkpoint, LENGTH, tokens)
         self.cost = CostModel(checkpoint, "two-level", LENGTH)
-        self.active: list[torch.Tensor] = []
         self.exact = self._scores()
 
     def _scores(self) -> list[torch.Tensor]:

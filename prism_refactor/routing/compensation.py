@@ -166,7 +166,6 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
     _, hidden, neurons = fused.shape
     rank = map_rank(hidden, neurons * sub_experts, top_k, 3 if fused.inner == "gate_up_proj" else 2)
     vectors, map_in, map_out, factors = accumulator.solve(rank)
-
     scale = np.interp(np.arange(1, width + 1), [*choices.tolist(), width], [*factors.tolist(), 1.0])
     return {
         "compensation": vectors.view(2, total // sub_experts, sub_experts, -1),
