@@ -65,7 +65,7 @@ def prompt(length, seed):
 def alone(model, request, k=None):
     """Greedy tokens of a request run by itself through transformers."""
     if getattr(model.config.get_text_config(), "prism", None):
-        set_active(model, k or request.k or full_k(model.config))
+        set_active(model, **({"budget": request.budget} if request.budget else {"k": k or request.k or full_k(model.config)}))
     count = request.max_new_tokens
     ids = torch.tensor([request.prompt])
     with torch.no_grad():
@@ -88,6 +88,58 @@ def test_every_request_of_a_mixed_batch_gets_what_it_gets_alone(engine_of, model
         assert answer.tokens == alone(model, request), request.k
         assert (answer.finish, answer.served_k) == ("length", request.k)
     assert engine.kv_in_use == 0
+
+
+def mean_ran(model, request, answer):
+    """Sub-experts per token and layer that a request and its answer run, of which the last token is not run."""
+    set_active(model, budget=request.budget)
+    model.prism_active.ran = 0
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[*request.prompt, *answer.tokens[:-1]]]))
+    return model.prism_active.ran.double().mean().item() / 4
+
+
+def test_budgets_beside_numbers_get_what_they_get_alone_and_say_what_it_was(engine_of, model):
+    steps = []
+    engine = engine_of(on_step=steps.append)
+    requests = greedy()
+    budgets = [replace(request, k=None, budget=budget) for request, budget in zip(requests, (0.05, 0.2, 0.25, 0.5, 0.77, 0.999), strict=False)]
+    answers = engine.generate([*budgets, *requests])
+    engine.close()
+    assert engine.kv_in_use == 0
+    for request, answer in zip([*budgets, *requests], answers, strict=True):
+        assert answer.tokens == alone(model, request), request
+    for request, answer in zip(requests, answers[len(budgets) :], strict=True):
+        assert answer.served_k == request.k
+    served = [answer.served_k for answer in answers[: len(budgets)]]
+    assert served == pytest.approx([mean_ran(model, request, answer) for request, answer in zip(budgets, answers, strict=False)])
+    assert 1 <= served[0] < served[2] < served[3] < served[4] < 16
+    assert sum(step.sub_experts for step in steps) == pytest.approx(
+        sum(answer.served_k * (len(request.prompt) + 9) for request, answer in zip([*budgets, *requests], answers, strict=True))
+    )
+
+
+def test_a_budget_in_a_step_of_a_larger_k_is_raised_to_it(engine_of, model):
+    engine = engine_of("fifo")
+    within = GenerationRequest(prompt(25, 1), max_new_tokens=10, budget=0.25, stop_at_eos=False)
+    # The other one runs in all its steps.
+    answers = {k / 16: engine.generate([GenerationRequest(prompt(30, 2), k, 20, stop_at_eos=False), within])[1] for k in (12, 15)}
+    whole = engine.generate([GenerationRequest(prompt(30, 2), 16, 20, stop_at_eos=False), within])[1]
+    answers[0.25] = engine.generate([within])[0]
+    engine.close()
+    for budget, answer in answers.items():
+        raised = replace(within, budget=budget)
+        assert answer.tokens == alone(model, raised)
+        assert answer.served_k == pytest.approx(mean_ran(model, raised, answer))
+    assert (whole.served_k, whole.tokens) == (16, alone(model, replace(within, budget=None)))
+
+
+def test_a_budget_of_all_is_all(engine_of, model):
+    engine = engine_of()
+    answer = engine.generate([GenerationRequest(prompt(30, 1), max_new_tokens=8, budget=0.9999, stop_at_eos=False)])[0]
+    engine.close()
+    assert answer.served_k == 16
+    assert answer.tokens == alone(model, GenerationRequest(prompt(30, 1), 16, 8))
 
 
 @pytest.mark.parametrize("scheduler", mostly_long(SCHEDULERS, "per-token", "tiers"))
@@ -209,6 +261,19 @@ def test_a_prefix_is_shared_with_requests_of_the_same_k_alone(engine_of, model, 
     engine.close()
     assert other == 8
     assert wrong != tokens
+
+
+def test_a_prefix_is_shared_with_requests_of_the_same_budget_alone(engine_of):
+    start, steps = prompt(96, 3), []
+    engine = engine_of(on_step=steps.append)
+
+    def run(seed, k=None, budget=None):
+        request = GenerationRequest([*start, *prompt(6, seed)], k, 8, stop_at_eos=False, budget=budget)
+        return prefilled(engine, steps, request)[0]
+
+    found = [run(1, budget=0.25), run(2, budget=0.25), run(3, k=4), run(4, budget=0.251), run(5, budget=0.2502)]
+    engine.close()
+    assert found == [102, 6, 102, 102, 6]
 
 
 def test_schedulers_that_raise_k_share_no_prefix(engine_of):
@@ -373,6 +438,10 @@ def test_deadlines_that_cannot_be_met_are_refused_or_given_up(engine_of):
         (GenerationRequest([5], 0), "choose 1 to 16"),
         (GenerationRequest([5], 17), "choose 1 to 16"),
         (GenerationRequest([5], 4, 0), "one token to generate"),
+        (GenerationRequest([5], budget=0.0), "budget 0: choose a share"),
+        (GenerationRequest([5], budget=1.01), "budget 1.01: choose a share"),
+        (GenerationRequest([5], budget=float("nan")), "budget nan: choose a share"),
+        (GenerationRequest([5], 4, budget=0.5), "leave one of them out"),
         (GenerationRequest([5] * 1000, 4, 100), "together at most 1024"),
     ],
 )

@@ -59,7 +59,7 @@ def test_a_completion_says_what_it_was_served_with(url, site):
     expected = site.engine.generate([_request(site, 6)])[0].tokens
     assert answer["choices"][0]["text"] == site.tokenizer.decode(expected)
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["prism"] == {"k": 6, "served_k": 6.0, "full_k": 16}
+    assert answer["prism"] == {"k": 6, "budget": None, "served_k": 6.0, "full_k": 16}
     count = len(site.tokenizer.encode(TEXT))
     assert answer["usage"] == {"prompt_tokens": count, "completion_tokens": 8, "total_tokens": count + 8}
 
@@ -80,7 +80,32 @@ def _request(site, k, tokens=8):
     ],
 )
 def test_the_floor_of_a_request(url, body, k):
-    assert complete(url, max_tokens=2, **body)["prism"] == {"k": k, "served_k": float(k), "full_k": 16}
+    assert complete(url, max_tokens=2, **body)["prism"] == {"k": k, "budget": None, "served_k": float(k), "full_k": 16}
+
+
+@pytest.mark.parametrize(
+    ("body", "budget", "k"),
+    [
+        ({"prism": {"budget": 0.25}}, 0.25, 4),
+        ({"model": "tiny@25%"}, 0.25, 4),
+        ({"model": "tiny@12.5%"}, 0.125, 2),
+        ({"model": "tiny@25%", "prism": {"budget": 0.3}}, 0.3, 5),
+    ],
+)
+def test_the_budget_of_a_request(url, site, body, budget, k):
+    request = GenerationRequest(site.tokenizer.encode(TEXT), None, 8, stop_at_eos=False, budget=budget)
+    expected = site.engine.generate([request])[0]
+    assert expected.served_k % 1, "every token ran the same"
+    answer = complete(url, **body)
+    assert answer["choices"][0]["text"] == site.tokenizer.decode(expected.tokens)
+    assert answer["prism"] == {"k": k, "budget": budget, "served_k": pytest.approx(expected.served_k), "full_k": 16}
+    parts = events(url, prompt=TEXT, max_tokens=8, **body)
+    assert [part["prism"] for part in parts if part.get("prism")] == [answer["prism"]]
+
+
+@pytest.mark.parametrize("body", [{"prism": {"budget": 1}}, {"model": "tiny@100%"}])
+def test_a_budget_of_all_is_all(url, body):
+    assert complete(url, max_tokens=2, **body)["prism"] == {"k": 16, "budget": None, "served_k": 16.0, "full_k": 16}
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(url):
@@ -172,6 +197,15 @@ def test_text_that_may_become_a_stop_sequence_is_held_back(site):
         ({"model": "other"}, 404, "no model 'other'"),
         ({"model": "tiny@x"}, 404, "tiny@k"),
         ({"model": "tiny@99"}, 400, "choose 1 to 16"),
+        ({"model": "tiny@0%"}, 400, "budget 0: choose a share"),
+        ({"model": "tiny@101%"}, 400, "budget 1.01: choose a share"),
+        ({"model": "tiny@2.5"}, 404, "tiny@25%"),
+        ({"model": "tiny@%"}, 404, "tiny@25%"),
+        ({"prism": {"budget": 0}}, 400, "prism.budget"),
+        ({"prism": {"budget": 1.5}}, 400, "prism.budget"),
+        ({"prism": {"k": 4, "budget": 0.5}}, 400, "both a k and a budget"),
+        ({"model": "tiny@4", "prism": {"budget": 0.5}}, 400, "both a k and a budget"),
+        ({"prism": {"quality": 0.8, "budget": 0.5}}, 400, "both a k and a budget"),
         ({"prism": {"k": 0}}, 400, "prism.k"),
         ({"prism": {"k": 17}}, 400, "choose 1 to 16"),
         ({"prism": {"kk": 3}}, 400, "prism.kk"),
@@ -269,7 +303,10 @@ def test_what_a_token_stands_for(elastic):
 
 def test_models_health_and_metrics(url):
     _, models, _ = fetch(f"{url}/v1/models")
-    assert [(entry["id"], entry["k"]) for entry in models["data"]] == [("tiny", 16), *((f"tiny@{k}", k) for k in (4, 8, 12, 16))]
+    named = [("tiny", 16), *((f"tiny@{k}", k) for k in (4, 8, 12, 16)), ("tiny@25%", 4), ("tiny@50%", 8), ("tiny@75%", 12)]
+    assert [(entry["id"], entry["k"]) for entry in models["data"]] == named
+    assert [entry["budget"] for entry in models["data"] if "%" in entry["id"]] == [0.25, 0.5, 0.75]
+    assert fetch(f"{url}/v1/models/tiny@25%25")[1] == models["data"][5]
     assert models["data"][2]["quality"] == pytest.approx(0.8)
     assert fetch(f"{url}/health/live")[:2] == (200, {"status": "live"})
     assert fetch(f"{url}/health/ready")[:2] == (200, {"status": "ready"})

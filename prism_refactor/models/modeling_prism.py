@@ -125,13 +125,13 @@ class TwoLevelRouter(nn.Module):
 
         Args:
             value: `rank` of its sub-experts, float32 [T, K * N].
-            budget: the share of them that runs on average over tokens; below 1 / (K * N) it is that.
+            budget: the share of them that runs on average over tokens, one for all or float32 [T]; below 1 / (K * N) it is that.
         """
         last = value.shape[1] - 1
-        place = min(max(budget * value.shape[1] - 1, 0), last)
-        before = int(place)
-        threshold = torch.lerp(self.threshold[before], self.threshold[min(before + 1, last)], place - before)
-        return (value > threshold).sum(1).clamp(min=1)
+        place = (torch.as_tensor(budget, device=value.device) * value.shape[1] - 1).clamp(0, last)
+        before = place.long()
+        threshold = torch.lerp(self.threshold[before], self.threshold[(before + 1).clamp(max=last)], place - before)
+        return (value > threshold.view(-1, 1)).sum(1).clamp(min=1)
 
     def forward(self, hidden_states, weights, experts, k, token_k=None, budget=None):
         """Pick the k best sub-experts of each token.
@@ -143,7 +143,7 @@ class TwoLevelRouter(nn.Module):
             k: sub-experts per token, at most K * N.
             token_k: int64 [T], where tokens differ: the sub-experts of each, 1 to k. A token with fewer than k has the number of
                 sub-experts as index, with weight 0, in its other slots, which are not to be run.
-            budget: in place of both, see `k_within`.
+            budget: in place of both, see `k_within`; where tokens differ float32 [T], 0 for a token that runs its `token_k`.
 
         Returns:
             (weights [T, k], indices int64 [T, k], what the other sub-experts are expected to add [T, H] or None). The weights are divided
@@ -160,7 +160,8 @@ class TwoLevelRouter(nn.Module):
             return self._everything(weights, experts)
         value = self.rank(hidden_states, weights, experts)
         if budget is not None:
-            token_k = self.k_within(value, budget)
+            within = self.k_within(value, budget)
+            token_k = within if token_k is None else torch.where(budget > 0, within, token_k)
             k = int(token_k.max())
         compensated = hasattr(self, "compensation")
         order = value.topk(most if compensated or self.choose is not None else k, dim=-1).indices
@@ -239,17 +240,19 @@ class ActiveK:
     Attributes:
         per_layer: k of each MoE layer; where tokens differ, the largest.
         per_token: int64 [T], k of each token of the next forward; None: all tokens run `per_layer`.
-        budget: the share of sub-experts that tokens run on average, in the place of both; None: they run `per_layer` or `per_token`.
+        budget: the share of sub-experts that tokens run on average, in the place of both; float32 [T], where tokens differ, 0 for those
+            that run `per_token`; None: they run `per_layer` or `per_token`.
+        ran: None; or, set to 0 before a forward, how many sub-experts each of its tokens ran in all layers together, int64 [T].
     """
 
     def __init__(self, per_layer, per_token=None, budget=None):
         self.set(per_layer, per_token, budget)
 
     def set(self, per_layer, per_token=None, budget=None):
-        """Change all of it."""
-        self.per_layer, self.per_token = list(per_layer), per_token
+        """Change all of it, and count no more."""
+        self.per_layer, self.per_token, self.ran = list(per_layer), per_token, None
         # A budget of all is the largest k, and then nothing is ranked.
-        self.budget = None if budget == 1 else budget
+        self.budget = None if isinstance(budget, (int, float)) and budget == 1 else budget
 
     def of_layer(self, layer):
         """What the two-level router of a layer is told: (k, k of each token, budget)."""
@@ -259,6 +262,8 @@ class ActiveK:
 def _two_level_forward(experts, forward, active, layer, hidden_states, top_k_index, top_k_weights):
     """The forward of an experts module with two-level routing, which is given what the original router chose."""
     weights, indices, missing = experts.two_level(hidden_states, top_k_weights, top_k_index, *active.of_layer(layer))
+    if active.ran is not None:
+        active.ran = active.ran + (indices < experts.num_experts).sum(1)
     if (active.per_token is None and active.budget is None) or _skips_dropped(experts):
         output = forward(hidden_states, indices, weights)
     else:
@@ -658,8 +663,13 @@ def _check_budget(model, budget):
         raise ValueError("a budget needs a sub-expert router, and this checkpoint has none; refactor with the router linear or proxy")
     if getattr(model, "prism_active", None) is None:
         raise ValueError("a budget needs two-level routing; attach it to the model first")
-    if not hasattr(moe_blocks(model)[0].experts.two_level, "threshold"):
+    if not has_thresholds(model):
         raise ValueError("a budget needs thresholds, and this checkpoint was written before there were any; refactor it again")
+
+
+def has_thresholds(model):
+    """Whether a model with two-level routing can run within budgets."""
+    return hasattr(moe_blocks(model)[0].experts.two_level, "threshold")
 
 
 def set_top_k(router, key, k):
@@ -672,24 +682,28 @@ def set_top_k(router, key, k):
         setattr(router.config, key, k)
 
 
-def set_token_active(model, token_k):
-    """Run the tokens of the next forward passes of a model with two-level routing with a k of their own each.
+def set_token_active(model, token_k, budgets=None):
+    """Run the tokens of the next forward passes of a model with two-level routing with a k of their own each, or within a budget.
 
     Args:
         model: the model.
         token_k: a list of numbers, 1 to `full_k`, one per token of the batch in the order in which MoE blocks see them.
+        budgets: None, or as many shares, each below 1, of which 0 is a token that runs its k.
 
     Raises:
-        ValueError: a number is out of range, or the model has no two-level routing.
+        ValueError: a number is out of range, or the model has no two-level routing, or no thresholds for a budget.
     """
     active = getattr(model, "prism_active", None)
     if active is None:
         raise ValueError("a k per token needs two-level routing; attach it to the model first")
     _check_k(token_k, full_k(model.config))
-    most = max(token_k)
+    most, given = max(token_k), any(budgets or ())
+    for budget in {*(budgets or ())} - {0}:
+        _check_budget(model, budget)
     # A batch of one k runs as if `set_active` had been called: nothing is ranked at full k, nothing is dropped.
-    per_token = torch.tensor(token_k, device=model.device) if min(token_k) < most else None
-    active.set([most] * len(active.per_layer), per_token)
+    per_token = torch.tensor(token_k, device=model.device) if given or min(token_k) < most else None
+    shares = torch.tensor(budgets, dtype=torch.float32, device=model.device) if given else None
+    active.set([most] * len(active.per_layer), per_token, shares)
 
 
 def _check_k(values, most):

@@ -70,6 +70,8 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 # Its events are those of the same answer in JSON; OpenAPI 3.1 has no way to say so.
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+# What a model's name may end in: name@12, name@25%.
+_FLOOR = re.compile(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,3})?)%")
 _ERROR_KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -99,29 +101,39 @@ class ServerState:
     started: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
 
-    def model(self, name: str, k: int) -> Model:
-        """The model under a name that asks for a k."""
-        quality = self.curve.quality_of(k) if self.curve else None
-        return Model(id=name, created=self.started, k=k, full_k=self.engine.full_k, quality=quality)
+    def model(self, name: str) -> Model:
+        """The model under a name that asks for a floor."""
+        k, budget = self.floor(name, Prism())
+        quality = self.curve.quality_of(k) if self.curve and budget is None else None
+        return Model(id=name, created=self.started, k=k, budget=budget, full_k=self.engine.full_k, quality=quality)
 
-    def floor(self, model: str, wanted: Prism) -> int:
-        """The k that is asked for: by a `prism` object, or by the model's name; else all."""
-        name, _, suffix = model.partition("@")
+    def names(self) -> list[str]:
+        """The model's name, and it with floors: those k whose quality was measured, or every quarter of full k; quarters as budgets."""
         full_k = self.engine.full_k
+        ks = list(self.curve.measured) if self.curve else sorted({max(full_k * part // 4, 1) for part in (1, 2, 3, 4)})
+        budgets = ["25%", "50%", "75%"] if self.engine.has_budgets else []
+        return [self.name, *(f"{self.name}@{floor}" for floor in [*ks, *budgets])]
+
+    def floor(self, model: str, wanted: Prism) -> tuple[int, float | None]:
+        """See `Engine.floor`, of what is asked for by a `prism` object or by the model's name.
+
+        Several floors of a kind are one: the highest.
+        """
+        name, _, suffix = model.partition("@")
         if name != self.name:
             raise HTTPException(404, f"there is no model {model!r}; this server has {self.name!r}")
-        given = [k for k in (wanted.k, int(suffix) if suffix.isdecimal() and len(suffix) < 10 else None) if k is not None]
-        if suffix and not suffix.isdecimal():
-            raise HTTPException(404, f"there is no model {model!r}; write {self.name}@k with k from 1 to {full_k}")
+        named = _FLOOR.fullmatch(suffix)
+        if suffix and named is None:
+            full_k = self.engine.full_k
+            raise HTTPException(404, f"there is no model {model!r}; write {self.name}@k with k from 1 to {full_k}, or {self.name}@25%")
+        number, percent = named.groups() if named else (None, None)
+        ks = [k for k in (wanted.k, int(number) if number else None) if k is not None]
+        budgets = [budget for budget in (wanted.budget, float(percent) / 100 if percent else None) if budget is not None]
         if wanted.quality is not None:
             if self.curve is None:
                 raise UsageError("quality: the model's perplexity was not measured; run prism-eval --save, or ask for a k")
-            given.append(self.curve.k_for(wanted.quality))
-        # Several floors are one: the highest.
-        floor = max(given, default=full_k)
-        if not 1 <= floor <= full_k:
-            raise UsageError(f"k = {floor}: choose 1 to {full_k}")
-        return floor
+            ks.append(self.curve.k_for(wanted.quality))
+        return self.engine.floor(max(ks, default=None), max(budgets, default=None))
 
 
 @dataclass
@@ -144,6 +156,8 @@ class _PendingPrompt:
     request: GenerationRequest
     answer: Answer
     prompt: _Prompt
+    # The least k, as schedulers see it.
+    floor: int
     # Only what the prompt is, and nothing after it.
     empty: bool
     end: str = "cancelled"
@@ -184,7 +198,7 @@ def _prepare(
     state: ServerState, body: Generation, prompts: Sequence[_Prompt], tokens: int | None, logprobs: int | None
 ) -> list[_PendingPrompt]:
     """What the engine is asked, `n` answers to each prompt; `tokens`: None for as many as fit."""
-    floor = state.floor(body.model, body.prism)
+    floor, budget = state.floor(body.model, body.prism)
     vocabulary = state.engine.model.config.get_text_config().vocab_size
     most = min(state.engine.context, state.engine.kv_tokens)
     if len(prompts) * body.n > MOST_CHOICES:
@@ -198,7 +212,7 @@ def _prepare(
             raise UsageError(f"the prompt has {len(given)} tokens; with one to generate there may be {most}")
         request = GenerationRequest(
             given,
-            floor,
+            floor if budget is None else None,
             most - len(given) if tokens is None else max(tokens, 1),
             temperature=body.temperature,
             top_p=body.top_p,
@@ -210,8 +224,9 @@ def _prepare(
             deadline=body.prism.deadline,
             stop_at_eos=not body.ignore_eos,
             id=uuid.uuid4().hex,
+            budget=budget,
         )
-        prepared.append(_PendingPrompt(request, Answer(state.tokenizer, body.stops, given), prompt, empty=tokens == 0))
+        prepared.append(_PendingPrompt(request, Answer(state.tokenizer, body.stops, given), prompt, floor, empty=tokens == 0))
     return prepared
 
 
@@ -282,7 +297,7 @@ async def _follow(state: ServerState, index: int, item: _PendingPrompt, tell: Ca
             tell(_Delta(index, text, tokens, chunk.logprobs[: len(tokens)], start, offset + characters, finish, chunk.served_k))
             if finish:
                 item.end = finish
-                state.metrics.served(item.request.k, first or now, now, len(item.answer.tokens))
+                state.metrics.served(item.floor, first or now, now, len(item.answer.tokens))
                 return
     except Exception as error:
         item.end = "error"
@@ -316,7 +331,7 @@ class _Answers:
         self.state, self.prepared = state, prepared
         self.include_usage = body.stream_options.include_usage
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-        self._served = [float(item.request.k or 0) for item in prepared]
+        self._served = [float(item.floor) for item in prepared]
         self._begun: set[int] = set()
 
     def piece(self, delta: _Delta, first: bool) -> Any:
@@ -331,7 +346,8 @@ class _Answers:
         """How the request was run, so far."""
         weights = [len(item.request.prompt) + len(item.answer.tokens) for item in self.prepared]
         mean = sum(k * weight for k, weight in zip(self._served, weights, strict=True)) / sum(weights)
-        return Served(k=self.prepared[0].request.k or 0, served_k=mean, full_k=self.state.engine.full_k)
+        first = self.prepared[0]
+        return Served(k=first.floor, budget=first.request.budget, served_k=mean, full_k=self.state.engine.full_k)
 
     def event(self, delta: _Delta) -> dict[str, Any] | None:
         """Some text, as an event of a stream; None where there is nothing to tell: half a character, or text that is held back."""
@@ -452,7 +468,7 @@ def _unexpected(error: Exception) -> str:
 
 
 async def _answer(http: Request, state: ServerState, body: Generation, prepared: list[_PendingPrompt], answers: _Answers) -> Response:
-    http.state.k = prepared[0].request.k
+    http.state.k = prepared[0].floor
     http.state.tokens = lambda: sum(len(item.answer.tokens) for item in prepared)
     _submit(state, prepared)
     parts = _parts(state, prepared)
@@ -587,15 +603,13 @@ def create_app(state: ServerState, on_stopped: Callable[[], None] = lambda: None
 
     @app.get("/v1/models", dependencies=for_clients, responses={401: _FAILURES[401]})
     async def models() -> Models:
-        """The model, and the names that ask for a floor: those k whose quality was measured, or every quarter of full k."""
-        full_k = state.engine.full_k
-        ks = list(state.curve.measured) if state.curve else sorted({max(full_k * part // 4, 1) for part in (1, 2, 3, 4)})
-        return Models(data=[state.model(state.name, full_k), *(state.model(f"{state.name}@{k}", k) for k in ks)])
+        """The model, and the names that ask for a floor."""
+        return Models(data=[state.model(name) for name in state.names()])
 
     @app.get("/v1/models/{name:path}", dependencies=for_clients, responses={400: _FAILURES[400], 401: _FAILURES[401], 404: _FAILURES[404]})
     async def model(name: str) -> Model:
         """The model under one of its names."""
-        return state.model(name, state.floor(name, Prism()))
+        return state.model(name)
 
     @app.post("/v1/completions", dependencies=for_clients, response_model=Completion, responses={200: _STREAM, **_FAILURES})
     async def completions(http: Request, body: CompletionRequest) -> Response:

@@ -45,7 +45,7 @@ class Metrics:
             self.predicted.inc(step.predicted)
             self.measured.inc(step.seconds)
 
-    def served(self, k: int | None, first: float, whole: float, tokens: int) -> None:
+    def served(self, k: int, first: float, whole: float, tokens: int) -> None:
         """Note an answer: seconds to its first and last token, and how many there were."""
         self.first.labels(str(k)).observe(first)
         self.whole.labels(str(k)).observe(whole)

@@ -91,6 +91,7 @@ class Prism(Given):
     """The quality floor and the urgency of a request."""
 
     k: Count | None = Field(None, description="Least sub-experts per token.")
+    budget: float | None = Field(None, gt=0, le=1, description="In place of k: least share of the sub-experts that tokens run on average.")
     quality: float | None = Field(None, gt=0, le=1, description="Least quality: perplexity of the full model over that at k.")
     priority: Annotated[int, Field(ge=-10, le=10), _NUMBER] = Field(
         0, description="Higher is sooner; a level is worth 10 seconds of waiting."
@@ -108,7 +109,7 @@ class StreamOptions(Given):
 class Generation(Given):
     """What both kinds of request share: OpenAI's fields, of which those that would change the answer and are not done are refused."""
 
-    model: str = Field(max_length=256, description="The served model, or the model with a floor: name@k.")
+    model: str = Field(max_length=256, description="The served model, or the model with a floor: name@k or name@25%.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _NUMBER] | None = None
@@ -231,9 +232,17 @@ class ChatRequest(Generation):
 
 
 class Served(BaseModel):
-    """How a request was run: the floor that it asked for, the mean sub-experts per token it got, and those of the whole model."""
+    """How a request was run.
+
+    Attributes:
+        k: the floor that it asked for; of a budget in sub-experts, rounded up.
+        budget: what it asked for in place of k.
+        served_k: mean sub-experts per token and layer that it got.
+        full_k: those of the whole model.
+    """
 
     k: int
+    budget: float | None = None
     served_k: float
     full_k: int
 
@@ -340,6 +349,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "prism-refactor"
     k: int
+    budget: float | None = None
     full_k: int
     quality: float | None = None
 

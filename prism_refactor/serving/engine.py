@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.loading import end_tokens
-from prism_refactor.models.modeling_prism import set_active, set_token_active
+from prism_refactor.models.modeling_prism import has_thresholds, set_active, set_token_active
 from prism_refactor.offload.manager import OffloadManager
 from prism_refactor.serving.performance import PerformanceModel
 from prism_refactor.serving.sampling import sample
@@ -28,6 +28,8 @@ from prism_refactor.serving.transformers_batching import EXPIRED, Batching, Entr
 
 # Colder than this, logits divided by the temperature are beyond float32, and the most likely token is all that is left.
 LEAST_TEMPERATURE = 1e-5
+# Budgets are told apart by so many steps from 0 to 1.
+BUDGET_STEPS = 1000
 _names = count()
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -62,6 +64,8 @@ class GenerationRequest:
         deadline: seconds from now in which the whole answer should be there.
         stop_at_eos: end at the model's end-of-text tokens.
         id: a name, unique among live requests; made up where empty.
+        budget: in the place of k, the least share of the sub-experts that tokens run on average, above 0 and at most 1, in steps of
+            0.001; a token runs more or fewer, as it needs.
     """
 
     prompt: list[int]
@@ -76,6 +80,7 @@ class GenerationRequest:
     deadline: float | None = None
     stop_at_eos: bool = True
     id: str = ""
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Step:
         predicted: seconds by the performance model; None without one.
         prefill: prompt tokens.
         decode: requests that got their next token from one token.
-        sub_experts: sub-experts computed per MoE layer, summed over tokens.
+        sub_experts: sub-experts computed per MoE layer, summed over tokens; a mean over the layers where tokens run within a budget.
         requests: {k: requests that ran at it}.
     """
 
@@ -128,7 +133,7 @@ class Step:
     predicted: float | None
     prefill: int
     decode: int
-    sub_experts: int
+    sub_experts: float
     requests: dict[int, int]
 
 
@@ -137,7 +142,9 @@ class _Live:
     """A request inside the engine."""
 
     request: GenerationRequest
+    # As schedulers see it: of a budget its sub-experts, rounded up.
     floor: int
+    budget: float | None
     arrival: float
     deliver: Callable[[Chunk], None]
     # Of a request that samples; what it drew last and its logit.
@@ -148,7 +155,7 @@ class _Live:
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     tokens: int = 0
-    sub_experts: int = 0
+    sub_experts: float = 0
     cancelled: bool = False
 
     @property
@@ -204,6 +211,8 @@ class Engine:
         prism = PrismConfig.of(model.config)
         self.full_k = prism.max_active if prism else 1
         self._elastic = prism is not None
+        # Whether requests may ask for budgets.
+        self.has_budgets = bool(prism and prism.has_router) and has_thresholds(model)
         # Where the experts are in slow memory.
         self.offload: OffloadManager | None = getattr(model, "offload", None)
         if self.offload is not None:
@@ -319,12 +328,10 @@ class Engine:
             UsageError: it can never run: an empty prompt, a k out of range, more tokens than the context or the KV cache holds.
             Rejected: it cannot run now.
         """
-        floor = self.full_k if request.k is None else request.k
+        floor, budget = self.floor(request.k, request.budget)
         total = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
             raise UsageError("a request needs at least one prompt token and one token to generate")
-        if not 1 <= floor <= self.full_k:
-            raise UsageError(f"k = {floor}: choose 1 to {self.full_k}")
         if total > (most := min(self.context, self.kv_tokens)):
             raise UsageError(f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} to generate: together at most {most}")
         now = time.monotonic()
@@ -337,7 +344,7 @@ class Engine:
             raise Rejected(f"a deadline of {request.deadline:g} s cannot be met: the prompt alone is done in {needed:.1f} s", needed)
         rng = random.Random(request.seed) if request.temperature >= LEAST_TEMPERATURE else None
         request.id = request.id or f"request-{next(_names)}"
-        live = _Live(request, floor, now, deliver, rng, last_run=now)
+        live = _Live(request, floor, budget, now, deliver, rng, last_run=now)
         with self._lock:
             if request.id in self._live:
                 raise UsageError(f"a request {request.id} is running already")
@@ -346,6 +353,29 @@ class Engine:
             self.forget(request.id)
             raise Rejected("the engine is stopping", 1.0)
         return request.id
+
+    def floor(self, k: int | None, budget: float | None) -> tuple[int, float | None]:
+        """Return the least k of a request as schedulers see it, and the budget that its tokens run within; None where they run k.
+
+        Args:
+            k, budget: that it asks for, see `GenerationRequest`.
+
+        Raises:
+            UsageError: they are out of range, both given, or not possible with this checkpoint.
+        """
+        if budget is None:
+            floor = self.full_k if k is None else k
+            if not 1 <= floor <= self.full_k:
+                raise UsageError(f"k = {floor}: choose 1 to {self.full_k}")
+            return floor, None
+        if k is not None:
+            raise UsageError("both a k and a budget are asked for; leave one of them out")
+        if not 0 < budget <= 1:
+            raise UsageError(f"budget {budget:g}: choose a share above 0 and at most 1")
+        if not self.has_budgets:
+            raise UsageError("a budget needs a sub-expert router with thresholds, and this checkpoint has none; ask for a k")
+        steps = max(round(budget * BUDGET_STEPS), 1)
+        return -(-steps * self.full_k // BUDGET_STEPS), None if steps == BUDGET_STEPS else steps / BUDGET_STEPS
 
     def cancel(self, name: str) -> None:
         """End a request and free its KV blocks before the next step. Nothing is delivered any more; unknown names are ignored."""
@@ -415,10 +445,12 @@ class Engine:
         live = self._live[name]
         return Job(name, live.floor, live.arrival, tokens, decoding, live.request.priority, live.deadline, live.last_run)
 
-    def k(self, name: str) -> int:
-        """See `Requests.k`."""
+    def kv_key(self, name: str) -> int:
+        """See `Requests.kv_key`."""
         live = self._live.get(name)
-        return live.floor if live else 0
+        if live is None:
+            return 0
+        return live.floor if live.budget is None else self.full_k + round(live.budget * BUDGET_STEPS)
 
     def reads_prompt(self, name: str) -> bool:
         """See `Requests.reads_prompt`."""
@@ -466,12 +498,33 @@ class Engine:
         """Give every token of the step its k, and an offloading manager its request."""
         if self.offload is not None:
             self.offload.requests = [(entry.id, entry.tokens) for entry in entries]
-        if self._elastic:
-            ks = {entry.k for entry in entries}
-            if len(ks) == 1:
-                set_active(self.model, ks.pop())
-            else:
-                set_token_active(self.model, [entry.k for entry in entries for _ in range(entry.tokens)])
+        if not self._elastic:
+            return
+        budgets = [self._budget(entry) for entry in entries]
+        points = {(entry.k, budget) for entry, budget in zip(entries, budgets, strict=True)}
+        if len(points) == 1:
+            k, budget = points.pop()
+            set_active(self.model, **({"budget": budget} if budget else {"k": k}))
+        else:
+            every = [(entry.k, budget) for entry, budget in zip(entries, budgets, strict=True) for _ in range(entry.tokens)]
+            set_token_active(self.model, *map(list, zip(*every, strict=True)))
+        if any(budgets):
+            self._active.ran = 0
+
+    @property
+    def _active(self) -> Any:
+        """See `modeling_prism.ActiveK`; None where the model has no two-level routing."""
+        return getattr(self.model, "prism_active", None)
+
+    def _budget(self, entry: Entry) -> float:
+        """The budget that a request runs a step within; 0: it runs the step's k."""
+        live = self._live.get(entry.id)
+        if live is None or live.budget is None:
+            return 0.0
+        if entry.k == live.floor:
+            return live.budget
+        # Raised to what others of the step need.
+        return entry.k / self.full_k if entry.k < self.full_k else 0.0
 
     def after_step(self, entries: list[Entry], logits: torch.Tensor, positions: torch.Tensor) -> None:
         """Choose the tokens of sampling requests, note log probabilities, report the step."""
@@ -540,16 +593,18 @@ class Engine:
             live.logprobs.append(_logprob(scores, token, live.request.logprobs))
 
     def _report(self, seconds: float, batch: list[tuple[Entry, _Live | None]]) -> None:
-        prefill = decode = sub_experts = 0
+        prefill = decode = 0
+        sub_experts = 0.0
+        ran = self._ran([entry for entry, _ in batch])
         requests: dict[int, int] = {}
-        for entry, live in batch:
+        for (entry, live), own in zip(batch, ran, strict=True):
             prefill += 0 if entry.decoding else entry.tokens
             decode += entry.decoding
-            sub_experts += entry.tokens * entry.k
+            sub_experts += own
             requests[entry.k] = requests.get(entry.k, 0) + 1
             if live is not None:
                 live.tokens += entry.tokens
-                live.sub_experts += entry.tokens * entry.k
+                live.sub_experts += own
         tokens = prefill + decode
         self._seconds_per_token += (0.1 if self._seconds_per_token else 1.0) * (seconds / tokens - self._seconds_per_token)
         if self.on_step is not None:
@@ -558,3 +613,11 @@ class Engine:
                 context = statistics.fmean(entry.context for entry, _ in batch)
                 predicted = self.performance.predict_step(prefill, decode, sub_experts / tokens, context)
             self.on_step(Step(seconds, self._scheduling, predicted, prefill, decode, sub_experts, requests))
+
+    def _ran(self, entries: list[Entry]) -> list[float]:
+        """Sub-experts that the tokens of each request ran in the step, summed over them, mean over MoE layers."""
+        counted = getattr(self._active, "ran", None)
+        if counted is None:
+            return [float(entry.tokens * entry.k) for entry in entries]
+        own = counted.split([entry.tokens for entry in entries])
+        return [tokens.sum().item() / len(self._active.per_layer) for tokens in own]

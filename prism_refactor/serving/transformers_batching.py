@@ -40,7 +40,7 @@ from prism_refactor.serving.scheduling import Job, Scheduler, step_k
 CPU_PAGE, KV_PAGE = 32, 256
 # Share of free memory that the KV cache may have on a CPU.
 CPU_KV_SHARE = 0.25
-# k is mixed into what KV blocks are found by: token + k * KV_SALT, in the 32 bits that transformers hashes.
+# `Requests.kv_key` is mixed into what KV blocks are found by: token + key * KV_SALT, in the 32 bits that transformers hashes.
 KV_SALT = 1 << 20
 EXPIRED = "its deadline passed before it could start"
 _ATTENTION = "prism_segments"
@@ -74,8 +74,8 @@ class Requests(Protocol):
     def job(self, name: str, tokens: int, decoding: bool) -> Job:
         """Return a request as schedulers see it."""
 
-    def k(self, name: str) -> int:
-        """Return the k that a request's KV blocks are computed with; 0 for unknown ones."""
+    def kv_key(self, name: str) -> int:
+        """Return a number, below 4096, that says at which k or budget a request's KV blocks are computed; 0 for unknown ones."""
 
     def expired(self, name: str, now: float) -> bool:
         """Return whether a request that has not started is too late already."""
@@ -349,10 +349,10 @@ class _BatchScheduler(TransformersScheduler):
             self._share_by_k(cache)
 
     def _share_by_k(self, cache: Any) -> None:
-        """Make KV blocks findable only by requests of the k that they were computed with."""
+        """Make KV blocks findable only by requests of the k or budget that they were computed with."""
 
         def salted(name: str, tokens: list[int]) -> list[int]:
-            salt = self.requests.k(name) * KV_SALT
+            salt = self.requests.kv_key(name) * KV_SALT
             return [token + salt for token in tokens]
 
         def search(name: str, tokens: list[int], original: Callable[..., int]) -> int:
