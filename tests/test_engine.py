@@ -103,7 +103,8 @@ def test_budgets_beside_numbers_get_what_they_get_alone_and_say_what_it_was(engi
     steps = []
     engine = engine_of(on_step=steps.append)
     requests = greedy()
-    budgets = [replace(request, k=None, budget=budget) for request, budget in zip(requests, (0.05, 0.2, 0.25, 0.5, 0.77, 0.999), strict=False)]
+    shares = 0.05, 0.2, 0.25, 0.5, 0.77, 0.999
+    budgets = [replace(request, k=None, budget=share) for request, share in zip(requests, shares, strict=False)]
     answers = engine.generate([*budgets, *requests])
     engine.close()
     assert engine.kv_in_use == 0
