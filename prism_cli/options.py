@@ -72,6 +72,23 @@ class Size(click.ParamType):
         return size
 
 
+class Share(click.ParamType):
+    """A share such as 25% or 0.25, above 0 and at most 1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share, as a float."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is no share above 0 and at most 1; write 25% or 0.25", param, ctx)
+        return share
+
+
 class InputFolder(click.Path):
     """A folder that must be there.
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_refactor.cli.app import Reporter, command
-from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, add
+from prism_refactor.cli.options import INPUT_FOLDER, OFFLOAD_OPTIONS, Finite, OutputFile, Share, add
 from prism_refactor.errors import PrismError, UsageError
 from prism_refactor.formats import PrismConfig
 from prism_refactor.offload.options import CacheBudget, LatencyTarget
@@ -31,6 +32,7 @@ CHUNK = 256
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on with; repeat for several, one after the other.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Tokens to generate for each.")
 @click.option("--k", type=click.IntRange(1), help="Sub-experts per token.  [default: all]")
+@click.option("--budget", type=Share(), help="In place of --k: share of the sub-experts that tokens run on average, each what it needs.")
 @click.option("--fast-memory", default="50%", help="Memory for sub-experts: bytes (2GiB) or a share of all of them (25%).")
 @add(OFFLOAD_OPTIONS)
 @click.option("--latency-target", type=Finite(0, min_open=True), help="Milliseconds per token; skips sub-experts to meet it.")
@@ -50,7 +52,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     from prism_refactor.files import output_file
     from prism_refactor.models.checkpoint import Checkpoint
     from prism_refactor.models.loading import end_tokens
-    from prism_refactor.models.modeling_prism import set_active
+    from prism_refactor.models.modeling_prism import has_thresholds, set_active
     from prism_refactor.offload.manager import load_offloaded
 
     if options["k_min"] is not None and options["latency_target"] is None:
@@ -62,7 +64,13 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     if prism is None:
         raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
     full = prism.max_active
-    k = options["k"] or full
+    budget = options["budget"]
+    if budget is not None and options["k"] is not None:
+        raise UsageError("--budget: takes the place of --k; leave one of them out")
+    if budget is not None and not prism.has_router:
+        raise UsageError(f"--budget: {refactored_dir} has no sub-expert router; use --k")
+    # Of a budget the mean.
+    k = options["k"] or (full if budget is None else max(round(budget * full), 1))
     if k > full:
         raise UsageError(f"--k {k}: choose 1 to {full}")
     if (options["k_min"] or 1) > k:
@@ -75,7 +83,9 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     # Of generation_config.json what ends a text; how to search and sample is not asked there.
     ends = end_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
-    set_active(model, k)
+    if budget is not None and not has_thresholds(model):
+        raise UsageError(f"--budget: {refactored_dir} was written before there were budgets; refactor it again, or use --k")
+    set_active(model, **({"k": k} if budget is None else {"budget": budget}))
     store, slots = model.offload.cache.store, model.offload.cache.slots
     total = store.layers * store.experts
     reporter.line(
@@ -98,7 +108,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
                 answers.append({"prompt": prompt, "error": str(error)})
             model.offload.end_request()
     if as_json:
-        click.echo(json.dumps({"k": k, "slots": slots, "sub_experts": total, "answers": answers}, indent=2))
+        click.echo(json.dumps({"k": k, "budget": budget, "slots": slots, "sub_experts": total, "answers": answers}, indent=2))
     if failed is not None:
         raise click.exceptions.Exit(failed.exit_code)
 
@@ -130,7 +140,7 @@ def _answer(
 
     clock, before = Clock(tokenizer, quiet), model.offload.counters
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), _active_of(model) as active:
         output = model.generate(
             ids.to(model.device),
             # Nothing is padded; without it transformers looks for padding in the prompt.
@@ -143,6 +153,8 @@ def _answer(
     # The streamer is given the prompt first.
     times = clock.times[1:]
     counters = model.offload.counters.since(before)
+    # Of the passes that run one new token each; where there is none, of the prompt's.
+    decoding = active[-max(len(times) - 1, 1) :]
     figures = {
         "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
         "prompt_tokens": ids.shape[1],
@@ -150,14 +162,38 @@ def _answer(
         "first_token_seconds": times[0] - start,
         "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
         "hit_rate": counters.hit_rate,
-        "mean_k": k - counters.skipped / (len(times) - 1) / model.offload.cache.store.layers if len(times) > 1 else k,
+        "mean_k": sum(decoding) / len(decoding) if decoding else k,
         **asdict(counters),
     }
-    reporter.line(_describe(figures, counters), **{key: value for key, value in figures.items() if key != "text"})
+    reporter.line(_describe(figures, counters, k), **{key: value for key, value in figures.items() if key != "text"})
     return figures
 
 
-def _describe(figures: dict[str, Any], counters: "Counters") -> str:
+@contextmanager
+def _active_of(model: Any) -> Iterator[list[float]]:
+    """Give the sub-experts that a token runs in a layer, mean of every forward pass, as they come; none without two-level routing."""
+    active: list[float] = []
+    routing = getattr(model, "prism_active", None)
+    if routing is None:
+        yield active
+        return
+
+    def begin(*_: Any) -> None:
+        routing.ran = 0
+
+    def end(*_: Any) -> None:
+        active.append(routing.ran.double().mean().item() / len(routing.per_layer))
+
+    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
+    try:
+        yield active
+    finally:
+        for hook in hooks:
+            hook.remove()
+        routing.ran = None
+
+
+def _describe(figures: dict[str, Any], counters: "Counters", k: int) -> str:
     speed = figures["tokens_per_second"]
     parts = [
         f"{figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
@@ -167,5 +203,7 @@ def _describe(figures: dict[str, Any], counters: "Counters") -> str:
         f"{counters.loaded_bytes / 2**20:,.0f} MiB loaded, {counters.wasted_bytes / 2**20:,.0f} of them for nothing",
     ]
     if counters.skipped:
-        parts.append(f"{counters.skipped} sub-experts skipped: {figures['mean_k']:.1f} per token and layer on average")
+        parts.append(f"{counters.skipped} sub-experts skipped")
+    if figures["mean_k"] != k:
+        parts.append(f"{figures['mean_k']:.1f} sub-experts per token and layer on average")
     return "; ".join(parts)

@@ -20,6 +20,7 @@ import torch
 from conftest import FAMILIES, FAST, mostly_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from prism_refactor.calibration.text import load_tokenizer
 from prism_refactor.errors import InputError, ResourceError, UsageError
@@ -728,6 +729,11 @@ def test_what_is_no_trace(command, tmp_path, content, message):
         (["--k-min", "4"], 2, "--k-min: belongs to --latency-target"),
         (["--k-min", "17", "--latency-target", "5"], 2, "--k-min 17: is more than the 16 sub-experts of a token; choose 1 to 16"),
         (["--k-min", "5", "--k", "4", "--latency-target", "5"], 2, "choose 1 to 4"),
+        (["--budget", "25%", "--k", "4"], 2, "--budget: takes the place of --k"),
+        (["--budget", "0"], 2, "'0' is no share above 0 and at most 1; write 25% or 0.25"),
+        (["--budget", "101%"], 2, "'101%' is no share above 0"),
+        (["--budget", "a quarter"], 2, "'a quarter' is no share above 0"),
+        (["--budget", "nan"], 2, "'nan' is no share above 0"),
         (["--latency-target", "nan"], 2, "nan is not a finite number"),
         (["--latency-target", "inf"], 2, "inf is not a finite number"),
         (["--prompt", "\udcff"], 2, "--prompt: is not UTF-8"),
@@ -744,6 +750,42 @@ def test_run_errors(elastic, command, options, code, message):
     outcome = command("prism-run", elastic, "--prompt", PROMPT, *options)
     assert (outcome.code, outcome.out) == (code, "")
     assert message in outcome.err.splitlines()[-1]
+
+
+def test_a_budget_runs_what_the_whole_model_in_memory_runs(elastic, command, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    options = ["--budget", "30%", "--fast-memory", "40%", "--max-new-tokens", "20", "--trace", trace, "--json"]
+    ran = command("prism-run", elastic, "--prompt", PROMPT, *options)
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    model, tokenizer = resident(elastic), load_tokenizer(elastic)
+    set_active(model, budget=0.3)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    assert found["answers"][0]["text"] == tokenizer.decode(text, skip_special_tokens=True)
+    assert (found["budget"], found["k"]) == (0.3, 5)
+    # The prompt is one pass, and every token but the last another one.
+    passes = Trace.load(trace).passes[1:]
+    assert len(passes) == 19
+    sizes = [len(chosen) for passed in passes for chosen, _ in passed.used]
+    assert found["answers"][0]["mean_k"] == pytest.approx(np.mean(sizes))
+    assert min(sizes) < 5 < max(sizes)
+    assert "sub-experts per token and layer on average" in ran.err
+
+
+def test_a_budget_needs_thresholds(copied, command):
+    path = copied / "sub_expert_router.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if not name.endswith(".threshold")}, path)
+    outcome = command("prism-run", copied, "--prompt", PROMPT, "--budget", "25%")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "was written before there were budgets" in outcome.err.splitlines()[-1]
+
+
+def test_a_budget_needs_a_sub_expert_router(models, command, tmp_path):
+    assert command("prism-refactor", models["olmoe"], tmp_path / "out", *FAST, "--router", "replicate").code == 0
+    outcome = command("prism-run", tmp_path / "out", "--prompt", PROMPT, "--budget", "25%")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "has no sub-expert router; use --k" in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x" * 100)])
