@@ -22,7 +22,7 @@ from prism_refactor.calibration.text import CALIBRATION_TEXT, EVALUATION_TEXT
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import Windows, read_windows
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, router_tensors, set_active
+from prism_refactor.models.modeling_prism import attach, set_active
 from prism_refactor.models.stream import ComputeOptions
 from prism_refactor.tables import table
 
@@ -39,11 +39,10 @@ def separate(folder: Path, windows: Windows, k: int) -> float:
 def main(folder: Path, tokens: int) -> None:
     checkpoint = Checkpoint(folder)
     windows = read_windows(Calibration((EVALUATION_TEXT, CALIBRATION_TEXT), max_seq_length=512), checkpoint, 512, tokens)
-    layers = len(router_tensors(folder / ROUTER_FILE))
     start = time.perf_counter()
     apart = [separate(folder, windows, k) for k in CHOICES]
     middle = time.perf_counter()
-    points = [Point("two-level", (k,) * layers) for k in CHOICES]
+    points = [Point("two-level", k) for k in CHOICES]
     together = stream_losses(checkpoint, windows, points, ComputeOptions(torch.float32, batch_size=BATCH)).sums.sum(1)
     end = time.perf_counter()
     lines = [

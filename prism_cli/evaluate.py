@@ -1,7 +1,7 @@
 """`prism-eval`: perplexity against active sub-experts, the original beside its refactored models."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command
 from prism_refactor.cli.options import INPUT_FOLDER, PICTURE, TEXT_OPTIONS, Requirements, add
 from prism_refactor.errors import RequirementError, UsageError
-from prism_refactor.formats import EVALUATION, Curve, Evaluation, OperatingPoint, OperatingPoints, StoredPoint, Text
+from prism_refactor.formats import EVALUATION, Curve, Evaluation, OperatingPoint, Text
 from prism_refactor.requirements import Requirement
 from prism_refactor.tables import table
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 @click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next.  [default: half of --max-seq-length]")
 @click.option("--num-tokens", type=click.IntRange(2), help="Read at most this much text.  [default: all of it]")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute type; auto is float32 on a CPU.")
-@click.option("--allocate", "allocated", is_flag=True, help="Also find how many sub-experts each layer should get; stored in prism.json.")
 @click.option("--save", is_flag=True, help=f"Store each model's result in its folder as {EVALUATION}, for prism-report.")
 @click.option("--plot", type=PICTURE, help="Save the curves as a picture (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -53,7 +52,6 @@ def main(
     router: str,
     stride: int | None,
     num_tokens: int | None,
-    allocated: bool,
     save: bool,
     plot: Path | None,
     as_json: bool,
@@ -81,7 +79,7 @@ def main(
     models = [RefactoredCheckpoint(folder) for folder in refactored_dirs]
     for model in models:
         model.check_source(original)
-    requests = [_request(model, choices, router, allocated) for model in models]
+    requests = [_request(model, choices, router) for model in models]
     shares = _shares(budgets, models, router)
     for model, (_, values) in zip(models, requests, strict=True):
         for requirement in requirements:
@@ -91,11 +89,9 @@ def main(
     comparison = Comparison(original, windows, calibration.compute(original), calibration.seed, reporter)
     curves: list[Curve] = []
     for model, (routers, values) in zip(models, requests, strict=True):
-        found = comparison.curves(model, routers, values, allocated, shares)
+        found = comparison.curves(model, routers, values, shares)
         curves += found
         result = _result(windows, calibration, comparison.original, found)
-        if allocated:
-            _store_points(model, found, result.text)
         if save:
             write_json(model.path / EVALUATION, asdict(result))
     reporter.close()
@@ -108,7 +104,7 @@ def main(
     _check(requirements, curves)
 
 
-def _request(model: "RefactoredCheckpoint", choices: str | None, router: str, allocated: bool) -> tuple[list[str], list[int]]:
+def _request(model: "RefactoredCheckpoint", choices: str | None, router: str) -> tuple[list[str], list[int]]:
     """(routers, values of k) to run a refactored model at."""
     prism = model.prism
     routers = ["stock", "two-level"] if router == "both" else [router]
@@ -118,12 +114,7 @@ def _request(model: "RefactoredCheckpoint", choices: str | None, router: str, al
         if router == "stock":
             raise UsageError(f"--router stock: {model.path} as a stock model is the original; use --router two-level")
         routers = ["two-level"]
-    if allocated and "two-level" not in routers:
-        raise UsageError(f"--allocate: {model.path} has no two-level router here; use --router two-level or another folder")
-    values = _choices(choices, prism.max_active) if choices else prism.whole_experts
-    if allocated and values == [prism.max_active]:
-        raise UsageError(f"--allocate: --k needs a number below {prism.max_active}, where there is something to allocate")
-    return routers, values
+    return routers, _choices(choices, prism.max_active) if choices else prism.whole_experts
 
 
 def _choices(text: str, full: int) -> list[int]:
@@ -160,18 +151,8 @@ def _shares(text: str | None, models: list["RefactoredCheckpoint"], router: str)
 def _result(windows: "Windows", calibration: Calibration, original: Curve, curves: list[Curve]) -> Evaluation:
     rows, length = windows.rows.shape
     datasets = list(calibration.datasets) or ["bundled"]
-    return Evaluation(Text(datasets, windows.tokens, rows, length, windows.stride, calibration.seed), original, curves)
-
-
-def _store_points(model: "RefactoredCheckpoint", curves: list[Curve], text: Text) -> None:
-    """Put the operating points into the manifest, with the perplexity of the same k everywhere: that one where it is the better."""
-    curve = next(curve for curve in curves if curve.router == "two-level")
-    uniform = {point.k: point.perplexity for point in curve.points if isinstance(point.k, int)}
-    points = []
-    for mean, point in zip([k for k in uniform if k < curve.full], curve.allocated, strict=True):
-        k = point.k if isinstance(point.k, list) and point.perplexity < uniform[mean] else [mean] * len(model.manifest.layers)
-        points.append(StoredPoint(mean, k, min(point.perplexity, uniform[mean]), uniform[mean]))
-    replace(model.manifest, operating_points=OperatingPoints(text, points)).write(model.path)
+    text = Text(datasets, windows.tokens, rows, length, windows.stride, calibration.seed, windows.sample)
+    return Evaluation(text, original, curves)
 
 
 def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
@@ -184,12 +165,6 @@ def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
         if curve.budgets:
             rows = [_row(point, curve) for point in curve.budgets]
             parts.append(f"within a budget, k as each token needs, on average\n{table(['mean k', *header[1:]], rows)}")
-        if curve.allocated:
-            rows = []
-            for uniform, point in zip([point for point in curve.points if point.share < 1], curve.allocated, strict=True):
-                gained = f"{point.perplexity - uniform.perplexity:+.3f}"
-                rows.append([str(uniform.k), f"{uniform.perplexity:.3f}", f"{point.perplexity:.3f}", gained, _per_layer(point)])
-            parts.append(f"non-uniform k\n{table(['mean k', 'uniform', 'non-uniform', 'difference', 'k of each layer'], rows)}")
     domains = sorted(original.points[-1].domains)
     if len(domains) > 1:
         rows = [
@@ -199,10 +174,6 @@ def _tables(windows: "Windows", original: Curve, curves: list[Curve]) -> str:
         ]
         parts.append(f"\nperplexity by domain\n{table(['model', 'router', 'k', *domains], rows)}")
     return "\n".join(parts)
-
-
-def _per_layer(point: OperatingPoint) -> str:
-    return "the same everywhere" if isinstance(point.k, int) else " ".join(map(str, point.k))
 
 
 def _row(point: OperatingPoint, curve: Curve) -> list[str]:

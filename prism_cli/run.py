@@ -52,7 +52,6 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     from prism_refactor.files import output_file
     from prism_refactor.models.checkpoint import Checkpoint
     from prism_refactor.models.loading import end_tokens
-    from prism_refactor.models.modeling_prism import has_thresholds, set_active
     from prism_refactor.offload.manager import load_offloaded
 
     if options["k_min"] is not None and options["latency_target"] is None:
@@ -63,18 +62,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     prism = PrismConfig.of(checkpoint.config)
     if prism is None:
         raise UsageError(f"{refactored_dir}: is not a refactored checkpoint; make one with prism-refactor")
-    full = prism.max_active
-    budget = options["budget"]
-    if budget is not None and options["k"] is not None:
-        raise UsageError("--budget: takes the place of --k; leave one of them out")
-    if budget is not None and not prism.has_router:
-        raise UsageError(f"--budget: {refactored_dir} has no sub-expert router; use --k")
-    # Of a budget the mean.
-    k = options["k"] or (full if budget is None else max(round(budget * full), 1))
-    if k > full:
-        raise UsageError(f"--k {k}: choose 1 to {full}")
-    if (options["k_min"] or 1) > k:
-        raise UsageError(f"--k-min {options['k_min']}: is more than the {k} sub-experts of a token; choose 1 to {k}")
+    k = _mean_k(prism, options)
     tokenizer = load_tokenizer(refactored_dir)
     encoded = [_encode(tokenizer, prompt, checkpoint, options["max_new_tokens"]) for prompt in prompts]
     model = load_offloaded(
@@ -83,9 +71,7 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
     # Of generation_config.json what ends a text; how to search and sample is not asked there.
     ends = end_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
-    if budget is not None and not has_thresholds(model):
-        raise UsageError(f"--budget: {refactored_dir} was written before there were budgets; refactor it again, or use --k")
-    set_active(model, **({"k": k} if budget is None else {"budget": budget}))
+    _set_active(model, k, options["budget"])
     store, slots = model.offload.cache.store, model.offload.cache.slots
     total = store.layers * store.experts
     reporter.line(
@@ -108,9 +94,35 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
                 answers.append({"prompt": prompt, "error": str(error)})
             model.offload.end_request()
     if as_json:
-        click.echo(json.dumps({"k": k, "budget": budget, "slots": slots, "sub_experts": total, "answers": answers}, indent=2))
+        click.echo(json.dumps({"k": k, "budget": options["budget"], "slots": slots, "sub_experts": total, "answers": answers}, indent=2))
     if failed is not None:
         raise click.exceptions.Exit(failed.exit_code)
+
+
+def _mean_k(prism: PrismConfig, options: dict[str, Any]) -> int:
+    """Sub-experts per token, of a budget on average. Raises UsageError when the options do not fit each other or the checkpoint."""
+    full, k, budget = prism.max_active, options["k"], options["budget"]
+    if budget is not None and k is not None:
+        raise UsageError("--budget: takes the place of --k; leave one of them out")
+    if budget is not None and not prism.has_router:
+        raise UsageError("--budget: the checkpoint has no sub-expert router; use --k")
+    k = k or (full if budget is None else max(round(budget * full), 1))
+    if k > full:
+        raise UsageError(f"--k {k}: choose 1 to {full}")
+    if (options["k_min"] or 1) > k:
+        raise UsageError(f"--k-min {options['k_min']}: is more than the {k} sub-experts of a token; choose 1 to {k}")
+    return k
+
+
+def _set_active(model: Any, k: int, budget: float | None) -> None:
+    from prism_refactor.models.modeling_prism import has_thresholds, set_active
+
+    if budget is None:
+        set_active(model, k)
+        return
+    if not has_thresholds(model):
+        raise UsageError("--budget: the checkpoint was written before there were budgets; refactor it again, or use --k")
+    set_active(model, budget=budget)
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, checkpoint: "Checkpoint", new: int) -> "torch.Tensor":

@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_refactor.api import attach, evaluate, load, operating_points, profile, refactor, set_active
+    from prism_refactor.api import attach, evaluate, load, profile, refactor, set_active
 
     __version__: str
 
-__all__ = ["__version__", "attach", "evaluate", "load", "operating_points", "profile", "refactor", "set_active"]
+__all__ = ["__version__", "attach", "evaluate", "load", "profile", "refactor", "set_active"]
 
 
 def __getattr__(name: str) -> Any:

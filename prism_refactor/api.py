@@ -75,7 +75,7 @@ def set_active(model: Any, k: int | Sequence[int] | None = None, budget: float |
 
     Args:
         model: from `load`, `attach` or transformers.
-        k: a number for all layers, 1 to N times the original top-k, or an operating point: one number per MoE layer.
+        k: a number for all layers, 1 to N times the original top-k, or one number per MoE layer.
         budget: in the place of k, the share of the sub-experts that tokens run on average, above 0 and at most 1. A token runs those whose
             weight x predicted size is above a threshold, at least one. Needs two-level routing.
 
@@ -88,15 +88,6 @@ def set_active(model: Any, k: int | Sequence[int] | None = None, budget: float |
         >>> prism_refactor.set_active(model, budget=0.25)
     """
     modeling_prism.set_active(model, k, budget)
-
-
-def operating_points(folder: Folder) -> dict[int, list[int]]:
-    """Return the non-uniform operating points that `prism-eval --allocate` stored: {mean k: [k of each MoE layer]}; maybe empty.
-
-    Example:
-        >>> prism_refactor.set_active(model, prism_refactor.operating_points("demo-output")[4])
-    """
-    return modeling_prism.operating_points(os.fspath(folder))
 
 
 def refactor(model_dir: Folder, out_dir: Folder, workers: int | None = None, overwrite: bool = False, **options: Any) -> Manifest:

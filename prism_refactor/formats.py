@@ -222,18 +222,12 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class StoredPoint:
-    """A non-uniform operating point: k of each MoE layer, its perplexity, and that of `mean_k` in every layer."""
-
-    mean_k: int
-    k: list[int]
-    perplexity: float
-    uniform: float
-
-
-@dataclass(frozen=True)
 class Text:
-    """The text of an evaluation: what `datasets`, scored tokens, windows, their length and stride, the seed of their choice."""
+    """The text of an evaluation: what `datasets`, scored tokens, windows, their length and stride, the seed of their choice.
+
+    Attributes:
+        sample: its first tokens, as text.
+    """
 
     datasets: list[str]
     tokens: int
@@ -241,14 +235,7 @@ class Text:
     length: int
     stride: int
     seed: int
-
-
-@dataclass(frozen=True)
-class OperatingPoints:
-    """What `prism-eval --allocate` found, and on which text."""
-
-    text: Text
-    points: list[StoredPoint]
+    sample: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -272,7 +259,6 @@ class Manifest:
         calibration: the text, as `Calibration.recorded` gives it.
         versions: of the packages that decide the bytes.
         layers: the MoE layers.
-        operating_points: non-uniform k; None where they were not looked for.
         finetuning: of the router; None where it was not trained.
     """
 
@@ -283,7 +269,6 @@ class Manifest:
     calibration: dict[str, Any]
     versions: dict[str, str]
     layers: list[LayerReport]
-    operating_points: OperatingPoints | None = None
     finetuning: FineTuned | None = None
 
     @classmethod
@@ -339,8 +324,7 @@ class OperatingPoint:
     """One number of active sub-experts with its figures.
 
     Attributes:
-        k: active (sub-)experts per MoE layer; one number when they are all the same. Within a budget, the most that a
-            token may run.
+        k: active (sub-)experts per token; within a budget, the most that one may run.
         share: active share of the experts that the original uses; within a budget, as measured.
         cost: per token.
         perplexity, interval: with its 95 % bootstrap interval over windows.
@@ -349,9 +333,11 @@ class OperatingPoint:
         ratio, ratio_interval: perplexity relative to the original's at the same active experts; None where it has no such setting.
         recovered, recovered_interval: share of what the original loses at the same active experts that is won back; None where it loses
             nothing.
+        by_layer, by_token: within a budget, the sub-experts that tokens ran in each MoE layer on average, and that each token of
+            `Text.sample` ran, mean over layers.
     """
 
-    k: int | list[int]
+    k: int
     share: float
     cost: Cost
     perplexity: float
@@ -362,12 +348,12 @@ class OperatingPoint:
     ratio_interval: tuple[float, float] | None = None
     recovered: float | None = None
     recovered_interval: tuple[float, float] | None = None
+    by_layer: list[float] = field(default_factory=list)
+    by_token: list[float] = field(default_factory=list)
 
     def k_text(self, full: int) -> str:
-        """k as people read it: '4', '5 3 3 5' by layer, or '4.07', the mean within a budget; `full`: of the curve."""
-        if self.budget is not None:
-            return f"{self.share * full:.2f}"
-        return str(self.k) if isinstance(self.k, int) else " ".join(map(str, self.k))
+        """k as people read it: '4', or '4.07', the mean within a budget; `full`: of the curve."""
+        return str(self.k) if self.budget is None else f"{self.share * full:.2f}"
 
 
 @dataclass(frozen=True)
@@ -379,7 +365,6 @@ class Curve:
         router: 'original', 'stock' or 'two-level'.
         full: k at which everything runs.
         points: by rising k.
-        allocated: non-uniform operating points by rising mean k; only where asked for.
         budgets: points within a budget, by rising budget; only where asked for.
     """
 
@@ -387,7 +372,6 @@ class Curve:
     router: str
     full: int
     points: list[OperatingPoint]
-    allocated: list[OperatingPoint]
     budgets: list[OperatingPoint] = field(default_factory=list)
 
 

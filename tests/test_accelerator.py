@@ -65,7 +65,7 @@ def test_refactoring_on_a_device_is_that_on_the_cpu(tmp_path, refactored, comman
 
 
 def test_evaluation_on_a_device_is_that_on_the_cpu(refactored, command):
-    options = ["--num-tokens", "256", "--dtype", "float32", "--router", "both", "--allocate", "--quiet", "--json"]
+    options = ["--num-tokens", "256", "--dtype", "float32", "--router", "both", "--budget", "25%", "--quiet", "--json"]
     found = [finished("prism-eval", EXAMPLE, refactored, *options), command("prism-eval", EXAMPLE, refactored, *options).out]
     device, cpu = (json.loads(each) for each in found)
     assert len(device["refactored"]) == 2
@@ -73,6 +73,8 @@ def test_evaluation_on_a_device_is_that_on_the_cpu(refactored, command):
         assert [point["perplexity"] for point in there["points"]] == pytest.approx(
             [point["perplexity"] for point in here["points"]], rel=1e-3
         )
+    within = [each["refactored"][1]["budgets"][0]["perplexity"] for each in (device, cpu)]
+    assert within[0] == pytest.approx(within[1], rel=1e-3)
 
 
 def test_fine_tuning_runs_and_resumes_on_a_device(tmp_path, refactored):

@@ -76,7 +76,6 @@ def test_a_checkpoint_is_refactored_evaluated_and_run(tmp_path, models, token_id
     torch.testing.assert_close(logits(model.float(), token_ids), expected, atol=1e-3, rtol=0)
     attached = prism_refactor.attach(AutoModelForCausalLM.from_pretrained(out), out)
     assert attached.prism_active.per_layer == [4, 4]
-    assert prism_refactor.operating_points(out) == {}
     with pytest.raises(UsageError, match="exists; choose another output folder or add `overwrite`"):
         prism_refactor.refactor(models["olmoe"], out)
 

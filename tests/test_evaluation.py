@@ -15,13 +15,12 @@ from transformers import AutoTokenizer
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.text import load_tokenizer
 from prism_refactor.errors import UsageError
-from prism_refactor.evaluation.allocation import allocate
 from prism_refactor.evaluation.cost import CostModel
 from prism_refactor.evaluation.curve import FIGURES
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import attach, moe_gates, operating_points, set_active
+from prism_refactor.models.modeling_prism import attach, moe_gates, set_active
 from prism_refactor.models.stream import ComputeOptions
 from prism_refactor.requirements import Requirement
 
@@ -51,14 +50,14 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
         for gate in moe_gates(original):
             gate.top_k = k
         expected.append(plain_sums(original, windows))
-    points = [Point("original", (k,) * 4) for k in (1, 4)]
+    points = [Point("original", k) for k in (1, 4)]
     found = stream_losses(Checkpoint(EXAMPLE), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-2, rtol=1e-4)
     stock, two_level = load(elastic), attach(load(elastic), elastic)
     expected, points = [], []
     # The order mixes the routers: attaching one must not leak into the other.
-    for router, model, k in (("two-level", two_level, (7, 3, 16, 4)), ("stock", stock, (6,) * 4), ("two-level", two_level, (16,) * 4)):
-        set_active(model, list(k))
+    for router, model, k in (("two-level", two_level, 7), ("stock", stock, 6), ("two-level", two_level, 16)):
+        set_active(model, k)
         expected.append(plain_sums(model, windows))
         points.append(Point(router, k))
     found = stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
@@ -67,7 +66,7 @@ def test_streamed_losses_are_transformers_losses(elastic, windows):
 
 
 def test_hidden_states_that_do_not_fit_are_kept_in_a_file(elastic, windows, monkeypatch):
-    points = [Point("two-level", (k,) * 4) for k in (4, 16)]
+    points = [Point("two-level", k) for k in (4, 16)]
     expected = stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums
     monkeypatch.setattr("prism_refactor.models.stream.MEMORY_LIMIT", 1000)
     assert torch.equal(stream_losses(Checkpoint(elastic), windows, points, ComputeOptions(torch.float32, batch_size=5)).sums, expected)
@@ -115,15 +114,11 @@ def test_text_ends_at_its_limit_whatever_follows(tmp_path):
     assert (found.domains, found.tokens) == (["a"], 4)
 
 
-def test_allocation_takes_the_steepest_layer_first_and_looks_past_plateaus():
-    errors = torch.tensor([[8.0, 4.0, 2.0, 0.0], [1.0, 0.9, 0.8, 0.0], [9.0, 9.0, 0.0, 0.0]], dtype=torch.float64)
-    assert allocate(errors, [1, 2, 3, 4]) == {1: (1, 1, 1), 2: (2, 1, 3), 3: (4, 2, 3), 4: (4, 4, 4)}
-
-
 @pytest.mark.long
 def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elastic, command):
     out = shutil.copytree(elastic, tmp_path / "out")
-    result = command("prism-eval", EXAMPLE, out, *TEXT, "--router", "both", "--allocate", "--save", "--json", "--plot", tmp_path / "c.png")
+    options = ["--router", "both", "--budget", "25%,50%", "--save", "--json", "--plot", tmp_path / "c.png"]
+    result = command("prism-eval", EXAMPLE, out, *TEXT, *options)
     assert result.code == 0, result.err
     report = json.loads(result.out)
     assert json.loads((out / "evaluation.json").read_text()) == report
@@ -142,14 +137,16 @@ def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elast
     assert half["recovered"] == pytest.approx(recovered)
     assert half["recovered_interval"][0] < recovered < half["recovered_interval"][1]
     assert curves["two-level"]["points"][3]["perplexity"] == pytest.approx(whole, rel=1e-5)
-    points = operating_points(out)
-    assert list(points) == [4, 8, 12]
-    for stored, uniform in zip(
-        json.loads((out / "prism.json").read_text())["operating_points"]["points"], curves["two-level"]["points"], strict=False
-    ):
-        assert sum(stored["k"]) <= 4 * stored["mean_k"]
-        assert stored["perplexity"] <= stored["uniform"] == uniform["perplexity"]
-    set_active(attach(load(out), out), points[4])
+    assert [point["budget"] for point in curves["two-level"]["budgets"]] == [0.25, 0.5]
+    assert curves["stock"]["budgets"] == []
+    for point in curves["two-level"]["budgets"]:
+        assert len(point["by_layer"]) == 4
+        assert sum(point["by_layer"]) / 4 / 16 == pytest.approx(point["share"])
+        assert len(point["by_token"]) == len(report["text"]["sample"]) == 48
+        assert 1 <= min(point["by_token"]) < max(point["by_token"]) <= 16
+    assert load_tokenizer(EXAMPLE).decode(
+        read_windows(Calibration(max_seq_length=128), Checkpoint(EXAMPLE), most=3000).rows[0, :48]
+    ) == "".join(report["text"]["sample"])
     assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
 
 
@@ -186,7 +183,6 @@ def test_eval_prints_tables_and_only_the_original_alone(elastic, command):
         (["--k", "0-3"], 2, "--k 0-3: choose from 1 to 16"),
         (["--k", "many"], 2, "--k many: write numbers and ranges"),
         (["--stride", "200"], 2, "--stride 200: must be at most the window of 128 tokens"),
-        (["--router", "stock", "--allocate"], 2, "--allocate:"),
         (["--plot", "nowhere/c.png"], 2, "--plot nowhere/c.png: the folder does not exist"),
         (["--dataset", "missing.jsonl"], 3, "no such file"),
     ],

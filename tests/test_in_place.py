@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(written, command, models, t
 def test_evaluation_runs_the_two_level_router(written, command):
     source, out = written("phimoe")
     options = ["--num-tokens", "512", "--max-seq-length", "64", "--json"]
-    result = command("prism-eval", source, out, *options, "--router", "both", "--allocate", "--k", "4,8")
+    result = command("prism-eval", source, out, *options, "--router", "both", "--k", "4,8")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     (curve,) = found["refactored"]

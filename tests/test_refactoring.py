@@ -186,7 +186,7 @@ def test_two_level_is_the_same_under_every_experts_implementation(elastic, token
         torch.testing.assert_close(output, outputs[0], atol=1e-3, rtol=1e-3)
 
 
-def test_operating_points_set_k_layer_by_layer(elastic, token_ids):
+def test_k_can_be_set_layer_by_layer(elastic, token_ids):
     model = attach(load(elastic), elastic)
     set_active(model, [8] * 4)
     uniform = logits(model, token_ids)

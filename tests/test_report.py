@@ -54,7 +54,7 @@ def make(*arguments):
 @pytest.mark.long
 def test_page_in_a_browser(out, command, tmp_path):
     text = ["--num-tokens", "2000", "--max-seq-length", "128"]
-    assert command("prism-eval", EXAMPLE, out, *text, "--save", "--allocate", "--router", "both", "--quiet").code == 0
+    assert command("prism-eval", EXAMPLE, out, *text, "--save", "--budget", "12.5%,25%,50%", "--router", "both", "--quiet").code == 0
     # A manifest is a file like any other: nothing in it may become markup.
     manifest = json.loads((out / "prism.json").read_text())
     manifest["source"]["name"] = "<script>console.error('run')</script>"
@@ -64,7 +64,7 @@ def test_page_in_a_browser(out, command, tmp_path):
     assert "<script" not in page
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)[a-z/.]""", page)
     assert page.count("data:image/png") == 1 + 2 * len(manifest["layers"])
-    for part in ("quality", "operating-points", "output-error", "partition", "load", "coactivation", "recipe"):
+    for part in ("quality", "active", "output-error", "partition", "load", "coactivation", "recipe"):
         assert f'<section id="{part}"' in page
     assert "two-level router" in page
     assert "--save" not in page
@@ -85,7 +85,7 @@ def test_page_without_evaluation_says_how_to_make_one(out, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(target)
     page = target.read_text()
     assert "prism-eval MODEL_DIR OUT_DIR --save" in page
-    assert "prism-eval MODEL_DIR OUT_DIR --allocate" in page
+    assert "prism-eval MODEL_DIR OUT_DIR --budget" in page
     assert "no co-activation pictures" in page
     assert not (out / "report.html").exists()
     first = target.read_bytes()

@@ -1,6 +1,5 @@
 """The quality curve: perplexity with intervals, the original beside each refactored model, and the figures that a requirement may be on."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from prism_refactor.errors import UsageError
+from prism_refactor.evaluation.losses import Point
 from prism_refactor.evaluation.windows import Windows
 from prism_refactor.formats import Cost, OperatingPoint
 from prism_refactor.requirements import Requirement
@@ -48,40 +48,40 @@ class Bootstrap:
 
 def measured(
     sampled: Bootstrap,
-    sums: torch.Tensor,
-    k: tuple[int, ...],
+    original: dict[float, Any],
+    point: Point,
     full: int,
     cost: Cost,
-    original: dict[float, Any],
-    budget: float | None = None,
-    active: float = math.nan,
+    sums: torch.Tensor,
+    active: list[float],
+    sample: list[float],
 ) -> OperatingPoint:
     """Figures of one operating point.
 
     Args:
         sampled: the text's bootstrap.
-        sums: float64 [S], its losses.
-        k: per layer.
+        original: the original's losses [S] by active share; holds 1.0.
+        point: the operating point; what is recovered is measured at the share that it asks for.
         full: k at which everything runs.
         cost: per token.
-        original: the original's losses [S] by active share; holds 1.0.
-        budget: the share that was asked for, if it was; what is recovered is measured there.
-        active: then the share that ran.
+        sums: float64 [S], its losses.
+        active, sample: see `Losses`, of this point.
     """
     value, resampled = sampled.perplexity(sums)
-    share = sum(k) / len(k) / full if budget is None else active
-    asked = share if budget is None else budget
-    comparison: dict[str, Any] = {}
+    asked = point.k / full if point.budget is None else point.budget
+    figures: dict[str, Any] = {}
+    if point.budget is not None:
+        figures = {"by_layer": active, "by_token": sample}
     if asked in original:
         theirs, theirs_resampled = sampled.perplexity(original[asked])
         whole, whole_resampled = sampled.perplexity(original[1.0])
-        comparison = {"ratio": value / theirs, "ratio_interval": _interval(resampled / theirs_resampled)}
+        figures |= {"ratio": value / theirs, "ratio_interval": _interval(resampled / theirs_resampled)}
         if asked < 1 and theirs > whole:
             with np.errstate(divide="ignore", invalid="ignore"):
                 shares = (theirs_resampled - resampled) / (theirs_resampled - whole_resampled)
-            comparison |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
-    number: int | list[int] = k[0] if len(set(k)) == 1 else list(k)
-    return OperatingPoint(number, share, cost, value, _interval(resampled), sampled.by_domain(sums), budget, **comparison)
+            figures |= {"recovered": (theirs - value) / (theirs - whole), "recovered_interval": _interval(shares)}
+    share = asked if point.budget is None else sum(active) / len(active) / full
+    return OperatingPoint(point.k, share, cost, value, _interval(resampled), sampled.by_domain(sums), point.budget, **figures)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -124,9 +124,9 @@ def figure(requirement: Requirement, points: list[OperatingPoint], full: int) ->
     Raises:
         UsageError: as `check_position`, or the original has no such setting to compare with.
     """
-    uniform = {point.k: point for point in points if isinstance(point.k, int)}
-    check_position(requirement, list(uniform), full)
-    point = uniform[int(requirement.k(full))]
+    by_k = {point.k: point for point in points}
+    check_position(requirement, list(by_k), full)
+    point = by_k[int(requirement.k(full))]
     value = getattr(point, requirement.figure)
     if value is None:
         raise UsageError(f"`require` '{requirement.text}': there is no '{requirement.figure}' at k = {point.k}")

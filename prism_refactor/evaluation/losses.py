@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,6 @@ from prism_refactor.models.modeling_prism import (
 )
 from prism_refactor.models.stream import ComputeOptions, LayerStream
 from prism_refactor.models.transformers_models import MoeBlock, run_experts_with
-from prism_refactor.routing.output import two_level_output
-from prism_refactor.routing.sample import Routed
-
-# Tokens that the output errors of a layer are measured on.
-JUDGED = 4096
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,12 @@ class Point:
 
     Attributes:
         router: 'original', 'stock' or 'two-level'.
-        k: active experts, or sub-experts, of each MoE layer.
+        k: active experts, or sub-experts.
         budget: of the two-level router, in the place of k: the share of the sub-experts that tokens run on average; None: k.
     """
 
     router: str
-    k: tuple[int, ...]
+    k: int
     budget: float | None = None
 
 
@@ -54,14 +49,17 @@ class Losses:
 
     Attributes:
         sums: float64 [P, S]: per operating point and window, summed negative log-likelihood of its scored tokens, nats.
-        active: float64 [P, L]: sub-experts that tokens ran in each MoE layer, on average.
-        layer_errors: float64 [L, K * N] or None: squared error of each MoE layer's output at k = 1, 2, ..., mean over tokens, on the
-            inputs it gets in the full model. Not relative to the layer's own norm: all layers add to the same residual stream.
+        active: float64 [P, L]: (sub-)experts that tokens ran in each MoE layer, on average.
+        sample: float64 [P, S]: (sub-)experts that each token of `Windows.sample` ran, mean over MoE layers.
     """
 
     sums: torch.Tensor
     active: torch.Tensor
-    layer_errors: torch.Tensor | None
+    sample: torch.Tensor
+
+    def part(self, points: slice) -> "Losses":
+        """Those of some of the operating points."""
+        return Losses(self.sums[points], self.active[points], self.sample[points])
 
 
 @torch.inference_mode()
@@ -70,7 +68,6 @@ def stream_losses(
     windows: Windows,
     points: list[Point],
     compute: ComputeOptions,
-    measure_layers: bool = False,
     events: Events | None = None,
 ) -> Losses:
     """Run text through a checkpoint once: each layer is read once and every operating point's hidden states pass through it.
@@ -80,16 +77,14 @@ def stream_losses(
         windows: the text.
         points: operating points.
         compute: how to run.
-        measure_layers: also measure `Losses.layer_errors`; the first point must then be two-level at full k.
         events: told of the operating points that have passed a layer.
     """
     events, name = events or Events(), checkpoint.path.resolve().name
     stream = LayerStream(checkpoint, windows.rows, compute, len(points))
     run_experts_with(stream.model, EXPERTS)
     routers = router_tensors(checkpoint.path / ROUTER_FILE) if any(point.router == "two-level" for point in points) else {}
-    errors: list[torch.Tensor] = []
     active: list[list[float]] = [[] for _ in points]
-    moe_layers = 0
+    sample = torch.zeros(len(points), len(windows.sample), dtype=torch.float64)
     for index in range(len(stream)):
         with stream.layer(index) as layer:
             found = moe_block(layer)
@@ -97,39 +92,42 @@ def stream_losses(
             if found is not None and routers:
                 two_level = two_level_router(found[1], checkpoint.config, routers[stream.layered.moe_blocks[index]])
             for number, point in enumerate(points):
-                with ExitStack() as stack:
-                    ran = stack.enter_context(_active_of(two_level)) if point.budget is not None and found is not None else None
-                    if found is not None:
-                        stack.enter_context(_routed(found[1], two_level, point, moe_layers, checkpoint.architecture.top_k))
-                    calls = stack.enter_context(_calls_of(found[1])) if found is not None and measure_layers and number == 0 else None
+                if found is None:
                     stream.advance(index, state=number)
-                    if found is not None and calls is not None:
-                        errors.append(_layer_errors(found[1], calls))
-                    if found is not None:
-                        active[number].append(point.k[moe_layers] if ran is None else torch.cat(ran).double().mean().item())
+                else:
+                    with _routed(found[1], two_level, point, checkpoint.architecture.top_k) as ran:
+                        stream.advance(index, state=number)
+                    every = torch.cat(ran).double() if ran else torch.full((windows.rows.numel(),), point.k, dtype=torch.float64)
+                    active[number].append(every.mean().item())
+                    sample[number] += every[: sample.shape[1]]
                 events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
-            moe_layers += found is not None
     with stream.head() as head:
         sums = torch.stack([_sums(head, state, windows, compute.device) for state in stream.states])
-    return Losses(sums, torch.tensor(active, dtype=torch.float64), torch.stack(errors) if errors else None)
+    return Losses(sums, torch.tensor(active, dtype=torch.float64), sample / max(len(active[0]), 1))
 
 
 @contextmanager
-def _routed(block: MoeBlock, two_level: Any, point: Point, moe_layer: int, key: str) -> Iterator[None]:
-    """Let a block route as an operating point says; `key`: what the config calls the number of a token's experts."""
+def _routed(block: MoeBlock, two_level: Any, point: Point, key: str) -> Iterator[list[torch.Tensor]]:
+    """Let a block route as an operating point says; `key`: what the config calls the number of a token's experts.
+
+    Gives the numbers of sub-experts that tokens run, int64 [T], as they come; none where the family's own router routes.
+    """
+    ran: list[torch.Tensor] = []
     if point.router != "two-level":
-        k = point.k[moe_layer]
-        set_top_k(router_of(block), key, k)
-        handle = block.experts.register_forward_pre_hook(functools.partial(_heaviest, k))
+        set_top_k(router_of(block), key, point.k)
+        handle = block.experts.register_forward_pre_hook(functools.partial(_heaviest, point.k))
         try:
-            yield
+            yield ran
         finally:
             handle.remove()
         return
-    install(block, two_level, ActiveK(point.k, budget=point.budget), moe_layer)
+    install(block, two_level, ActiveK([point.k], budget=point.budget), 0)
+    skipped = two_level.num_experts * two_level.sub_experts
+    handle = two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != skipped).sum(1).cpu()))
     try:
-        yield
+        yield ran
     finally:
+        handle.remove()
         uninstall(block)
 
 
@@ -140,43 +138,6 @@ def _heaviest(k: int, _: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torc
         return None
     kept = weights.topk(k).indices
     return hidden, experts.gather(1, kept), weights.gather(1, kept)
-
-
-@contextmanager
-def _active_of(two_level: Any) -> Iterator[list[torch.Tensor]]:
-    """Give the number of sub-experts that each token runs, int64 [T], as it comes."""
-    ran: list[torch.Tensor] = []
-    skipped = two_level.num_experts * two_level.sub_experts
-    handle = two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != skipped).sum(1).cpu()))
-    try:
-        yield ran
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _calls_of(block: MoeBlock) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """Give what a block's experts are given, as it comes: inputs [T, H], experts int64 [T, K], weights [T, K]."""
-    calls: list[tuple[torch.Tensor, ...]] = []
-    handle = block.experts.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def _layer_errors(block: MoeBlock, calls: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """Squared error of the experts' output at k = 1, 2, ..., K N, mean over a sample of the tokens, see `_calls_of`."""
-    router = block.experts.two_level
-    inputs, experts, weights = map(torch.cat, zip(*calls, strict=True))
-    chosen = torch.linspace(0, len(inputs) - 1, min(JUDGED, len(inputs))).long().to(inputs.device)
-    routed = Routed(inputs[chosen], weights[chosen], experts[chosen])
-    full = experts.shape[1] * router.sub_experts
-    exact = two_level_output(router, block.experts, routed, full)
-    errors = [
-        (two_level_output(router, block.experts, routed, k) - exact).float().square().sum(1).mean().item() for k in range(1, full + 1)
-    ]
-    return torch.tensor(errors, dtype=torch.float64)
 
 
 def _sums(head: Callable[[torch.Tensor], torch.Tensor], state: torch.Tensor, windows: Windows, device: str) -> torch.Tensor:

@@ -29,6 +29,8 @@ LOG_FROM = 8.0
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 SHOWN_PICTURES = 6
 SHOWN_ERRORS = 3
+# The budget nearest to this is shown token by token.
+SAMPLE_BUDGET = 0.25
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def report_page(manifest: Manifest, evaluation: Evaluation | None, pictures: dic
     return _template("report.html").render(
         head=_head(manifest, evaluation),
         quality=None if evaluation is None else _quality(evaluation),
-        operating=_operating(manifest),
+        active=None if evaluation is None else _active(evaluation, manifest.layers),
         errors=_errors(manifest.layers),
         partition=_partition(manifest.layers),
         loads=_loads([(layer.layer, [expert.tokens for expert in layer.experts]) for layer in manifest.layers]),
@@ -213,10 +215,6 @@ def _title(curve: Curve) -> str:
     return "original" if curve.router == "original" else f"{curve.router} router"
 
 
-def _k(k: int | list[int]) -> str:
-    return str(k) if isinstance(k, int) else " ".join(map(str, k))
-
-
 def _marks(curve: Curve, value: str, interval: str) -> list[Mark]:
     marks = []
     for point in curve.points:
@@ -249,18 +247,32 @@ def _point_row(curve: Curve, point: OperatingPoint) -> dict[str, Any]:
     }
 
 
-def _operating(manifest: Manifest) -> dict[str, Any] | None:
-    found = manifest.operating_points
-    if found is None:
+def _active(evaluation: Evaluation, layers: list[LayerReport]) -> dict[str, Any] | None:
+    """Sub-experts that tokens run within budgets, by layer and by token of a sample; None where no budget was measured."""
+    curve = next((curve for curve in evaluation.refactored if curve.budgets and curve.budgets[0].by_layer), None)
+    if curve is None:
         return None
-    _, most = _counts(manifest.result)
-    rows = []
-    for point in found.points:
-        gain = point.perplexity - point.uniform
-        row = [point.mean_k, _value(point.uniform, ".3f"), _value(point.perplexity, ".3f"), _value(gain, "+.3f")]
-        same = len(set(point.k)) == 1
-        rows.append({"cells": row, "bars": bars(point.k, most), "k": "the same in every layer" if same else _k(point.k)})
-    return {"rows": rows, "tokens": found.text.tokens, "most": most}
+    places = {round(place) for place in np.linspace(0, len(curve.budgets) - 1, len(_DASHES))}
+    series = []
+    for place, kind in zip(sorted(places), _DASHES, strict=False):
+        point = curve.budgets[place]
+        marks = [Mark(layer.layer, active) for layer, active in zip(layers, point.by_layer, strict=False)]
+        series.append(Series(f"budget {_percent(point.budget)}", kind, marks))
+    shown = min(curve.budgets, key=lambda point: abs((point.budget or 0) - SAMPLE_BUDGET))
+    most = max(shown.by_token)
+    return {
+        "chart": chart(series, _layer_ticks([layer.layer for layer in layers]), "layer", "sub-experts per token", [0.0, float(curve.full)]),
+        "budget": _percent(shown.budget),
+        "full": curve.full,
+        "tokens": [
+            {"text": text, "ran": f"{ran:.1f}", "shade": round(100 * ran / most)}
+            for text, ran in zip(evaluation.text.sample, shown.by_token, strict=False)
+        ],
+    }
+
+
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.4g}%"
 
 
 def _errors(layers: list[LayerReport]) -> dict[str, Any]:

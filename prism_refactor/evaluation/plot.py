@@ -14,8 +14,7 @@ def plot_curves(original: Curve, curves: list[Curve], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in [original, *curves]:
-        kinds = ((curve.points, "o-", ""), (curve.budgets, "^:", ", within a budget"), (curve.allocated, "s--", ", non-uniform k"))
-        for points, style, name in kinds:
+        for points, style, name in ((curve.points, "o-", ""), (curve.budgets, "^:", ", within a budget")):
             if points:
                 values = [point.perplexity for point in points]
                 spread = [[value - point.interval[0] for value, point in zip(values, points, strict=True)]]

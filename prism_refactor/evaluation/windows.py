@@ -1,7 +1,7 @@
 """Evaluation text as overlapping windows, each of whose tokens is scored once."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,9 @@ from prism_refactor.calibration.sources import Source
 from prism_refactor.calibration.text import EVALUATION_TEXT, check_tokens, load_tokenizer, token_pieces
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.models.checkpoint import Checkpoint
+
+# Tokens of the text of which it is told how many sub-experts each runs.
+SAMPLE = 48
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Windows:
         scored: bool [S, T]: the tokens whose prediction counts; never the first of a row.
         domains: the domain of each row.
         stride: tokens from one window to the next.
+        sample: the first tokens of the first row, each as text.
     """
 
     rows: torch.Tensor
     scored: torch.Tensor
     domains: list[str]
     stride: int
+    sample: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -86,7 +91,9 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
     if not any(any(row) for row in scored):
         raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
     check_tokens(checkpoint, tokenizer, max(map(max, rows)))
-    return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
+    # Without padding.
+    sample = [tokenizer.decode([token]) for token, _ in zip(rows[0], range(min(SAMPLE, sum(scored[0]) + 1)), strict=False)]
+    return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride, sample)
 
 
 def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:

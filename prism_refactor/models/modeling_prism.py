@@ -14,7 +14,6 @@ are cut here, in memory, and its router is left as it is.
 import copy
 import functools
 import itertools
-import json
 import os
 import shutil
 
@@ -82,6 +81,15 @@ class TwoLevelRouter(nn.Module):
         # Where sub-experts may be left out for another reason than their rank (offloading): told (indices [T, K * N], best first, k of
         # each token [T]), gives None or (positions [T, K * N] in the order to prefer, k of each token).
         self.choose = None
+
+    def _apply(self, fn, recurse=True):
+        """As any module's, which moves and converts it: but its tensors keep their types, in which its sums are made."""
+        own = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in own.items():
+            if self._buffers[name].dtype != value.dtype:
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
 
     def log_size(self, hidden_states, experts):
         """Predicted log size of the output of each chosen expert's sub-experts: float32 [T, K, N] for inputs [T, H], experts [T, K]."""
@@ -604,13 +612,6 @@ def moe_blocks(model):
 def moe_gates(model):
     """The family's own routers of a model's MoE blocks, in the order of its layers."""
     return [router_of(block) for block in moe_blocks(model)]
-
-
-def operating_points(folder):
-    """The non-uniform operating points that `prism-eval --allocate` stored: {mean k: [k of each MoE layer]}; empty if it was not run."""
-    with open(os.path.join(folder, MANIFEST_FILE)) as file:
-        points = json.load(file).get("operating_points", {}).get("points", [])
-    return {point["mean_k"]: point["k"] for point in points}
 
 
 def full_k(config):

@@ -304,7 +304,7 @@ class FineTuning:
         shards = {ROUTER_FILE} if self.router == "two-level" else {source.weight_map[name] for name in changed}
         step, perplexity = self.training.best
         tuned = FineTuned(**asdict(self.curriculum), router=self.router, best_step=step, held_out_perplexity=perplexity)
-        manifest = replace(source.manifest, operating_points=None, finetuning=tuned)
+        manifest = replace(source.manifest, finetuning=tuned)
         for relative in sorted(path.relative_to(source.path) for path in source.path.rglob("*") if path.is_file()):
             if str(relative) in NOT_COPIED or relative.parts[0].startswith("."):
                 continue
