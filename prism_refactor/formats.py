@@ -226,7 +226,7 @@ class Text:
     """The text of an evaluation: what `datasets`, scored tokens, windows, their length and stride, the seed of their choice.
 
     Attributes:
-        sample: its first tokens, as text.
+        sample: some of its tokens, which follow each other, as text.
     """
 
     datasets: list[str]

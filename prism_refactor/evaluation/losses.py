@@ -99,7 +99,7 @@ def stream_losses(
                         stream.advance(index, state=number)
                     every = torch.cat(ran).double() if ran else torch.full((windows.rows.numel(),), point.k, dtype=torch.float64)
                     active[number].append(every.mean().item())
-                    sample[number] += every[: sample.shape[1]]
+                    sample[number] += every.view_as(windows.rows)[windows.sample_row, : sample.shape[1]]
                 events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
     with stream.head() as head:
         sums = torch.stack([_sums(head, state, windows, compute.device) for state in stream.states])

@@ -26,7 +26,7 @@ _SHEET = {"original": "#00f001", "stock": "#00f002", "two-level": "#00f003", "ot
 _DASHES = {"original": "--", "stock": ":", "two-level": "-", "other": "-."}
 # From this ratio of largest to smallest on, a chart's scale is logarithmic.
 LOG_FROM = 8.0
-DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+DASH, TIMES, RETURN = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 SHOWN_PICTURES = 6
 SHOWN_ERRORS = 3
 # The budget nearest to this is shown token by token.
@@ -259,13 +259,14 @@ def _active(evaluation: Evaluation, layers: list[LayerReport]) -> dict[str, Any]
         marks = [Mark(layer.layer, active) for layer, active in zip(layers, point.by_layer, strict=False)]
         series.append(Series(f"budget {_percent(point.budget)}", kind, marks))
     shown = min(curve.budgets, key=lambda point: abs((point.budget or 0) - SAMPLE_BUDGET))
-    most = max(shown.by_token)
+    least, most = min(shown.by_token, default=0.0), max(shown.by_token, default=1.0)
     return {
         "chart": chart(series, _layer_ticks([layer.layer for layer in layers]), "layer", "sub-experts per token", [0.0, float(curve.full)]),
         "budget": _percent(shown.budget),
         "full": curve.full,
+        "range": f"{least:.1f} to {most:.1f}",
         "tokens": [
-            {"text": text, "ran": f"{ran:.1f}", "shade": round(100 * ran / most)}
+            {"text": text.replace("\n", RETURN), "ran": f"{ran:.1f}", "shade": round(100 * (ran - least) / max(most - least, 1e-9))}
             for text, ran in zip(evaluation.text.sample, shown.by_token, strict=False)
         ],
     }

@@ -1,7 +1,7 @@
 """Evaluation text as overlapping windows, each of whose tokens is scored once."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,7 +24,7 @@ class Windows:
         scored: bool [S, T]: the tokens whose prediction counts; never the first of a row.
         domains: the domain of each row.
         stride: tokens from one window to the next.
-        sample: the first tokens of the first row, each as text.
+        sample: the first tokens of `sample_row`, each as text.
     """
 
     rows: torch.Tensor
@@ -32,6 +32,11 @@ class Windows:
     domains: list[str]
     stride: int
     sample: list[str] = field(default_factory=list)
+
+    @property
+    def sample_row(self) -> int:
+        """The row in the middle: the first ones are often a page's head."""
+        return len(self.rows) // 2
 
     @property
     def tokens(self) -> int:
@@ -91,9 +96,10 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
     if not any(any(row) for row in scored):
         raise InputError(f"`datasets` {', '.join(datasets)}: holds no text to score")
     check_tokens(checkpoint, tokenizer, max(map(max, rows)))
-    # Without padding.
-    sample = [tokenizer.decode([token]) for token, _ in zip(rows[0], range(min(SAMPLE, sum(scored[0]) + 1)), strict=False)]
-    return Windows(torch.tensor(rows), torch.tensor(scored), domains, stride, sample)
+    found = Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
+    # Without padding, which is not scored.
+    end = int(found.scored[found.sample_row].nonzero().max()) + 1
+    return replace(found, sample=[tokenizer.decode([token]) for token in rows[found.sample_row][: min(end, SAMPLE)]])
 
 
 def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:
