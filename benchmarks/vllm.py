@@ -77,7 +77,7 @@ def perplexity(found: list[torch.Tensor]) -> str:
 
 def mixed_equal(server: Server, requests: int) -> str:
     """How many of some concurrent requests of all k get what they get alone."""
-    pairs = [(PROMPTS[number % len(PROMPTS)] + " x" * (number // len(PROMPTS)), 1 + number % CHOICES[-1]) for number in range(requests)]
+    pairs = [(PROMPTS[number % len(PROMPTS)] + " x" * (number // len(PROMPTS)), 1 + number % max(CHOICES)) for number in range(requests)]
     alone = [server.tokens(*pair) for pair in pairs]
     return f"{sum(one == other for one, other in zip(server.all(server.tokens, pairs), alone, strict=True))} / {requests}"
 
@@ -174,6 +174,7 @@ def routing_cost() -> None:
         "ceiling": torch.randn(experts, parts) + 3,
         "compensation": torch.randn(2, experts, parts, hidden),
         "scale": torch.rand(top_k * parts),
+        "threshold": torch.randn(top_k * parts).sort(descending=True).values,
         "map_in": torch.randn(map_rank(hidden, 1024, top_k), hidden) / 40,
         "map_out": torch.randn(hidden, map_rank(hidden, 1024, top_k)) / 40,
     }
@@ -182,7 +183,8 @@ def routing_cost() -> None:
     rows, kernels = [], 0
     for tokens in (1, 8, 64, 512):
         weights, chosen = torch.rand(tokens, experts).topk(top_k)
-        arguments = (router, torch.randn(tokens, hidden), weights, chosen, torch.randint(1, top_k * parts + 1, (tokens,)), parts, "silu")
+        active, most = torch.randint(1, top_k * parts + 1, (tokens,)).float(), top_k * parts
+        arguments = (router, torch.randn(tokens, hidden), weights, chosen, active, most, parts, "silu")
         with torch.inference_mode(), Operations() as operations:
             route(*arguments)
         torch._inductor.metrics.reset()

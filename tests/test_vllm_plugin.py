@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
 from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
 from prism_vllm.serving import Serving
+from safetensors.torch import load_file, save_file
 
 from prism_refactor.models import modeling_prism
 from prism_refactor.models.architectures import original_routing, routing
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.modeling_prism import TwoLevelRouter, moe_blocks, router_of
+from prism_refactor.models.modeling_prism import ROUTER_FILE, TwoLevelRouter, moe_blocks, router_of
 from prism_refactor.models.transformers_models import adopt_experts
 from prism_refactor.server.quality import QualityCurve
 
@@ -31,7 +32,7 @@ def dense(weights, ids, total):
 
 def random_tensors(kind, experts, top_k, hidden, has_bias):
     """Tensors of a sub-router as `modeling_prism` takes them."""
-    found = {}
+    found = {"threshold": torch.randn(top_k * SUB_EXPERTS).sort(descending=True).values - 1}
     if kind == "linear":
         found |= {"weight": torch.randn(experts, SUB_EXPERTS, hidden) / 4, "bias": torch.randn(experts, SUB_EXPERTS)}
         found["ceiling"] = torch.randn(experts, SUB_EXPERTS) + 1
@@ -74,18 +75,27 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
     if kind == "proxy" and not block.experts.is_concatenated:
         # `modeling_prism` keeps rows in the order of the experts' own; the plugin has gate rows first.
         order = torch.tensor([0, 2, 4, 1, 3, 5])
-        tensors = {name: value[:, :, order] for name, value in tensors.items()}
+        tensors = {name: value if name == "threshold" else value[:, :, order] for name, value in tensors.items()}
     hidden = torch.randn(TOKENS, config.hidden_size)
     full = top_k * SUB_EXPERTS
     with torch.inference_mode():
         _, weights, chosen = routing(block, hidden)
-        for k in (torch.full((TOKENS,), full), torch.full((TOKENS,), 3), torch.randint(1, full + 1, (TOKENS,))):
-            mixed = k if len(k.unique()) > 1 else None
-            kept, ids, missing = reference(hidden, weights, chosen, int(k.max()), mixed)
-            found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, k, 4, activation)
+        some = torch.rand(TOKENS) * (torch.arange(TOKENS) % 3 > 0)
+        none = torch.zeros(TOKENS)
+        for k, budget in (
+            (torch.full((TOKENS,), full), none),
+            (torch.full((TOKENS,), 3), none),
+            (torch.randint(1, full + 1, (TOKENS,)), none),
+            (torch.randint(1, full + 1, (TOKENS,)), some),
+            (torch.full((TOKENS,), full), torch.full((TOKENS,), 0.4)),
+        ):
+            mixed = k if len(k.unique()) > 1 or budget.any() else None
+            kept, ids, missing = reference(hidden, weights, chosen, int(k.max()), mixed, budget if budget.any() else None)
+            active = torch.where(budget > 0, budget, k)
+            found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, active, full, 4, activation)
             total = experts * SUB_EXPERTS
             torch.testing.assert_close(dense(found[0], found[1], total), dense(kept, ids, total), atol=1e-6, rtol=1e-5)
-            assert ((found[0] != 0).sum(1) <= k).all()
+            assert ((found[0] != 0).sum(1) == (kept != 0).sum(1)).all()
             assert (found[1] >= 0).all()
             if missing is None:
                 assert found[2] is None or found[2].abs().max() == 0
@@ -97,9 +107,10 @@ def test_routing_compiles_to_the_same():
     torch.manual_seed(0)
     router, hidden = SubRouter.of(random_tensors("linear", 6, 2, 32, False), "silu"), torch.randn(TOKENS, 32)
     weights, experts = torch.rand(TOKENS, 6).topk(2)
-    k = torch.randint(1, 9, (TOKENS,))
-    expected = route(router, hidden, weights, experts, k, 4, "silu")
-    found = torch.compile(route, fullgraph=True, backend="aot_eager")(router, hidden, weights, experts, k, 4, "silu")
+    active = torch.where(torch.arange(TOKENS) % 2 == 0, torch.randint(1, 9, (TOKENS,)), torch.rand(TOKENS))
+    arguments = router, hidden, weights, experts, active, 8, 4, "silu"
+    expected = route(*arguments)
+    found = torch.compile(route, fullgraph=True, backend="aot_eager")(*arguments)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -142,34 +153,32 @@ def test_rows_of_gate_neurons_are_read_from_the_shards(models, command, local, t
             assert torch.equal(found[key].float(), value[:, :, places].float())
 
 
-def fake(most=16, quality=None, points=None, blocks=4):
+def fake(most=16, quality=None, thresholds=True):
     checkpoint = RefactoredCheckpoint({"sub_experts": 4, "factor": 4, "top_k": "k", "source": {"k": 4}}, most, lambda _: None)
-    vars(checkpoint).update(quality=quality, blocks=[(layer, f"layers.{layer}") for layer in range(blocks)])
-    if points is not None:
-        object.__setattr__(checkpoint, "operating_point", points.__getitem__)
+    vars(checkpoint).update(quality=quality, has_thresholds=thresholds)
     return checkpoint
 
 
 def test_k_of_a_request():
     serving = Serving.of(fake(quality={4: 0.9, 5: 0.95, 16: 1.0}), {"prism_k": 8, "another": 1})
-    assert serving.k_of(None) == serving.k_of({}) == serving.k_of({"other": 3}) == 8
-    assert serving.k_of({"prism_k": 16}) == 16
-    assert serving.k_of({"prism_quality": 0.91}) == 5
-    assert serving.k_of({"prism_quality": 1}) == 16
-    assert Serving.of(fake(12), {}).k_of(None) == 12
+    assert serving.active_of(None) == serving.active_of({}) == serving.active_of({"other": 3}) == 8
+    assert serving.active_of({"prism_k": 16}) == 16
+    assert serving.active_of({"prism_quality": 0.91}) == 5
+    assert serving.active_of({"prism_quality": 1}) == 16
+    assert Serving.of(fake(12), {}).active_of(None) == 12
     for asked in (0, 17, -1, "8", 8.0, 2.5, True, None, [4], float("nan")):
         with pytest.raises(ValueError, match=r"prism_k: .* is not a whole number from 1 to 16"):
-            serving.k_of({"prism_k": asked})
+            serving.active_of({"prism_k": asked})
     for asked in (0, 1.1, "0.9", True, None, float("nan"), -0.5):
         with pytest.raises(ValueError, match=r"prism_quality: .* is not a number above 0 and at most 1"):
-            serving.k_of({"prism_quality": asked})
+            serving.active_of({"prism_quality": asked})
     for asked, said in (({"prism_k": 1, "prism_quality": 1}, "one of them"), ({"prism_K": 1}, "prism_K: unknown")):
         with pytest.raises(ValueError, match=said):
-            serving.k_of(asked)
+            serving.active_of(asked)
     with pytest.raises(ValueError, match="was not measured"):
-        Serving.of(fake(), {}).k_of({"prism_quality": 0.9})
+        Serving.of(fake(), {}).active_of({"prism_quality": 0.9})
     with pytest.raises(ValueError, match="needs k = 16, and this server runs at most 8"):
-        Serving.of(fake(8, quality={4: 0.9, 16: 1.0}), {}).k_of({"prism_quality": 0.95})
+        Serving.of(fake(8, quality={4: 0.9, 16: 1.0}), {}).active_of({"prism_quality": 0.95})
 
 
 def test_options_of_a_server_that_cannot_work_are_refused():
@@ -178,27 +187,36 @@ def test_options_of_a_server_that_cannot_work_are_refused():
         (16, {"prism_k": 17}, "whole number from 1 to 16"),
         (16, {"prism_k": "4"}, "whole number"),
         (16, {"prism_top": 4}, "prism_top: unknown"),
-        (16, {"prism_k": 4, "prism_operating_point": 4}, "drop one"),
-        (4, {"prism_operating_point": 4}, "needs 5 sub-experts"),
-        (16, {"prism_operating_point": 6}, "has 2 layers"),
+        (16, {"prism_k": 4, "prism_budget": 0.25}, "prism_budget and prism_k: write one of them"),
+        (16, {"prism_budget": 0}, "not a number above 0 and at most 1"),
+        (16, {"prism_quality": 0.9}, "prism_quality: unknown"),
+        (4, {"prism_budget": 0.5}, "is more than the 4 that this server runs"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            Serving.of(fake(most, points={4: [3, 5, 4, 4], 6: [6, 6]}), additional)
-    serving = Serving.of(fake(points={4: [3, 5, 4, 4]}), {"prism_operating_point": 4})
-    assert (serving.per_layer, serving.default, serving.k_of(None)) == ((3, 5, 4, 4), 5, 5)
-    with pytest.raises(ValueError, match="runs an operating point"):
-        serving.k_of({"prism_k": 4})
+            Serving.of(fake(most), additional)
 
 
-def test_operating_points_are_those_of_the_manifest(elastic, local, tmp_path):
-    with pytest.raises(CheckpointError, match="stored are none"):
-        local(elastic).operating_point(4)
-    points = {"operating_points": {"points": [{"mean_k": 4, "k": [3, 5, 4, 4]}, {"mean_k": 8, "k": [8] * 4}]}}
-    (tmp_path / "prism.json").write_text(json.dumps(points))
-    there = replace(local(elastic), path=lambda name: str(tmp_path / name))
-    assert there.operating_point(4) == [3, 5, 4, 4]
-    with pytest.raises(CheckpointError, match="no operating point 5; stored are 4, 8"):
-        there.operating_point(5)
+def test_the_budget_of_a_request():
+    serving = Serving.of(fake(), {"prism_budget": 0.25})
+    assert (serving.default, serving.active_of(None), serving.active_of({"prism_k": 3})) == (0.25, 0.25, 3)
+    assert serving.active_of({"prism_budget": 0.4}) == 0.4
+    # All is the whole model.
+    assert serving.active_of({"prism_budget": 1}) == serving.active_of({"prism_budget": 1.0}) == 16
+    assert Serving.of(fake(8), {}).active_of({"prism_budget": 0.5}) == 0.5
+    for asked in (0, 1.1, "0.9", True, None, float("nan"), -0.5):
+        with pytest.raises(ValueError, match=r"prism_budget: .* is not a number above 0 and at most 1"):
+            serving.active_of({"prism_budget": asked})
+    with pytest.raises(ValueError, match="has no thresholds; refactor it again, or write prism_k"):
+        Serving.of(fake(thresholds=False), {}).active_of({"prism_budget": 0.25})
+    with pytest.raises(ValueError, match=r"prism_budget: 0\.75 of 16 is more than the 8"):
+        Serving.of(fake(8), {}).active_of({"prism_budget": 0.75})
+
+
+def test_thresholds_are_those_of_the_router_file(elastic, local, tmp_path):
+    assert local(elastic).has_thresholds
+    kept = {name: value for name, value in load_file(elastic / ROUTER_FILE).items() if not name.endswith(".threshold")}
+    save_file(kept, tmp_path / ROUTER_FILE)
+    assert not replace(local(elastic), path=lambda name: str(tmp_path / name)).has_thresholds
 
 
 @given(st.dictionaries(st.integers(1, 15), st.floats(1.0, 100.0), min_size=1, max_size=8), st.floats(1.0, 100.0), st.floats(0.01, 1.0))
@@ -209,5 +227,5 @@ def test_quality_means_what_it_means_to_prism_serve(tmp_path_factory, perplexiti
     checkpoint = replace(fake(), path=lambda name: str(folder / name))
     ours, theirs = checkpoint.quality, QualityCurve({point["k"]: point["perplexity"] for point in points})
     assert ours is not None
-    assert Serving.of(checkpoint, {}).k_of({"prism_quality": quality}) == theirs.k_for(quality)
+    assert Serving.of(checkpoint, {}).active_of({"prism_quality": quality}) == theirs.k_for(quality)
     assert np.allclose(list(ours.values()), [theirs.quality_of(k) for k in ours])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-ROUTER_FILE, MANIFEST, EVALUATION, INDEX = "sub_expert_router.safetensors", "prism.json", "evaluation.json", "model.safetensors.index.json"
+ROUTER_FILE, EVALUATION, INDEX = "sub_expert_router.safetensors", "evaluation.json", "model.safetensors.index.json"
 _ROUTER = re.compile(r"(.*layers\.(\d+)\..*?)\.(?:gate|router)\.(.*)")
 # What families call the gate and up projection of one expert, or its only one.
 _PROJECTIONS = (("gate_proj", "up_proj"), ("w1", "w3"), ("up_proj",))
@@ -69,6 +69,12 @@ class RefactoredCheckpoint:
         """(decoder layer, name) of every MoE block, in their order. Raises CheckpointError when the router file is missing."""
         with safe_open(self._router_file, "pt") as file:
             return sorted({(int(match[2]), match[1]) for name in file.keys() if (match := _ROUTER.fullmatch(name))})  # noqa: SIM118
+
+    @cached_property
+    def has_thresholds(self) -> bool:
+        """Whether tokens can run within budgets."""
+        with safe_open(self._router_file, "pt") as file:
+            return any(name.endswith(".threshold") for name in file.keys())  # noqa: SIM118
 
     @cached_property
     def _router_file(self) -> str:
@@ -155,13 +161,3 @@ class RefactoredCheckpoint:
         logs = np.minimum.accumulate(np.log([measured[k] for k in ks]))
         every = np.arange(ks[0], ks[-1] + 1)
         return dict(zip(every.tolist(), np.exp(logs[-1] - np.interp(every, ks, logs)).tolist(), strict=True))
-
-    def operating_point(self, mean_k: int) -> list[int]:
-        """Return k of each MoE layer at a stored non-uniform operating point. Raises CheckpointError when there is none."""
-        path = self.path(MANIFEST)
-        found = json.loads(Path(path).read_text()).get("operating_points") or {} if path else {}
-        points = {point["mean_k"]: point["k"] for point in found.get("points", [])}
-        if mean_k not in points:
-            known = ", ".join(map(str, sorted(points))) or "none; prism-eval --allocate stores them"
-            raise CheckpointError(f"has no operating point {mean_k}; stored are {known}")
-        return list(points[mean_k])

@@ -6,8 +6,9 @@ Five changes, each of a function that vLLM looks up when it is called:
 - `create_fused_moe_router` and `MoERunner` (layers/fused_moe/layer.py): every MoE layer gets a `TwoLevelRouter`, and adds what the dropped
   sub-experts are expected to add.
 - `BaseModelLoader.load_model`: says how many layers route so, and refuses a model of which some do not.
-- `GPUModelRunner._prepare_inputs` (model runner V1, which CPUs use) and `resolve_model_state_cls` (V2): write k of each token of a step.
-- `InputProcessor.process_inputs`: checks what a request asks for, and lets it share cached blocks only with requests of its k.
+- `GPUModelRunner._prepare_inputs` (model runner V1, which CPUs use) and `resolve_model_state_cls` (V2): write k or the budget of each token
+  of a step.
+- `InputProcessor.process_inputs`: checks what a request asks for, and lets it share cached blocks only with requests that ask for the same.
 
 Three faults of vLLM's own are repaired, for all models: OLMoE's tied embeddings (olmoe.py), and on CPUs the rotation of queries by head
 (`RotaryEmbedding.forward_cpu`) and the correction of scores (`create_fused_moe_router`).
@@ -27,7 +28,7 @@ from transformers.utils import cached_file
 
 from prism_vllm.checkpoint import ROUTER_FILE, CheckpointError, RefactoredCheckpoint, gate_of
 from prism_vllm.routing import ACTIVATIONS, UNGATED, SubRouter, route
-from prism_vllm.serving import K, Serving
+from prism_vllm.serving import BUDGET, QUALITY, K, Serving
 
 RELEASES = "0.30 to 0.33"
 _MOE, _WORKER = "vllm.model_executor.layers.fused_moe", "vllm.v1.worker"
@@ -71,31 +72,34 @@ def mismatch() -> str | None:
     return None
 
 
-class StepK:
-    """k of each token of the running step, for all layers of a worker process.
+class StepActive:
+    """How many sub-experts each token of the running step runs, for all layers of a worker process; see `routing.route`, `active`.
 
     Attributes:
-        tokens: int64 [largest number of tokens of a step], on the device. Its address never changes: CUDA graphs read it. Numbers behind
+        tokens: float32 [largest number of tokens of a step], on the device. Its address never changes: CUDA graphs read it. Numbers behind
             the step's tokens are of earlier steps.
-        default: k of a request that notes none, as those that warm vLLM up do.
-        widest: the largest k of the step.
+        default: of a request that notes none, as those that warm vLLM up do.
+        most: sub-experts that a token runs at most.
+        widest: sub-experts that a token of the step may run.
     """
 
-    def __init__(self, config: Any, default: int):
-        self.tokens = torch.full((config.scheduler_config.max_num_batched_tokens,), default, device=torch.get_default_device())
-        self.default = self.widest = default
+    def __init__(self, config: Any, serving: Serving):
+        size, device = config.scheduler_config.max_num_batched_tokens, torch.get_default_device()
+        self.tokens = torch.full((size,), float(serving.default), dtype=torch.float32, device=device)
+        self.default, self.most = serving.default, serving.checkpoint.most
+        self.widest = self.most
 
-    def fill(self, ks: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> None:
-        """Note k of each request of a step, and its number of tokens, in the order of the batch."""
-        self.widest = int(ks.max())
-        values = torch.from_numpy(np.repeat(ks, counts))
+    def fill(self, active: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> None:
+        """Note that of each request of a step, and its number of tokens, in the order of the batch."""
+        self.widest = int(active.max()) if active.min() >= 1 else self.most
+        values = torch.from_numpy(np.repeat(active.astype(np.float32), counts))
         if self.tokens.is_cuda:
             values = values.pin_memory()
         self.tokens[: len(values)].copy_(values, non_blocking=True)
 
 
 # Of this process, while it has a refactored model; vLLM runs one model in a process.
-_step: StepK | None = None
+_step: StepActive | None = None
 
 
 @functools.cache
@@ -222,11 +226,7 @@ def _router_class() -> Any:
             self._correct(tensors)
             self.sub_router = SubRouter.of(tensors, activation)
             # Where shapes may change from step to step, slots that no token of the step uses are cut off.
-            self.may_cut, self.width, self.fixed_k = bool(config.model_config.enforce_eager), self.top_k, None
-            if serving.per_layer is not None:
-                place = [number for number, _ in serving.checkpoint.blocks].index(layer)
-                self.width = serving.per_layer[place]
-                self.fixed_k, self.may_cut = torch.full_like(_step.tokens, self.width), False
+            self.may_cut = bool(config.model_config.enforce_eager)
             # On a CPU vLLM's own compiler sees this code; elsewhere it stands behind an operation that the compiler does not look into.
             plain = config.model_config.enforce_eager or _step.tokens.device.type == "cpu"
             self.route = route if plain else torch.compile(route)
@@ -248,9 +248,11 @@ def _router_class() -> Any:
             hidden = hidden_states[:, : self.gate.shape[1]]
             logits = F.linear(hidden.to(self.gate.dtype), self.gate, self.gate_bias)
             weights, experts = self.original._compute_routing(hidden, logits, None)
-            k = (self.step.tokens if self.fixed_k is None else self.fixed_k)[: len(hidden)]
-            weights, chosen, self.missing = self.route(self.sub_router, hidden, weights, experts, k, self.factor, self.activation)
-            width = self.step.widest if self.may_cut else self.width
+            active, most = self.step.tokens[: len(hidden)], self.step.most
+            weights, chosen, self.missing = self.route(
+                self.sub_router, hidden, weights, experts, active, most, self.factor, self.activation
+            )
+            width = self.step.widest if self.may_cut else self.top_k
             return weights[:, :width].contiguous(), chosen[:, :width].to(indices_type or torch.int32).contiguous()
 
     return TwoLevelRouter
@@ -298,7 +300,7 @@ def install_routing() -> None:
             found = re.search(r"layers\.(\d+)\.", layer_name)
             assert serving is not None
             assert found is not None, layer_name
-            _step = _step or StepK(config, serving.default)
+            _step = _step or StepActive(config, serving)
             router.load(config, serving, int(found[1]), moe_config)
 
         def _apply_quant_method(self, *args: Any, **kwargs: Any) -> Any:
@@ -341,15 +343,15 @@ def _install_report(two_level: Any, runner: Any) -> None:
         if alone is not None:
             kernel = type(alone.routed_experts.quant_method).__name__
             raise CheckpointError(f"{where}: the kernel {kernel} routes by itself; choose another with --moe-backend")
-        point = f"an operating point of mean k = {np.mean(serving.per_layer):.1f}" if serving.per_layer else f"k = {serving.default}"
-        logger.info("two-level routing on %d layers, %s of %d", len(layers), point, serving.checkpoint.full)
+        default = f"k = {serving.default}" if serving.default >= 1 else f"a budget of {serving.default:.1%}"
+        logger.info("two-level routing on %d layers, %s of %d", len(layers), default, serving.checkpoint.full)
         return model
 
     loader.load_model = load_model
 
 
 def install_runners() -> None:
-    """Write k of each token before a step, in both of vLLM's model runners."""
+    """Write what each token runs before a step, in both of vLLM's model runners."""
     runner = _module(f"{_WORKER}.gpu_model_runner").GPUModelRunner
     prepare = runner._prepare_inputs
 
@@ -357,7 +359,7 @@ def install_runners() -> None:
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         if _step is not None:
             params = (self.requests[name].sampling_params for name in self.input_batch.req_ids)
-            _step.fill(np.array([_noted_k(each) for each in params]), num_scheduled_tokens)
+            _step.fill(np.array([_noted(each) for each in params]), num_scheduled_tokens)
         return prepare(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     runner._prepare_inputs = _prepare_inputs
@@ -372,15 +374,15 @@ def install_runners() -> None:
         class PrismModelState(base):  # type: ignore[misc, valid-type]
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **kwargs)
-                self.slot_k = np.ones(self.max_num_reqs, dtype=np.int64)
+                self.slot_active = np.ones(self.max_num_reqs)
 
             def add_request(self, req_index: int, new_req_data: Any) -> None:
                 super().add_request(req_index, new_req_data)
-                self.slot_k[req_index] = _noted_k(new_req_data.sampling_params)
+                self.slot_active[req_index] = _noted(new_req_data.sampling_params)
 
             def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
                 assert _step is not None
-                _step.fill(self.slot_k[input_batch.idx_mapping_np], input_batch.num_scheduled_tokens)
+                _step.fill(self.slot_active[input_batch.idx_mapping_np], input_batch.num_scheduled_tokens)
                 return super().prepare_inputs(input_batch, req_states)
 
         return base if _step is None else PrismModelState
@@ -388,14 +390,15 @@ def install_runners() -> None:
     states.resolve_model_state_cls = resolve_model_state_cls
 
 
-def _noted_k(params: Any) -> int:
-    """k that `install_requests` has noted in a request's parameters."""
+def _noted(params: Any) -> float:
+    """k or budget that `install_requests` has noted in a request's parameters."""
     assert _step is not None
-    return int((getattr(params, "extra_args", None) or {}).get(K, _step.default))
+    noted = getattr(params, "extra_args", None) or {}
+    return float(noted.get(K, noted.get(BUDGET, _step.default)))
 
 
 def install_requests() -> None:
-    """In the front end: note k of each request, refuse one that cannot be served, and separate the cached blocks of each k."""
+    """In the front end: note what each request runs, refuse one that cannot be served, and separate the cached blocks by it."""
     processor = _module("vllm.v1.engine.input_processor").InputProcessor
     refusal = _module("vllm.exceptions").VLLMValidationError
     process = processor.process_inputs
@@ -408,13 +411,15 @@ def install_requests() -> None:
             return request
         asked = request.sampling_params.extra_args or {}
         try:
-            k = serving.k_of(asked)
+            active = serving.active_of(asked)
         except ValueError as error:
             raise refusal(str(error)) from None
         # The request has its own copy of the parameters, but not of their dicts.
-        request.sampling_params.extra_args = asked | {K: k}
-        if k != serving.default:
-            request.cache_salt = f"{request.cache_salt or ''}|{K}={k}"
+        others = {name: value for name, value in asked.items() if name not in (K, BUDGET, QUALITY)}
+        key = K if active >= 1 else BUDGET
+        request.sampling_params.extra_args = others | {key: active}
+        if active != serving.default:
+            request.cache_salt = f"{request.cache_salt or ''}|{key}={active}"
         return request
 
     processor.process_inputs = process_inputs

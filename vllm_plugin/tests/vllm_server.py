@@ -29,7 +29,8 @@ from typing import Any
 PLUGIN = Path(__file__).parents[1]
 # The release that is tested unless another is named.
 VERSION = os.environ.get("VLLM_VERSION", "0.32.0")
-CHOICES = (4, 8, 12, 16)
+# k, and below 1 budgets.
+CHOICES = (4, 8, 12, 16, 0.2, 0.6)
 PROMPTS = (
     "The history of the city begins in the",
     "In mathematics, a group is a set",
@@ -76,6 +77,11 @@ def prepare(venv: Path, version: str = VERSION) -> Path:
     return python
 
 
+def xargs(k: float) -> dict[str, float]:
+    """What asks for a k; below 1 it is a budget."""
+    return {"prism_k" if k >= 1 else "prism_budget": k}
+
+
 @dataclass
 class Server:
     """A running `vllm serve`.
@@ -104,19 +110,19 @@ class Server:
         except ValueError:
             return code, text
 
-    def complete(self, prompt: str | list[int], k: int | None = None, **options: Any) -> dict[str, Any]:
-        """The first choice of a greedy completion that does not stop before its last token, at k."""
+    def complete(self, prompt: str | list[int], k: float | None = None, **options: Any) -> dict[str, Any]:
+        """The first choice of a greedy completion that does not stop before its last token, at k; below 1 it is a budget."""
         body = {"model": "prism", "prompt": prompt, "temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_tokens": 24}
-        body |= {"vllm_xargs": {"prism_k": k}} if k is not None else {}
+        body |= {"vllm_xargs": xargs(k)} if k is not None else {}
         code, answer = self.ask("/v1/completions", body | options)
         assert code == 200, f"vLLM answered {code}: {answer}\n{last_lines(self.log)}"
         return answer["choices"][0]
 
-    def tokens(self, prompt: str | list[int], k: int | None = None, **options: Any) -> list[int]:
+    def tokens(self, prompt: str | list[int], k: float | None = None, **options: Any) -> list[int]:
         """The tokens of `complete`."""
         return self.complete(prompt, k, **options)["token_ids"]
 
-    def log_probabilities(self, tokens: list[int], k: int | None) -> list[float]:
+    def log_probabilities(self, tokens: list[int], k: float | None) -> list[float]:
         """That of each token but the first, given those before it."""
         found = self.complete(tokens, k, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"]
         return [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], found[1:], strict=True)]
