@@ -62,8 +62,8 @@ class SubRouter(NamedTuple):
             rows = halves["rows"].contiguous()
             return cls(rows, halves.get("row_bias"), None, expected, scale, tensors.get("places"), threshold=threshold)
         weight, bias, ceiling = (tensors[name].float() for name in ("weight", "bias", "ceiling"))
-        linear = [tensors[name].float() if name in tensors else None for name in ("map_in", "map_out")]
-        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"), *linear, threshold)
+        map_in, map_out = (tensors[name].float() if name in tensors else None for name in ("map_in", "map_out"))
+        return cls(weight, bias, ceiling, expected, scale, tensors.get("places"), map_in, map_out, threshold)
 
     @property
     def sub_experts(self) -> int:
