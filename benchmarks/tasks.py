@@ -5,7 +5,8 @@
 OUT_DIR is a model that prism-refactor wrote; it is whole in memory. lm_eval scores six tasks of multiple choice that this script makes up
 from a seed: the last word of a sentence of the bundled evaluation text, sums of one and of two digits, copying words, closing brackets,
 and the indentation of the next line. Run are the whole model, k of each share, and a budget of each share. Perplexity is of the same
-evaluation text. 'kept' is the mean of (accuracy - chance) / (accuracy of the whole model - chance) over the tasks that the whole model knows.
+evaluation text. 'kept' is the mean of (accuracy - chance) / (accuracy of the whole model - chance), over the tasks that the whole model
+knows.
 """
 
 import argparse
