@@ -1,6 +1,7 @@
 """Budgets: tokens run what they need, and a share of the sub-experts on average."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -52,16 +53,35 @@ def test_tokens_run_what_is_above_the_threshold_and_one_at_least(elastic, token_
     def look(router, arguments, output):
         hidden, weights, experts, k, token_k, budget = arguments
         assert (k, token_k, budget) == (16, None, 0.25)
-        seen.append((router.rank(hidden, weights, experts), output[1], router.threshold))
+        seen.append((router.need(router.rank(hidden, weights, experts)), output[1], router.threshold))
 
     for block in moe_blocks(model):
         block.experts.two_level.register_forward_hook(look)
     logits(model, token_ids)
     assert len(seen) == 4
-    for value, indices, threshold in seen:
+    for need, indices, threshold in seen:
         ran = (indices != 64).sum(1)
-        assert torch.equal(ran, (value > threshold[3]).sum(1).clamp(min=1))
+        assert torch.equal(ran, (need > threshold[3]).sum(1).clamp(min=1))
         assert ran.min() < ran.max()
+
+
+def test_outputs_of_another_size_change_numbers_little(elastic, token_ids):
+    """As text of another kind has them: half or twice as large."""
+    model = prism_refactor.load(elastic, budget=0.25).float()
+    means = []
+    for size in (0.5, 1, 2):
+        for block in moe_blocks(model):
+            router = block.experts.two_level
+            router.bias.add_(math.log(size)), router.ceiling.add_(math.log(size))
+        model.prism_active.ran = 0
+        logits(model, token_ids)
+        means.append(model.prism_active.ran.double().mean().item() / 4)
+        for block in moe_blocks(model):
+            router = block.experts.two_level
+            router.bias.sub_(math.log(size)), router.ceiling.sub_(math.log(size))
+    assert means[0] < means[1] < means[2]
+    assert max(means) < 1.25 * means[1]
+    assert min(means) > 0.75 * means[1]
 
 
 def test_a_budget_of_all_is_the_whole_model_and_of_next_to_nothing_is_one_sub_expert(elastic, token_ids):

@@ -34,6 +34,8 @@ ROUTER_FILE = "sub_expert_router.safetensors"
 MANIFEST_FILE = "prism.json"
 MODELING_FILE = "modeling_prism.py"
 _SMALLEST = 1e-30
+# See `TwoLevelRouter.need`.
+RELATIVE = 0.75
 # Keys of a config that models run by where they are not asked for otherwise, and what they mean for one that is to give logits and no more.
 PLAIN = {
     "output_router_logits": False,
@@ -128,8 +130,20 @@ class TwoLevelRouter(nn.Module):
         value = self.log_size(hidden_states, experts) + weights.float().clamp_min(_SMALLEST).log()[..., None]
         return value.flatten(1)
 
+    @staticmethod
+    def need(value):
+        """How much a token needs each of its sub-experts, float32 [T, K * N], see `k_within`.
+
+        The value against that of all of the token's together, log of weight x predicted size, but for a part: a token of large outputs
+        runs a few more. On other text than the calibration's all outputs may be smaller or larger.
+
+        Args:
+            value: `rank` of its sub-experts.
+        """
+        return value - RELATIVE * value.logsumexp(1, keepdim=True)
+
     def k_within(self, value, budget):
-        """How many sub-experts each token runs at a budget, int64 [T]: those above its threshold, at least one.
+        """How many sub-experts each token runs at a budget, int64 [T]: those whose need is above its threshold, at least one.
 
         Args:
             value: `rank` of its sub-experts, float32 [T, K * N].
@@ -139,7 +153,7 @@ class TwoLevelRouter(nn.Module):
         place = (torch.as_tensor(budget, device=value.device) * value.shape[1] - 1).clamp(0, last)
         before = place.long()
         threshold = torch.lerp(self.threshold[before], self.threshold[(before + 1).clamp(max=last)], place - before)
-        return (value > threshold.view(-1, 1)).sum(1).clamp(min=1)
+        return (self.need(value) > threshold.view(-1, 1)).sum(1).clamp(min=1)
 
     def forward(self, hidden_states, weights, experts, k, token_k=None, budget=None):
         """Pick the k best sub-experts of each token.

@@ -145,10 +145,10 @@ class Training:
     def thresholds(self) -> list[torch.Tensor]:
         """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values."""
         blocks = moe_blocks(self.model)
-        values: list[list[torch.Tensor]] = [[] for _ in blocks]
+        needs: list[list[torch.Tensor]] = [[] for _ in blocks]
 
         def note(layer: int, router: Any, arguments: tuple[Any, ...]) -> None:
-            values[layer].append(router.rank(*arguments[:3]).cpu())
+            needs[layer].append(router.need(router.rank(*arguments[:3])).cpu())
 
         hooks = [block.experts.two_level.register_forward_pre_hook(functools.partial(note, layer)) for layer, block in enumerate(blocks)]
         try:
@@ -160,7 +160,7 @@ class Training:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [thresholds(torch.cat(each)) for each in values]
+        return [thresholds(torch.cat(each)) for each in needs]
 
     @contextmanager
     def _values(self, values: dict[str, torch.Tensor]) -> Iterator[None]:

@@ -162,7 +162,8 @@ class LayerRefactoring:
     @torch.inference_mode()
     def _thresholds(self, router: Tensors, routed: Routed) -> torch.Tensor:
         two_level = two_level_router(self.target, self.config, router)
-        return thresholds(torch.cat([two_level.rank(part.inputs, part.weights, part.experts) for part in routed.chunks()]))
+        values = torch.cat([two_level.rank(part.inputs, part.weights, part.experts) for part in routed.chunks()])
+        return thresholds(two_level.need(values))
 
     def _output_errors(self, router: Tensors, routed: Routed) -> dict[str, list[Any]]:
         """Return the squared relative error of the layer's output at k = N, 2 N, ... K N sub-experts, and of the original at 1 ... K.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 # Below every weight that counts; its logarithm is finite.
 SMALLEST = 1e-30
+# As `modeling_prism.RELATIVE`.
+RELATIVE = 0.75
 # Of gpt-oss' activation function.
 _CLAMP, _ALPHA = 7.0, 1.702
 
@@ -28,8 +30,8 @@ class SubRouter(NamedTuple):
         scale: float32 [K * N + 1], what the kept weights are multiplied with, by k; 1 at full k. None without compensation.
         map_in, map_out: float32 [R, H] and [H, R], the linear map of the inputs that stands in for all that is dropped together, times its
             size. None where there is none.
-        threshold: float32 [K * N], above which value (log of weight x predicted size) sub-experts run so that 1, 2, ... of them do, on
-            average over tokens. None in a checkpoint without.
+        threshold: float32 [K * N], above which need (see `modeling_prism.TwoLevelRouter.need`) sub-experts run so that 1, 2, ... of them
+            do, on average over tokens. None in a checkpoint without.
         places: int64 [E * N], which of the model's experts sub-expert e N + n is; None where it is number e N + n.
     """
 
@@ -108,7 +110,8 @@ def _numbers(router: SubRouter, value: torch.Tensor, active: torch.Tensor, most:
     place = (active * value.shape[1] - 1).clamp(0, last)
     before = place.long()
     threshold = torch.lerp(router.threshold[before], router.threshold[(before + 1).clamp(max=last)], place - before)
-    within = (value > threshold[:, None]).sum(1).clamp(1, most)
+    need = value - RELATIVE * value.logsumexp(1, keepdim=True)
+    within = (need > threshold[:, None]).sum(1).clamp(1, most)
     return torch.where(active < 1, within, k)
 
 
