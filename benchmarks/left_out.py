@@ -4,7 +4,8 @@
 
 For every domain the model is refactored on the bundled calibration text of the other domains, and on that of all, and both run the
 domain's part of the evaluation text: perplexity at k of a quarter, a half and three quarters of the sub-experts, and within budgets of
-that share, beside whole experts of the original. The last row is all domains together. What WORK_DIR has is not made again.
+that share, beside whole experts of the original. The last row is all domains together. What WORK_DIR has is
+not made again: other models and options need another one.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from common import EXAMPLE, TEXT, markdown, print_provenance
 
 import prism_refactor
 from prism_refactor.formats import Curve
+from prism_refactor.models.refactored import RefactoredCheckpoint
 
 CALIBRATION, EVALUATION = TEXT / "calibration.jsonl", TEXT / "evaluation.jsonl"
 SHARES = (1 / 4, 1 / 2, 3 / 4)
@@ -48,9 +50,11 @@ class Domain:
         for out, documents in ((work / f"without-{name}", others), (work / "with-all", records(CALIBRATION))):
             if not out.exists():
                 prism_refactor.refactor(model, out, datasets=(write(work / f"{out.name}.jsonl", documents),), **options)
-            manifest = json.loads((out / "prism.json").read_text())
-            full = manifest["recipe"]["sub_experts"] * list(manifest["source"]["sizes"].values())[1]
-            ks = sorted({round(share * full) for share in SHARES} | {full})
+            prism = RefactoredCheckpoint(out).prism
+            full = prism.max_active
+            if full % 4 or full // prism.sub_experts % 4:
+                raise SystemExit(f"{model}: its {full // prism.sub_experts} active experts have no quarter to compare with")
+            ks = [round(share * full) for share in (*SHARES, 1)]
             original, refactored = prism_refactor.evaluate(model, out, k=ks, budgets=SHARES, datasets=(text,))
             self.original = original
             self.curves.append(refactored)

@@ -163,6 +163,8 @@ def main(folder: Path, count: int, shares: list[float], tokens: int) -> None:
     whole, chance = found["all"], 1 / CHOICES
     # What the whole model does not know cannot be lost.
     known = [task for task in made if whole[task] > chance + 0.1]
+    if not known:
+        raise SystemExit(f"{folder}: even the whole model does none of the tasks better than chance")
     rows = []
     for name, own in found.items():
         kept = sum((own[task] - chance) / (whole[task] - chance) for task in known) / len(known)

@@ -15,7 +15,7 @@ from prism_refactor.formats import EVALUATION, PAGE, PICTURE_FILE, Evaluation
 @click.argument("out_dir", type=INPUT_FOLDER)
 @click.option("--output", type=OutputFile(), help=f"Write the page here.  [default: OUT_DIR/{PAGE}]")
 def main(reporter: Reporter, out_dir: Path, output: Path | None) -> None:
-    """Show the refactored checkpoint in OUT_DIR as one HTML page: quality curve, operating points, errors, partition, load, recipe.
+    """Show the refactored checkpoint in OUT_DIR as one HTML page: quality curve, active sub-experts, errors, partition, load, recipe.
 
     The page refers to nothing outside itself. The quality curve is there once prism-eval --save has measured it.
     """

@@ -1,6 +1,7 @@
 """`prism-run`: generate with a model that does not fit in memory."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,13 +101,17 @@ def main(reporter: Reporter, refactored_dir: Path, prompts: tuple[str, ...], tra
 
 
 def _mean_k(prism: PrismConfig, options: dict[str, Any]) -> int:
-    """Sub-experts per token, of a budget on average. Raises UsageError when the options do not fit each other or the checkpoint."""
+    """Sub-experts per token, of a budget the mean, rounded up.
+
+    Raises:
+        UsageError: the options do not fit each other or the checkpoint.
+    """
     full, k, budget = prism.max_active, options["k"], options["budget"]
     if budget is not None and k is not None:
         raise UsageError("--budget: takes the place of --k; leave one of them out")
     if budget is not None and not prism.has_router:
         raise UsageError("--budget: the checkpoint has no sub-expert router; use --k")
-    k = k or (full if budget is None else max(round(budget * full), 1))
+    k = k or (full if budget is None else math.ceil(budget * full))
     if k > full:
         raise UsageError(f"--k {k}: choose 1 to {full}")
     if (options["k_min"] or 1) > k:

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
     """Serve the checkpoint in REFACTORED_DIR over HTTP as OpenAI does, every request at its own quality floor.
 
-    A request says how many sub-experts per token it needs, {"prism": {"k": 12}}, or how good it must be, {"prism": {"quality": 0.97}}
-    (after prism-eval --save), or asks for the model NAME@12. It is served at that k whatever runs beside it. SIGTERM stops taking
-    requests, lets the running ones end, and exits with 0.
+    A request says which share of the sub-experts its tokens may run on average, {"prism": {"budget": 0.25}}, or how many every token needs,
+    {"prism": {"k": 12}}, or how good it must be, {"prism": {"quality": 0.97}} (after prism-eval --save), or asks for the model NAME@25% or
+    NAME@12. It is served at that, whatever runs beside it. SIGTERM stops taking requests, lets the running ones end, and exits with 0.
     """
     from prism_refactor.models.loading import end_tokens
     from prism_refactor.server.application import MOST_BYTES, ServerState, UvicornServer
@@ -59,7 +59,7 @@ def main(reporter: Reporter, refactored_dir: Path, **options: Any) -> None:
 
     name = options["served_model_name"] or _name_of(refactored_dir.resolve())
     if "@" in name:
-        raise UsageError(f"--served-model-name {name}: must have no @, which separates the name from k")
+        raise UsageError(f"--served-model-name {name}: must have no @, which separates the name from k or a budget")
     tokenizer = _tokenizer(refactored_dir, options["chat_template"])
     listener = _listen(options["host"], options["port"])
     reporter.line(f"loading {refactored_dir}")

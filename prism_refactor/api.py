@@ -76,8 +76,9 @@ def set_active(model: Any, k: int | Sequence[int] | None = None, budget: float |
     Args:
         model: from `load`, `attach` or transformers.
         k: a number for all layers, 1 to N times the original top-k, or one number per MoE layer.
-        budget: in the place of k, the share of the sub-experts that tokens run on average, above 0 and at most 1. A token runs those whose
-            weight x predicted size is above a threshold, at least one. Needs two-level routing.
+        budget: in the place of k, the share of the sub-experts that tokens run on average, above 0 and at most 1. A token runs those
+            that it needs more than a threshold (weight x predicted size, against that of all it could run), at least one. Needs two-level
+            routing.
 
     Raises:
         ValueError: k or the budget is out of range, both or neither are given, or k has not one number per MoE layer.

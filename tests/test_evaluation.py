@@ -144,8 +144,8 @@ def test_eval_compares_at_the_same_cost_and_stores_what_it_found(tmp_path, elast
         assert sum(point["by_layer"]) / 4 / 16 == pytest.approx(point["share"])
         assert len(point["by_token"]) == len(report["text"]["sample"]) == 48
         assert 1 <= min(point["by_token"]) < max(point["by_token"]) <= 16
-    rows = read_windows(Calibration(max_seq_length=128), Checkpoint(EXAMPLE), most=3000).rows
-    assert load_tokenizer(EXAMPLE).decode(rows[len(rows) // 2, :48]) == "".join(report["text"]["sample"])
+    windows = read_windows(Calibration(max_seq_length=128), Checkpoint(EXAMPLE), most=3000)
+    assert load_tokenizer(EXAMPLE).decode(windows.rows[windows.sample_row, :48]) == "".join(report["text"]["sample"])
     assert command("prism-verify", EXAMPLE, out, "--num-samples", "1", "--max-seq-length", "64").code == 0
 
 
@@ -250,3 +250,18 @@ def test_a_model_with_the_papers_proxy_is_measured(tmp_path, models, command):
     # Per MoE layer: 2 gate neurons of gate and up rows for each of the 8 sub-experts, the products counted twice.
     one = 2 * 3 * 32 * 4
     assert costs[0] - (costs[1] - 4 * one * 2) == 2 * 2 * (2 * 2 * 8 * 32)
+
+
+def test_a_sample_of_text_is_text(tmp_path):
+    """Where some domain has nothing to score, and characters are several tokens."""
+    texts = {"a": "na\u00efve \u65e5\u672c " * 3, "b": "x", "c": "so " * 3}
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"domain": name, "text": text}) + "\n" for name, text in texts.items()))
+    for domain in ("a", "b", "c"):
+        windows = read_windows(Calibration((str(tmp_path / "t.jsonl"),), max_seq_length=16), Checkpoint(EXAMPLE))
+        assert windows.scored[windows.sample_row].any(), domain
+        row = windows.rows[windows.sample_row, : len(windows.sample)]
+        assert "".join(windows.sample) == load_tokenizer(EXAMPLE).decode(row).rstrip("\ufffd")
+        assert "\ufffd" not in "".join(windows.sample)
+        # The next time another row is in the middle.
+        texts["c"] += texts["a"]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"domain": name, "text": text}) + "\n" for name, text in texts.items()))

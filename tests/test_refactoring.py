@@ -195,7 +195,7 @@ def test_k_can_be_set_layer_by_layer(elastic, token_ids):
     set_active(model, [10, 6, 7, 9])
     assert model.prism_active.per_layer == [10, 6, 7, 9]
     assert not torch.equal(logits(model, token_ids), uniform)
-    with pytest.raises(ValueError, match="3 layers does not fit a model of 4"):
+    with pytest.raises(ValueError, match="k of 3 layers does not fit a model of 4"):
         set_active(model, [8] * 3)
     with pytest.raises(ValueError, match="choose 1 to 16"):
         set_active(model, [8, 8, 8, 17])

@@ -1,1 +1,1 @@
-"""Measure a refactored model: perplexity and cost at every k, non-uniform k, pages and plots."""
+"""Measure a refactored model: perplexity and cost at every k and budget, pages and plots."""

@@ -49,7 +49,7 @@ class Losses:
 
     Attributes:
         sums: float64 [P, S]: per operating point and window, summed negative log-likelihood of its scored tokens, nats.
-        active: float64 [P, L]: (sub-)experts that tokens ran in each MoE layer, on average.
+        active: float64 [P, L]: (sub-)experts that scored tokens ran in each MoE layer, on average.
         sample: float64 [P, S]: (sub-)experts that each token of `Windows.sample` ran, mean over MoE layers.
     """
 
@@ -98,8 +98,9 @@ def stream_losses(
                     with _routed(found[1], two_level, point, checkpoint.architecture.top_k) as ran:
                         stream.advance(index, state=number)
                     every = torch.cat(ran).double() if ran else torch.full((windows.rows.numel(),), point.k, dtype=torch.float64)
-                    active[number].append(every.mean().item())
-                    sample[number] += every.view_as(windows.rows)[windows.sample_row, : sample.shape[1]]
+                    every = every.view_as(windows.rows)
+                    active[number].append(every[windows.scored].mean().item())
+                    sample[number] += every[windows.sample_row, : sample.shape[1]]
                 events.progress(f"{name}, operating points", number + 1, len(points), (index, len(stream)))
     with stream.head() as head:
         sums = torch.stack([_sums(head, state, windows, compute.device) for state in stream.states])

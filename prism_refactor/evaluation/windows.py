@@ -1,5 +1,6 @@
 """Evaluation text as overlapping windows, each of whose tokens is scored once."""
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
@@ -35,8 +36,9 @@ class Windows:
 
     @property
     def sample_row(self) -> int:
-        """The row in the middle: the first ones are often a page's head."""
-        return len(self.rows) // 2
+        """The row in the middle of those that are scored: the first ones are often a page's head."""
+        rows = self.scored.any(1).nonzero().flatten()
+        return int(rows[len(rows) // 2])
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,10 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
     found = Windows(torch.tensor(rows), torch.tensor(scored), domains, stride)
     # Without padding, which is not scored.
     end = int(found.scored[found.sample_row].nonzero().max()) + 1
-    return replace(found, sample=[tokenizer.decode([token]) for token in rows[found.sample_row][: min(end, SAMPLE)]])
+    tokens = rows[found.sample_row][: min(end, SAMPLE)]
+    # Of a token what it adds to the text: alone it may be half a character, or lack its space.
+    texts = [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens) + 1)]
+    return replace(found, sample=[text[len(before) :] for before, text in itertools.pairwise(texts)])
 
 
 def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:

@@ -150,10 +150,11 @@ class TwoLevelRouter(nn.Module):
             budget: the share of them that runs on average over tokens, one for all or float32 [T]; below 1 / (K * N) it is that.
         """
         last = value.shape[1] - 1
-        place = (torch.as_tensor(budget, device=value.device) * value.shape[1] - 1).clamp(0, last)
+        # Of one dimension: an index of none would wait for the device.
+        place = (torch.as_tensor(budget, dtype=torch.float32, device=value.device).view(-1) * value.shape[1] - 1).clamp(0, last)
         before = place.long()
         threshold = torch.lerp(self.threshold[before], self.threshold[(before + 1).clamp(max=last)], place - before)
-        return (self.need(value) > threshold.view(-1, 1)).sum(1).clamp(min=1)
+        return (self.need(value) > threshold[:, None]).sum(1).clamp(min=1)
 
     def forward(self, hidden_states, weights, experts, k, token_k=None, budget=None):
         """Pick the k best sub-experts of each token.
@@ -639,7 +640,7 @@ def set_active(model, k=None, budget=None):
 
     Args:
         model: the model.
-        k: a number for all layers, or an operating point: one number per MoE layer.
+        k: a number for all layers, or one number per MoE layer.
         budget: the share of the sub-experts that tokens run on average, above 0 and at most 1; a token runs more or fewer, as it needs, and
             at least one.
 
@@ -660,7 +661,7 @@ def set_active(model, k=None, budget=None):
     layers = len(gates or active.per_layer)
     per_layer = [k] * layers if isinstance(k, int) else list(k)
     if len(per_layer) != layers:
-        raise ValueError(f"an operating point of {len(per_layer)} layers does not fit a model of {layers} MoE layers")
+        raise ValueError(f"k of {len(per_layer)} layers does not fit a model of {layers} MoE layers")
     _check_k(per_layer, most)
     # transformers has one number: the largest, which is what its aux loss and other engines would size buffers by.
     if prism.get("stock", True):

@@ -133,6 +133,8 @@ class ServerState:
             if self.curve is None:
                 raise UsageError("quality: the model's perplexity was not measured; run prism-eval --save, or ask for a k")
             ks.append(self.curve.k_for(wanted.quality))
+        if ks and budgets:
+            raise UsageError("a k or a quality, and a budget: ask for one of them")
         return self.engine.floor(max(ks, default=None), max(budgets, default=None))
 
 

@@ -620,4 +620,4 @@ class Engine:
         if counted is None:
             return [float(entry.tokens * entry.k) for entry in entries]
         own = counted.split([entry.tokens for entry in entries])
-        return [tokens.sum().item() / len(self._active.per_layer) for tokens in own]
+        return (torch.stack([tokens.sum() for tokens in own]) / len(self._active.per_layer)).tolist()

@@ -7,6 +7,8 @@ from prism_vllm.checkpoint import CheckpointError, RefactoredCheckpoint
 
 # Keys of a request's vllm_xargs; the first two are those of --additional-config.
 K, BUDGET, QUALITY = "prism_k", "prism_budget", "prism_quality"
+# Budgets are told apart by so many steps from 0 to 1, as in prism-serve.
+BUDGET_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,13 @@ class Serving:
         if not self.checkpoint.has_thresholds:
             raise CheckpointError(f"{BUDGET}: this checkpoint has no thresholds; refactor it again, or write {K}")
         most, full = self.checkpoint.most, self.checkpoint.full
-        if budget * full > most:
-            raise CheckpointError(f"{BUDGET}: {budget} of {full} is more than the {most} that this server runs at most")
-        return budget if budget < 1 else most
+        if most < full:
+            # Tokens that need more than the most could not have it, and the mean would be less.
+            raise CheckpointError(
+                f"{BUDGET}: this server runs at most {most} of {full}; write {K}, or leave out the override of the config"
+            )
+        steps = max(round(budget * BUDGET_STEPS), 1)
+        return steps / BUDGET_STEPS if steps < BUDGET_STEPS else full
 
     def _k_for(self, quality: float) -> int:
         curve = self.checkpoint.quality
