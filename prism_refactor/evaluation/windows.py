@@ -103,8 +103,8 @@ def read_windows(calibration: Calibration, checkpoint: Checkpoint, stride: int |
     end = int(found.scored[found.sample_row].nonzero().max()) + 1
     tokens = rows[found.sample_row][: min(end, SAMPLE)]
     # Of a token what it adds to the text: alone it may be half a character, or lack its space.
-    texts = [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens) + 1)]
-    return replace(found, sample=[text[len(before) :] for before, text in itertools.pairwise(texts)])
+    prefixes = [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens) + 1)]
+    return replace(found, sample=[text[len(before) :] for before, text in itertools.pairwise(prefixes)])
 
 
 def _windows(tokens: list[int], length: int, stride: int, padding: int) -> list[tuple[list[int], list[bool]]]:
