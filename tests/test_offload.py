@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -495,6 +496,22 @@ def test_a_latency_target_skips_the_least_of_the_misses_down_to_the_floor(elasti
     assert same_bits(model, resident(elastic), ids)
 
 
+def test_a_latency_target_skips_within_a_budget(elastic, offloaded):
+    model = offloaded(elastic, "25%", policy="lru", prefetch="none")
+    set_active(model, budget=0.5)
+    model.offload.set_latency(LatencyTarget(1e-9, 3))
+    ran = []
+    with torch.inference_mode():
+        for token in range(20, 40):
+            model.prism_active.ran = 0
+            assert torch.isfinite(model(input_ids=torch.tensor([[token]])).logits).all()
+            ran.append(model.prism_active.ran.item() / 4)
+    assert model.offload.counters.skipped > 0
+    # A token may need fewer than three itself.
+    assert 1 <= min(ran) < max(ran) < 16
+    assert np.mean(ran) < 8
+
+
 def test_what_is_skipped_is_absent_and_ranks_last(elastic, offloaded):
     model = offloaded(elastic, "25%", policy="lru", prefetch="none")
     with torch.inference_mode():
@@ -602,12 +619,16 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
     model = offloaded(elastic, "25%", prefetch="both")
     engine = Engine(model, "per-token", Limits(tokens=64, requests=8, wait=0.02))
     engine.start()
-    requests = [GenerationRequest(list(range(30 * n + 20, 30 * n + 32)), 1 + n, 8, stop_at_eos=False) for n in range(8)]
+    points = [{"k": 1}, {"budget": 0.2}, {"k": 3}, {"budget": 0.3}, {"k": 5}, {"k": 6}, {"budget": 0.5}, {"k": 8}]
+    requests = [
+        GenerationRequest(list(range(30 * n + 20, 30 * n + 32)), max_new_tokens=8, stop_at_eos=False, **point)
+        for n, point in enumerate(points)
+    ]
     try:
         whole = engine.generate(requests)
         wanted = resident(elastic)
-        for request, chunk in zip(requests, whole, strict=True):
-            set_active(wanted, request.k)
+        for request, point, chunk in zip(requests, points, whole, strict=True):
+            set_active(wanted, **point)
             assert chunk.tokens == answer(wanted, request.prompt, 8)
         read = DiskStore.read
         broken = (2, int(np.argmax(model.offload.cache.policy.worth[2]))) if hasattr(model.offload.cache.policy, "_now") else (2, 5)
@@ -623,7 +644,7 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
             model.offload.cache._resident[broken] = False
             if slot is not None:
                 model.offload.cache._free.append(slot)
-        answers = engine.generate([GenerationRequest(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
+        answers = engine.generate([replace(request, id="") for request in requests])
         failed = [chunk.finish == "error" for chunk in answers]
         assert 0 < sum(failed) < len(failed)
         for chunk, before, bad in zip(answers, whole, failed, strict=True):
@@ -634,8 +655,9 @@ def test_one_broken_sub_expert_fails_only_the_requests_that_need_it(elastic, off
                 assert chunk.tokens == before.tokens
         monkeypatch.setattr(DiskStore, "read", read)
         # Nothing of the failed requests is left, in particular no KV that a later one could find.
-        again = engine.generate([GenerationRequest(request.prompt, request.k, 8, stop_at_eos=False) for request in requests])
+        again = engine.generate([replace(request, id="") for request in requests])
         assert [chunk.tokens for chunk in again] == [chunk.tokens for chunk in whole]
+        assert [chunk.served_k for chunk in again] == pytest.approx([chunk.served_k for chunk in whole])
         until(lambda: engine.kv_in_use == 0)
     finally:
         engine.close()
