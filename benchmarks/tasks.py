@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,15 +33,11 @@ from prism_refactor.evaluation.windows import read_windows
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import full_k
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from lm_tasks import CHOICE, write_task
+
 CHOICES = 4
-KIND = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "answer",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc"}],
-}
 WORDS = (
     *("river", "stone", "apple", "window", "yellow", "garden", "seven", "paper", "music"),
     *("cloud", "table", "silver", "horse", "letter", "winter", "bread", "circle", "mountain"),
@@ -133,11 +130,7 @@ class Judge:
         self.model = prism_refactor.load(folder).float()
         self.names = {name: name.replace(" ", "_") for name in made}
         for name, documents in made.items():
-            path = work / f"{self.names[name]}.jsonl"
-            path.write_text("".join(json.dumps(each) + "\n" for each in documents))
-            data = {"data_files": {"test": str(path)}}
-            task = {"task": self.names[name], "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
-            (work / f"{self.names[name]}.yaml").write_text(json.dumps(task | KIND))
+            write_task(work, self.names[name], documents, CHOICE)
         self.manager = TaskManager(include_path=str(work), include_defaults=False)
         self.asked = HFLM(pretrained=self.model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=8)
         self.windows = read_windows(Calibration(max_seq_length=512), Checkpoint(folder), 512, tokens)

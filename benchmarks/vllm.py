@@ -183,8 +183,8 @@ def routing_cost() -> None:
     rows, kernels = [], 0
     for tokens in (1, 8, 64, 512):
         weights, chosen = torch.rand(tokens, experts).topk(top_k)
-        active, most = torch.randint(1, top_k * parts + 1, (tokens,)).float(), top_k * parts
-        arguments = (router, torch.randn(tokens, hidden), weights, chosen, active, most, parts, "silu")
+        active = torch.randint(1, top_k * parts + 1, (tokens,)).float()
+        arguments = (router, torch.randn(tokens, hidden), weights, chosen, active, parts, "silu")
         with torch.inference_mode(), Operations() as operations:
             route(*arguments)
         torch._inductor.metrics.reset()

@@ -120,12 +120,12 @@ def _mean_k(prism: PrismConfig, options: dict[str, Any]) -> int:
 
 
 def _set_active(model: Any, k: int, budget: float | None) -> None:
-    from prism_refactor.models.modeling_prism import has_thresholds, set_active
+    from prism_refactor.models.modeling_prism import set_active
 
     if budget is None:
         set_active(model, k)
         return
-    if not has_thresholds(model):
+    if not model.prism_active.has_thresholds:
         raise UsageError("--budget: the checkpoint was written before there were budgets; refactor it again, or use --k")
     set_active(model, budget=budget)
 
@@ -170,7 +170,7 @@ def _answer(
     # The streamer is given the prompt first.
     times = clock.times[1:]
     counters = model.offload.counters.since(before)
-    # Of the passes that run one new token each; where there is none, of the prompt's.
+    # The last passes run one new token each. An answer of one token has none of these: then the prompt's last pass counts.
     decoding = active[-max(len(times) - 1, 1) :]
     figures = {
         "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),

@@ -416,25 +416,6 @@ def url(site_and_url):
     return site_and_url[1]
 
 
-# Of lm_eval: which of some continuations is the most likely.
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "answer",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc"}],
-}
-
-
-def write_task(folder: Path, name: str, documents: list[dict], kind: dict) -> None:
-    """A task of lm_eval over documents of ours, as a file of a folder that its --include_path names."""
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    data = {"data_files": {"test": str(folder / "documents.jsonl")}}
-    task = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
-    (folder / f"{name}.yaml").write_text(json.dumps(task | kind))
-
-
 def load(folder, **options):
     return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
 

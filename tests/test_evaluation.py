@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHOICE, EXAMPLE, FAST, load, write_task
+from conftest import EXAMPLE, FAST, load
+from lm_tasks import CHOICE, write_task
 from PIL import Image
 from transformers import AutoTokenizer
 

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import openai
 import pytest
 import torch
-from conftest import CHOICE, write_task
+from lm_tasks import CHOICE, write_task
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from serving import LIMITS, TEXT, fetch, idle, served

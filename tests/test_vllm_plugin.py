@@ -92,7 +92,7 @@ def test_routing_is_that_of_the_checkpoints_own_file(models, family, kind):
             mixed = k if len(k.unique()) > 1 or budget.any() else None
             kept, ids, missing = reference(hidden, weights, chosen, int(k.max()), mixed, budget if budget.any() else None)
             active = torch.where(budget > 0, budget, k)
-            found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, active, full, 4, activation)
+            found = route(SubRouter.of(tensors, activation), hidden, weights, chosen, active, 4, activation)
             total = experts * SUB_EXPERTS
             torch.testing.assert_close(dense(found[0], found[1], total), dense(kept, ids, total), atol=1e-6, rtol=1e-5)
             assert ((found[0] != 0).sum(1) == (kept != 0).sum(1)).all()
@@ -108,7 +108,7 @@ def test_routing_compiles_to_the_same():
     router, hidden = SubRouter.of(random_tensors("linear", 6, 2, 32, False), "silu"), torch.randn(TOKENS, 32)
     weights, experts = torch.rand(TOKENS, 6).topk(2)
     active = torch.where(torch.arange(TOKENS) % 2 == 0, torch.randint(1, 9, (TOKENS,)), torch.rand(TOKENS))
-    arguments = router, hidden, weights, experts, active, 8, 4, "silu"
+    arguments = router, hidden, weights, experts, active, 4, "silu"
     expected = route(*arguments)
     found = torch.compile(route, fullgraph=True, backend="aot_eager")(*arguments)
     for one, other in zip(found, expected, strict=True):

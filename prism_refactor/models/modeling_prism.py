@@ -265,10 +265,12 @@ class ActiveK:
         per_token: int64 [T], k of each token of the next forward; None: all tokens run `per_layer`.
         budget: the share of sub-experts that tokens run on average, in the place of both; float32 [T], where tokens differ, 0 for those
             that run `per_token`; None: they run `per_layer` or `per_token`.
+        has_thresholds: whether tokens can run within budgets; `install` notes it.
         ran: None; or, set to 0 before a forward, how many sub-experts each of its tokens ran in all layers together, int64 [T].
     """
 
     def __init__(self, per_layer, per_token=None, budget=None):
+        self.has_thresholds = False
         self.set(per_layer, per_token, budget)
 
     def set(self, per_layer, per_token=None, budget=None):
@@ -513,7 +515,7 @@ def install(block, two_level, active, layer):
     experts = block.experts
     if hasattr(experts, "two_level"):
         uninstall(block)
-    experts.two_level = two_level
+    experts.two_level, active.has_thresholds = two_level, hasattr(two_level, "threshold")
     # Forwards of their own, as hooks of other libraries are.
     two_level.replaced = experts.__dict__.get("forward"), router_of(block).__dict__.get("forward")
     experts.forward = functools.partial(_two_level_forward, experts, experts.forward, active, layer)
@@ -679,13 +681,8 @@ def _check_budget(model, budget):
         raise ValueError("a budget needs a sub-expert router, and this checkpoint has none; refactor with the router linear or proxy")
     if getattr(model, "prism_active", None) is None:
         raise ValueError("a budget needs two-level routing; attach it to the model first")
-    if not has_thresholds(model):
+    if not model.prism_active.has_thresholds:
         raise ValueError("a budget needs thresholds, and this checkpoint was written before there were any; refactor it again")
-
-
-def has_thresholds(model):
-    """Whether a model with two-level routing can run within budgets."""
-    return hasattr(moe_blocks(model)[0].experts.two_level, "threshold")
 
 
 def set_top_k(router, key, k):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from prism_refactor.errors import InputError, PrismError, UsageError, one_line
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.loading import end_tokens
-from prism_refactor.models.modeling_prism import has_thresholds, set_active, set_token_active
+from prism_refactor.models.modeling_prism import set_active, set_token_active
 from prism_refactor.offload.manager import OffloadManager
 from prism_refactor.serving.performance import PerformanceModel
 from prism_refactor.serving.sampling import sample
@@ -212,7 +212,7 @@ class Engine:
         self.full_k = prism.max_active if prism else 1
         self._elastic = prism is not None
         # Whether requests may ask for budgets.
-        self.has_budgets = bool(prism and prism.has_router) and has_thresholds(model)
+        self.has_budgets = self._active is not None and self._active.has_thresholds
         # Where the experts are in slow memory.
         self.offload: OffloadManager | None = getattr(model, "offload", None)
         if self.offload is not None:

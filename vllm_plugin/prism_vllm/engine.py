@@ -248,10 +248,8 @@ def _router_class() -> Any:
             hidden = hidden_states[:, : self.gate.shape[1]]
             logits = F.linear(hidden.to(self.gate.dtype), self.gate, self.gate_bias)
             weights, experts = self.original._compute_routing(hidden, logits, None)
-            active, most = self.step.tokens[: len(hidden)], self.step.most
-            weights, chosen, self.missing = self.route(
-                self.sub_router, hidden, weights, experts, active, most, self.factor, self.activation
-            )
+            active = self.step.tokens[: len(hidden)]
+            weights, chosen, self.missing = self.route(self.sub_router, hidden, weights, experts, active, self.factor, self.activation)
             width = self.step.widest if self.may_cut else self.top_k
             return weights[:, :width].contiguous(), chosen[:, :width].to(indices_type or torch.int32).contiguous()
 

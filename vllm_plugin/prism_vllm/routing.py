@@ -101,7 +101,7 @@ def log_sizes(router: SubRouter, hidden: torch.Tensor, activation: str) -> torch
     return activate(*parts).abs().float().mean(-1).clamp_min(SMALLEST).log()
 
 
-def _numbers(router: SubRouter, value: torch.Tensor, active: torch.Tensor, most: int) -> torch.Tensor:
+def _numbers(router: SubRouter, value: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
     """How many sub-experts each token runs, int64 [T]; arguments: see `route`, and `value` float32 [T, K * N]."""
     k = active.long()
     if router.threshold is None:
@@ -111,7 +111,7 @@ def _numbers(router: SubRouter, value: torch.Tensor, active: torch.Tensor, most:
     before = place.long()
     threshold = torch.lerp(router.threshold[before], router.threshold[(before + 1).clamp(max=last)], place - before)
     need = value - RELATIVE * value.logsumexp(1, keepdim=True)
-    within = (need > threshold[:, None]).sum(1).clamp(1, most)
+    within = (need > threshold[:, None]).sum(1).clamp(min=1)
     return torch.where(active < 1, within, k)
 
 
@@ -121,7 +121,6 @@ def route(
     weights: torch.Tensor,
     experts: torch.Tensor,
     active: torch.Tensor,
-    most: int,
     factor: int,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -132,9 +131,8 @@ def route(
         hidden: MoE inputs [T, H].
         weights: [T, K], of the chosen experts in the original model.
         experts: [T, K], the chosen experts of the original model.
-        active: float32 [T], sub-experts of each token, 1 to `most`; below 1 a budget: the share of them that tokens run on average, of
+        active: float32 [T], sub-experts of each token, 1 to K * N; below 1 a budget: the share of them that tokens run on average, of
             which each runs what it needs. Needs `router.threshold`.
-        most: sub-experts that a token runs at most.
         factor: what `down_proj` is multiplied with.
         activation: of the experts, a key of `ACTIVATIONS` or `UNGATED`; only the router 'proxy' uses it.
 
@@ -147,7 +145,7 @@ def route(
     predicted = log_sizes(router, hidden, activation).gather(1, experts[..., None].expand(-1, -1, size))
     value = (predicted + weights.clamp_min(SMALLEST).log()[..., None]).flatten(1)
     value, order = value.sort(dim=1, descending=True)
-    k = _numbers(router, value, active, most)
+    k = _numbers(router, value, active)
     place = order // size
     ids = experts.gather(1, place) * size + order % size
     shares = weights.gather(1, place)
