@@ -1,4 +1,4 @@
-"""`prism-finetune`: train the router rows of a refactored checkpoint, nothing else."""
+"""`prism-finetune`: train the router of a refactored checkpoint, nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from prism_refactor.calibration.settings import DTYPES, Calibration
 from prism_refactor.cli.app import Reporter, command, exit_of
 from prism_refactor.cli.options import INPUT_FOLDER, OUTPUT_FOLDER, TEXT_OPTIONS, Finite, add
 from prism_refactor.cli.resuming import RESUME
-from prism_refactor.curriculum import LOSSES, Curriculum
+from prism_refactor.distillation import Distillation
 from prism_refactor.errors import UsageError
 from prism_refactor.formats import MANIFEST
 
@@ -17,15 +17,19 @@ from prism_refactor.formats import MANIFEST
 @command()
 @click.argument("refactored_dir", type=INPUT_FOLDER)
 @click.argument("out_dir", type=OUTPUT_FOLDER)
-@click.option("--router", type=click.Choice(["two-level", "stock"]), default="two-level", help="Which router's rows are trained.")
-@click.option("--loss", type=click.Choice(LOSSES), default=LOSSES[0], help="distill: KL divergence to the model at full k.")
-@click.option("--steps", type=click.IntRange(1), default=200, help="Optimiser steps.")
-@click.option("--learning-rate", type=Finite(0, min_open=True), default=1e-4, help="Of AdamW.")
-@click.option("--first-k", type=click.IntRange(1), help="Active sub-experts at the first step.  [default: a quarter of all]")
-@click.option("--last-k", type=click.IntRange(1), help="Active sub-experts at the last step.  [default: three quarters]")
+@click.option(
+    "--router",
+    type=click.Choice(["two-level", "stock"]),
+    default="two-level",
+    help="What is trained: what stands in for dropped sub-experts, or the stock router's rows.",
+)
+@click.option("--steps", type=click.IntRange(1), default=40, help="Optimiser steps.")
+@click.option("--learning-rate", type=Finite(0, min_open=True), default=0.01, help="Of Adam, relative to the size of what is trained.")
+@click.option("--least-k", type=click.IntRange(1), help="Active sub-experts of a step at least.  [default: an eighth of all]")
+@click.option("--most-k", type=click.IntRange(1), help="At most.  [default: three quarters; of the stock router all]")
 @click.option("--evaluate-every", type=click.IntRange(1), default=20, help="Steps between measurements of the held-out perplexity.")
 @add(TEXT_OPTIONS)
-@click.option("--num-samples", type=click.IntRange(2), default=512, help="Samples of text; one in 16 is held out.")
+@click.option("--num-samples", type=click.IntRange(2), default=512, help="Samples of text; one in 16 is held out, at most 8.")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute type; auto is float32 on a CPU.")
 @RESUME
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT_DIR that was written by prism-refactor or this command.")
@@ -34,20 +38,20 @@ def main(
     refactored_dir: Path,
     out_dir: Path,
     router: str,
-    loss: str,
     steps: int,
     learning_rate: float,
-    first_k: int | None,
-    last_k: int | None,
+    least_k: int | None,
+    most_k: int | None,
     evaluate_every: int,
     resume: bool,
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Fine-tune only the router of the checkpoint in REFACTORED_DIR while k rises; OUT_DIR is a checkpoint of the same kind.
+    """Train only the router of the checkpoint in REFACTORED_DIR; OUT_DIR is a checkpoint of the same kind.
 
-    The whole model is in memory. What is written is the state with the best held-out perplexity, which may be the one it started with.
-    An interrupted run keeps its state in OUT_DIR.partial; --resume goes on with it.
+    It learns to give with few sub-experts what the model gives with all of them. The whole model is in memory. What is written is the
+    state with the best held-out perplexity, which may be the one it started with. An interrupted run keeps its state in
+    OUT_DIR.partial; --resume goes on with it.
     """
     from prism_refactor.files import can_resume, check_target
     from prism_refactor.models.refactored import RefactoredCheckpoint
@@ -62,14 +66,15 @@ def main(
         otherwise = "use --router stock" if checkpoint.prism.stock else "refactor with --router linear"
         raise UsageError(f"--router two-level: {refactored_dir} has no linear sub-router to train; {otherwise}")
     full = checkpoint.prism.max_active
-    most = full - 1 if router == "two-level" else full
-    first, last = first_k or max(1, full // 4), last_k or max(1, full * 3 // 4)
-    if not first <= last <= most:
-        raise UsageError(f"--first-k {first}, --last-k {last}: need 1 <= first <= last <= {most} for the {router} router")
+    # At full k a two-level router stands in for nothing; a stock router that is trained must be held to what it was.
+    largest, usual = (full - 1, full * 3 // 4) if router == "two-level" else (full, full)
+    least, most = least_k or max(1, full // 8), most_k or max(1, usual)
+    if not least <= most <= largest:
+        raise UsageError(f"--least-k {least}, --most-k {most}: need 1 <= least <= most <= {largest} for the {router} router")
     check_disk(out_dir, sum(checkpoint.sizes.values()))
     calibration = Calibration(**options)
-    curriculum = Curriculum(steps, first, last, learning_rate, loss, calibration.batch_size, evaluate_every, calibration.seed)
-    tuning = FineTuning(checkpoint, router, curriculum, calibration, reporter)
+    settings = Distillation(steps, least, most, learning_rate, calibration.batch_size, evaluate_every, calibration.seed)
+    tuning = FineTuning(checkpoint, router, settings, calibration, reporter)
     try:
         tuning.run(out_dir, resume)
     except BaseException as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from prism_refactor.curriculum import Curriculum
+from prism_refactor.distillation import Distillation
 from prism_refactor.errors import InputError, PrismError, one_line
 from prism_refactor.files import write_json
 from prism_refactor.recipe import Recipe
@@ -239,8 +239,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class FineTuned(Curriculum):
-    """How a router was trained: which router, the step whose rows were kept, and their held-out perplexity."""
+class FineTuned(Distillation):
+    """How a router was trained: which router, the step whose state was kept, and their held-out perplexity."""
 
     router: str
     best_step: int

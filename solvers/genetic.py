@@ -15,20 +15,20 @@ from prism_refactor.errors import UsageError
 from prism_refactor.solvers import kernels, methods
 from prism_refactor.solvers.problem import Problem
 
+# Partitions kept, and made per generation.
 POPULATION = 8
-OFFSPRING = 8
 # Generations without gain that end the search: so many at least, N / 4 with many groups, and 256 / C in problems so small that a
 # generation costs next to nothing.
 PATIENCE, SMALL = 3, 256
-# Neurons x tokens above which there is one generation: there more tokens are worth more than more generations (docs/solvers.md).
-LARGE = 2**21
 GENERATIONS_PER_PATIENCE = 3
+# Neurons x tokens above which the search is short: what a longer one gains does not show on other tokens (docs/solvers.md).
+LARGE, SHORT_POPULATION, SHORT_GENERATIONS = 2**21, 4, 1
 # Each generation without gain doubles the annealing of the next, up to this many times.
 DOUBLINGS = 2
 CROSSOVER = 0.8
 MUTATED_SHARE = 0.03
-# Swaps tried in the annealing of offspring, and in that of the final partition, per neuron and group.
-SWAPS, FINAL_SWAPS = 5, 150
+# Swaps tried per neuron and group: in the annealing of offspring, in that of the final partition, and in that of a short search.
+SWAPS, FINAL_SWAPS, SHORT_FINAL_SWAPS = 5, 150, 50
 # Temperatures (`methods.cool`). Offspring: from a random one between the first two down to the third; the final partition: from the
 # second to the fourth.
 WARMEST, WARM, COLD, COLDEST = 0.6, 0.3, 0.03, 0.001
@@ -103,12 +103,18 @@ class _Evaluation:
         methods.cool(self.problem, individual.view(np.ndarray), self.swaps, warm, COLD, self.rng)
         return self.ascended(individual)
 
+    def cooled(self, labels: np.ndarray, swaps: int) -> np.ndarray:
+        """A partition near `labels`, after a cool annealing of so many swaps per neuron and group, then ascent."""
+        problem = self.problem
+        labels = labels.copy()
+        methods.cool(problem, labels, swaps, WARM, COLDEST, self.rng)
+        kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
+        return labels
+
     def polished(self, labels: np.ndarray) -> np.ndarray:
         """A swap-optimal partition near `labels`: a long, cool annealing leaves little to the exhaustive descent."""
         problem = self.problem
-        labels = labels.copy()
-        methods.cool(problem, labels, FINAL_SWAPS, WARM, COLDEST, self.rng)
-        kernels.ascend(problem.by_neuron, labels, problem.num_groups, problem.kept)
+        labels = self.cooled(labels, FINAL_SWAPS)
         kernels.swap_descent(problem.by_neuron, labels, problem.num_groups, problem.kept)
         return labels
 
@@ -127,13 +133,14 @@ def _toolbox(problem: Problem, evaluation: _Evaluation, rng: np.random.Generator
 def genetic(
     problem: Problem,
     seed: int,
-    population: int = POPULATION,
-    offspring: int = OFFSPRING,
+    population: int | None = None,
+    offspring: int | None = None,
     generations: int | None = None,
     patience: int | None = None,
     seconds: float | None = None,
     crossover: float = CROSSOVER,
     swaps: int = SWAPS,
+    short: bool | None = None,
     operators: Mapping[str, Callable[..., Any]] | None = None,
     statistics: tools.Logbook | None = None,
 ) -> np.ndarray:
@@ -144,16 +151,20 @@ def genetic(
     partitions and from what the cheap methods find (`ascent`, `greedy`, the paper's `annealing`), so it is never worse than they are
     from the same seed. Restores the caller's `random` state.
 
+    A short search has one generation of four, no start from `ascent`, which takes as long as all the rest, and no last descent. Where
+    neurons x tokens are many, what a longer one gains does not show on other tokens.
+
     Args:
         problem: what to partition.
         seed: equal seeds give equal bytes, unless `seconds` cuts in.
-        population: partitions kept.
-        offspring: partitions made per generation.
-        generations: at most so many; None is three times the patience, and 1 where C x B is more than 2^21.
+        population: partitions kept; None is 8, in a short search 4.
+        offspring: partitions made per generation; None is 8, in a short search 4.
+        generations: at most so many; None is three times the patience, in a short search 1.
         patience: stop after so many without gain; None is 3, or N / 4, or 256 / C, whichever is most.
         seconds: stop after the generation that passes this time.
         crossover: share of the children that have two parents; the others are mutants.
         swaps: tried in the annealing of a child, per neuron and group.
+        short: whether the search is short; None: where C x B is more than 2^21.
         operators: DEAP operators to register in place of ours, by their names in the toolbox: `mate` (two individuals to two, the
             first is the child), `mutate` (one to a tuple of one), `select` (individuals and a number to as many), all on int32 [C]
             arrays that stay balanced.
@@ -168,8 +179,13 @@ def genetic(
     begin = time.perf_counter()
     if patience is None:
         patience = max(PATIENCE, problem.num_groups // 4, SMALL // problem.neurons)
+    if short is None:
+        short = problem.saliency.size > LARGE
     if generations is None:
-        generations = 1 if problem.saliency.size > LARGE else GENERATIONS_PER_PATIENCE * patience
+        generations = SHORT_GENERATIONS if short else GENERATIONS_PER_PATIENCE * patience
+    usual = SHORT_POPULATION if short else POPULATION
+    population = usual if population is None else population
+    offspring = usual if offspring is None else offspring
     if population < 2 or min(offspring, generations, patience, swaps) < 1 or not 0 <= crossover <= 1:
         raise UsageError("genetic: population must be at least 2, offspring, generations, patience and swaps 1, crossover within 0 and 1")
     operators = operators or {}
@@ -177,7 +193,8 @@ def genetic(
         raise UsageError(f"genetic: no operator '{min(unknown)}'; there are mate, mutate and select")
     rng = np.random.default_rng(seed)
     starts = [problem.random(rng) for _ in range(population)]
-    starts += [solver(problem, seed) for solver in (methods.ascent, methods.greedy, methods.annealing)]
+    cheap = (methods.greedy, methods.annealing) if short else (methods.ascent, methods.greedy, methods.annealing)
+    starts += [solver(problem, seed) for solver in cheap]
     evaluation = _Evaluation(problem, swaps, rng)
     toolbox = _toolbox(problem, evaluation, rng)
     for name, operator in operators.items():
@@ -205,7 +222,8 @@ def genetic(
             stalled = 0 if hall_of_fame[0].fitness.values[0] > before * (1 + GAIN) else stalled + 1
             # What short annealings no longer better may need a longer one.
             evaluation.swaps = 2 ** min(stalled, DOUBLINGS) * swaps
-    return evaluation.polished(np.array(hall_of_fame[0]))
+    best = np.array(hall_of_fame[0])
+    return evaluation.cooled(best, SHORT_FINAL_SWAPS) if short else evaluation.polished(best)
 
 
 def _check_balance(individuals: Iterable[Any], problem: Problem) -> None:

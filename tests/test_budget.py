@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import prism_refactor
 from prism_refactor.calibration.settings import Calibration
-from prism_refactor.curriculum import Curriculum
 from prism_refactor.errors import UsageError
 from prism_refactor.evaluation.losses import Point, stream_losses
 from prism_refactor.evaluation.windows import read_windows
@@ -21,7 +20,6 @@ from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks
 from prism_refactor.models.stream import ComputeOptions
 from prism_refactor.offload.manager import load_offloaded
 from prism_refactor.offload.options import CacheBudget
-from prism_refactor.refactoring.finetune import Training
 from prism_refactor.routing.budget import thresholds
 
 TEXT = ["--num-tokens", "2000", "--max-seq-length", "128"]
@@ -243,25 +241,6 @@ def test_a_model_in_slow_memory_runs_within_a_budget(models, command, tmp_path, 
             logits(model, token[None, None])
     finally:
         model.offload.close()
-
-
-@torch.inference_mode()
-def test_trained_rows_get_thresholds_of_their_own(elastic):
-    model = attach(load(elastic), elastic)
-    before = [block.experts.two_level.threshold for block in moe_blocks(model)]
-    rows = Calibration(num_samples=16, max_seq_length=64).rows(Checkpoint(elastic))
-    training = Training(model, rows[:-4], rows[-4:], Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
-    training.best_values = {name: value / 2 for name, value in training.original.items()}
-    found, ran = training.thresholds(), []
-    for name, parameter in training.parameters.items():
-        parameter.data = training.best_values[name]
-    for block, own, old in zip(moe_blocks(model), found, before, strict=True):
-        assert not torch.equal(own, old)
-        block.experts.two_level.threshold = own
-        block.experts.two_level.register_forward_hook(lambda _, __, output: ran.append((output[1] != 64).sum(1)))
-    set_active(model, budget=0.5)
-    logits(model, rows)
-    assert torch.cat(ran).double().mean() == pytest.approx(8, rel=0.02)
 
 
 @pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda model: model.to(torch.bfloat16)])

@@ -1,17 +1,16 @@
 import json
 import shutil
 import signal
-from itertools import product
 
 import pytest
 import torch
 from conftest import EXAMPLE, files, load, logits, mostly_long
 from safetensors.torch import load_file, save_file
 
-from prism_refactor.curriculum import Curriculum
+from prism_refactor.distillation import Distillation
 from prism_refactor.files import output_folder
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach
-from prism_refactor.refactoring.finetune import Training
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, set_active
+from prism_refactor.refactoring.finetune import STAND_INS, Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
 
@@ -25,23 +24,21 @@ def changed_tensors(before, after):
     return found
 
 
-@pytest.mark.parametrize(
-    ("router", "loss"), mostly_long([*product(["two-level", "stock"], ["cross-entropy", "distill"])], ("two-level", "cross-entropy"))
-)
-def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, command, router, loss):
+@pytest.mark.parametrize("router", mostly_long(["two-level", "stock"], "two-level"))
+def test_only_what_is_trained_moves_and_held_out_perplexity_falls(tmp_path, elastic, command, router):
     out = tmp_path / "out"
-    options = ["--router", router, "--loss", loss, "--learning-rate", "1e-3" if router == "two-level" else "1e-4"]
-    result = command("prism-finetune", elastic, out, *QUICK, *options)
+    result = command("prism-finetune", elastic, out, *QUICK, "--router", router)
     assert result.code == 0, result.err
     record = json.loads((out / "prism.json").read_text())["finetuning"]
-    assert (record["router"], record["loss"], record["first_k"], record["last_k"]) == (router, loss, 4, 12)
-    leaves = ("gate.weight",) if router == "stock" else ("gate.weight", "gate.bias", "gate.threshold")
+    assert (record["router"], record["least_k"], record["most_k"]) == (router, 2, 12 if router == "two-level" else 16)
+    assert record["best_step"] > 0
+    leaves = ("gate.weight",) if router == "stock" else tuple(f"gate.{name}" for name in STAND_INS)
     found = changed_tensors(elastic, out)
+    assert found
     assert all(name.endswith(leaves) for name in found)
-    assert bool(found) == (record["best_step"] > 0)
     assert set(files(out)) == set(files(elastic))
     card = (out / "README.md").read_text()
-    assert f"rows of the {'sub-expert' if router == 'two-level' else 'stock'} router were trained" in card
+    assert f"{'what stands in for dropped sub-experts was' if router == 'two-level' else 'rows of the stock router were'} trained" in card
     assert "No weight was trained" not in card
     model = load(out)
     assert torch.isfinite(logits(model, torch.arange(2, 30)[None])).all()
@@ -50,20 +47,51 @@ def test_only_router_rows_move_and_held_out_perplexity_falls(tmp_path, elastic, 
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_straight_through_reaches_the_rows_of_chosen_and_dropped(elastic):
-    model = attach(load(elastic), elastic)
+def trained(elastic, settings, rows):
+    return Training(attach(load(elastic), elastic), rows, rows, settings)
+
+
+def test_stand_ins_are_trained_and_nothing_else(elastic):
     rows = torch.arange(2, 66)[None].repeat(3, 1)
-    training = Training(model, rows, rows, Curriculum(1, 4, 4, 1e-3, "cross-entropy", 3, 1, 0))
+    training = trained(elastic, Distillation(2, 4, 4, 1e-2, 3, 1, 0), rows)
+    assert {name.partition(".")[2] for name in training.parameters} == set(STAND_INS)
     training._train_on(rows, 4)
     for name, parameter in training.parameters.items():
         assert torch.isfinite(parameter.grad).all()
         assert parameter.grad.abs().sum() > 0, name
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "two_level" not in name)
+        # The first of two steps: a fifth of the rate.
+        moved = (parameter - training.original[name]).abs().max()
+        assert 0 < moved <= 2e-3 * training.original[name].square().mean().sqrt() * 1.01
+    assert all(parameter.grad is None for name, parameter in training.model.named_parameters() if "two_level" not in name)
 
 
-def test_k_rises_linearly():
-    curriculum = Curriculum(5, 8, 24, 1e-5, "cross-entropy", 1, 1, 0)
-    assert [curriculum.k_at(step) for step in range(5)] == [8, 12, 16, 20, 24]
+def test_it_learns_what_the_model_gives_at_full_k(elastic):
+    rows = torch.randint(2, 500, (4, 48), generator=torch.Generator().manual_seed(0))
+    training = trained(elastic, Distillation(12, 2, 2, 1e-2, 4, 20, 0), rows)
+
+    def divergence():
+        set_active(training.model, 2)
+        exact = training._teacher(rows)
+        set_active(training.model, 2)
+        return torch.nn.functional.kl_div(logits(training.model, rows).log_softmax(-1), exact, log_target=True, reduction="sum")
+
+    before = divergence()
+    for _ in range(12):
+        training._train_on(rows, 2)
+    assert divergence() < 0.9 * before
+
+
+def test_k_is_drawn_between_the_least_and_the_most_and_the_rate_falls_to_nothing():
+    settings = Distillation(1000, 2, 12, 0.01, 8, 20, 0)
+    drawn = torch.tensor([settings.k_at(step) for step in range(1000)])
+    assert (drawn.min(), drawn.max()) == (2, 12)
+    # Of the logarithm's range, half is below its middle, the root of 2 x 12.
+    assert (drawn < 4.9).float().mean() == pytest.approx(0.5, abs=0.05)
+    assert [settings.k_at(step) for step in range(5)] == drawn[:5].tolist()
+    rates = [settings.rate_at(step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.002)
+    assert max(rates) == pytest.approx(0.01, rel=1e-4)
+    assert rates[-1] < 1e-7
 
 
 class Interrupting(dict):
@@ -80,9 +108,8 @@ class Interrupting(dict):
 
 
 def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_were(elastic):
-    model = attach(load(elastic), elastic)
     rows = torch.arange(2, 66)[None]
-    training = Training(model, rows, rows, Curriculum(1, 4, 4, 1e-3, "distill", 1, 1, 0))
+    training = trained(elastic, Distillation(1, 4, 4, 1e-3, 1, 1, 0), rows)
     for parameter in training.parameters.values():
         parameter.data = parameter.data + 1
     own = {name: parameter.data for name, parameter in training.parameters.items()}
@@ -95,8 +122,7 @@ def test_an_interrupt_while_the_teacher_speaks_leaves_the_parameters_as_they_wer
 
 @pytest.mark.parametrize(("where", "step"), mostly_long([("_train_on", 3), ("perplexity", 4)], ("perplexity", 4)))
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypatch, where, step):
-    options = [*QUICK, "--learning-rate", "1e-3"]
-    assert command("prism-finetune", elastic, tmp_path / "whole", *options).code == 0
+    assert command("prism-finetune", elastic, tmp_path / "whole", *QUICK).code == 0
     whole = getattr(Training, where)
 
     def interrupted(self, *arguments):
@@ -105,17 +131,17 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypa
         return whole(self, *arguments)
 
     monkeypatch.setattr(Training, where, interrupted)
-    result = command("prism-finetune", elastic, tmp_path / "out", *options)
+    result = command("prism-finetune", elastic, tmp_path / "out", *QUICK)
     assert result.code == 130
     assert result.err == f"stopped after step {step} of 4; --resume goes on\n"
     assert (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Training, where, whole)
-    again = command("prism-finetune", elastic, tmp_path / "out", *options)
+    again = command("prism-finetune", elastic, tmp_path / "out", *QUICK)
     assert (again.code, "holds an interrupted run; add --resume" in again.err) == (2, True)
-    other = command("prism-finetune", elastic, tmp_path / "out", *options, "--resume", "--loss", "distill")
-    assert (other.code, "belongs to a run with curriculum.loss cross-entropy, not distill" in other.err) == (2, True)
-    assert command("prism-finetune", elastic, tmp_path / "out", *options, "--resume").code == 0
+    other = command("prism-finetune", elastic, tmp_path / "out", *QUICK, "--resume", "--least-k", "3")
+    assert (other.code, "belongs to a run with distillation.least_k 2, not 3" in other.err) == (2, True)
+    assert command("prism-finetune", elastic, tmp_path / "out", *QUICK, "--resume").code == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -123,8 +149,9 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, elastic, command, monkeypa
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--last-k", "16"], 2, "need 1 <= first <= last <= 15 for the two-level router"),
-        (["--first-k", "9", "--last-k", "4"], 2, "--first-k 9, --last-k 4"),
+        (["--most-k", "16"], 2, "need 1 <= least <= most <= 15 for the two-level router"),
+        (["--least-k", "9", "--most-k", "4"], 2, "--least-k 9, --most-k 4"),
+        (["--router", "stock", "--most-k", "17"], 2, "need 1 <= least <= most <= 16 for the stock router"),
     ],
 )
 def test_finetune_refusals(tmp_path, elastic, command, options, code, message):

@@ -207,11 +207,6 @@ class TwoLevelRouter(nn.Module):
             size = value.gather(1, order[:, k:]).exp()
             missing = self.expected(hidden_states, numbers[:, k:], shares[:, k:], size).to(hidden_states.dtype)
             kept = (kept * self.scale[k - 1]).to(weights.dtype)
-        if value.requires_grad:
-            # Straight-through: forward as above; backward as if a sub-expert ran in proportion to how clearly it is chosen.
-            margin = value.gather(1, order)[:, :k] - value.sort(1, descending=True).values[:, k - 1 : k + 1].mean(1, keepdim=True)
-            chosen = margin.sigmoid()
-            kept = kept * (1 + chosen - chosen.detach())
         return kept, indices[:, :k], missing
 
     def _everything(self, weights, experts):

@@ -49,8 +49,8 @@ def model_card(manifest: Manifest, loader: str) -> str:
     """Return Markdown with the front matter that model hubs read; `loader`: the auto class that loads the checkpoint."""
     source, recipe, tuned = manifest.source, manifest.recipe, manifest.finetuning
     _, (top_k, most), *_ = manifest.result.items()
-    rows = {"two-level": "the sub-expert router", "stock": "the stock router"}
-    trained = f"Only the rows of {rows[tuned.router]} were trained ({tuned.best_step} steps)." if tuned else "No weight was trained."
+    parts = {"two-level": "what stands in for dropped sub-experts was", "stock": "the rows of the stock router were"}
+    trained = f"Only {parts[tuned.router]} trained ({tuned.best_step} steps)." if tuned else "No weight was trained."
     exact = f"At {most} it computes what the original computes."
     if tuned and tuned.router == "stock":
         exact = (

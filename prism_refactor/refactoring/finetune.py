@@ -1,6 +1,5 @@
-"""Router-only fine-tuning (MoE-Prism, linear gate): everything is frozen but router rows, and k rises while training."""
+"""Router-only fine-tuning: everything is frozen but what routes, and that is distilled from the model at full k."""
 
-import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prism_refactor.calibration.settings import Calibration
-from prism_refactor.curriculum import Curriculum
+from prism_refactor.distillation import Distillation
 from prism_refactor.errors import InputError
 from prism_refactor.events import Events
 from prism_refactor.files import STATE, output_file, output_folder, write_json
@@ -27,16 +26,17 @@ from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.models.transformers_models import adopt_experts, run_experts_with
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
-from prism_refactor.routing.budget import thresholds
 from prism_refactor.signals import exit_code, uninterrupted
 from prism_refactor.tensors import save_tensors
 
 # Written anew, or not true of the trained router.
 NOT_COPIED = (CARD, MANIFEST, EVALUATION, PAGE)
-# The last part of the text chooses the best state: one sequence in so many.
-HELD_OUT_ONE_IN = 16
-# Sequences, beside the held-out ones, that thresholds of budgets are taken from.
-THRESHOLD_ROWS = 64
+# The last part of the text chooses the best state: one sequence in so many, at most so many.
+HELD_OUT_ONE_IN, MOST_HELD_OUT = 16, 8
+# What of a two-level router is trained: all that stands in for what is dropped. Training what ranks sub-experts gains nothing.
+STAND_INS = ("compensation", "map_in", "map_out", "scale")
+# Of Adam. The second for hundreds of steps, not for thousands.
+BETAS = (0.9, 0.95)
 _STATE_FILE, _STATE_RECORD = "training.safetensors", "training.json"
 
 
@@ -44,10 +44,10 @@ class Training:
     """The fine-tuning of one model's routers, one step at a time; its state is plain tensors, so that it can be stored and resumed.
 
     Args:
-        model: refactored; with two-level routing attached its linear sub-routers train, otherwise its stock gates.
+        model: refactored; with two-level routing attached what stands in for dropped sub-experts trains, otherwise the stock gates' rows.
         rows: int64 [S, T] token ids to train on.
         held_out: int64 [S', T] token ids that choose the best state.
-        curriculum: how to train.
+        settings: how to train.
 
     Attributes:
         step: steps done.
@@ -55,19 +55,22 @@ class Training:
         best: (step, held-out perplexity) of the best state so far; step 0 is the model as it came.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, held_out: torch.Tensor, curriculum: Curriculum):
-        self.model, self.rows, self.held_out, self.curriculum = model, rows, held_out, curriculum
+    def __init__(self, model: Any, rows: torch.Tensor, held_out: torch.Tensor, settings: Distillation):
+        self.model, self.rows, self.held_out, self.settings = model, rows, held_out, settings
         model.requires_grad_(False)
         self.parameters = _make_trainable(model)
         self.original = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=curriculum.learning_rate, weight_decay=0.0)
+        # A group each: their rates differ.
+        groups = [{"params": [parameter]} for parameter in self.parameters.values()]
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS)
+        self.sizes = [value.square().mean().sqrt().item() for value in self.original.values()]
         self.step = self.evaluated = 0
         self.best = (0, self.perplexity())
         self.best_values = dict(self.original)
 
     def run(self, save: Callable[[], None], events: Events) -> None:
         """Train to the end from where the state is; `save` is called after every measurement of the held-out perplexity."""
-        steps, every = self.curriculum.steps, self.curriculum.evaluate_every
+        steps, every = self.settings.steps, self.settings.evaluate_every
         while self.evaluated < steps:
             if self.step > self.evaluated and (self.step % every == 0 or self.step == steps):
                 perplexity = self._evaluate()
@@ -75,8 +78,7 @@ class Training:
                 text = f"step {self.step} of {steps}: held-out perplexity {perplexity:.4f}"
                 events.line(text, event="evaluated", step=self.step, steps=steps, perplexity=perplexity)
             else:
-                k = self.curriculum.k_at(self.step)
-                self._train_on(self._batch(), k)
+                self._train_on(self._batch(), self.settings.k_at(self.step))
                 events.progress("steps trained", self.step, steps)
 
     def _evaluate(self) -> float:
@@ -91,28 +93,27 @@ class Training:
 
     def _batch(self) -> torch.Tensor:
         """The sequences of the current step: a shuffled pass over all rows after the other, whatever step training resumes at."""
-        size = min(self.curriculum.batch_size, len(self.rows))
+        size = min(self.settings.batch_size, len(self.rows))
         per_pass = len(self.rows) // size
-        order = np.random.default_rng([self.curriculum.seed, self.step // per_pass]).permutation(len(self.rows))
+        order = np.random.default_rng([self.settings.seed, self.step // per_pass]).permutation(len(self.rows))
         start = self.step % per_pass * size
         return self.rows[np.sort(order[start : start + size])]
 
     def _train_on(self, batch: torch.Tensor, k: int) -> float:
         batch = batch.to(self.model.device)
-        teacher = self._teacher(batch) if self.curriculum.loss == "distill" else None
+        teacher = self._teacher(batch)
         set_active(self.model, k)
         self.model.train()
         for gate in moe_gates(self.model):
             # Some draw their choice at random in training (PhiMoE).
             gate.eval()
         logits = self.model(input_ids=batch, use_cache=False).logits.float()
-        if teacher is None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        else:
-            loss = F.kl_div(logits.log_softmax(-1).flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = F.kl_div(logits.log_softmax(-1).flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = self.settings.rate_at(self.step) * size
         with uninterrupted():
             self.optimizer.step()
             self.step += 1
@@ -128,9 +129,9 @@ class Training:
 
     @torch.no_grad()
     def perplexity(self) -> float:
-        """Held-out perplexity, the geometric mean over the first, middle and last k of the curriculum."""
-        curriculum = self.curriculum
-        choices = sorted({curriculum.first_k, (curriculum.first_k + curriculum.last_k) // 2, curriculum.last_k})
+        """Held-out perplexity, the geometric mean over the least k, the most, and one between."""
+        least, most = self.settings.least_k, self.settings.most_k
+        choices = sorted({least, round((least * most) ** 0.5), most})
         self.model.eval()
         total = 0.0
         for k in choices:
@@ -140,27 +141,6 @@ class Training:
                 logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
                 total += F.cross_entropy(logits, tokens[0, 1:]).item()
         return float(np.exp(total / len(choices) / len(self.held_out)))
-
-    @torch.no_grad()
-    def thresholds(self) -> list[torch.Tensor]:
-        """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values."""
-        blocks = moe_blocks(self.model)
-        needs: list[list[torch.Tensor]] = [[] for _ in blocks]
-
-        def note(layer: int, router: Any, arguments: tuple[Any, ...]) -> None:
-            needs[layer].append(router.need(router.rank(*arguments[:3])).cpu())
-
-        hooks = [block.experts.two_level.register_forward_pre_hook(functools.partial(note, layer)) for layer, block in enumerate(blocks)]
-        try:
-            set_active(self.model, full_k(self.model.config))
-            self.model.eval()
-            with self._values(self.best_values):
-                for row in [*self.held_out, *self.rows[:THRESHOLD_ROWS]]:
-                    self.model(input_ids=row[None].to(self.model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [thresholds(torch.cat(each)) for each in needs]
 
     @contextmanager
     def _values(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -188,7 +168,7 @@ class Training:
 
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a `state` of a training with the same curriculum, text and model."""
+        """Go on from a `state` of a training with the same settings, text and model."""
         self.step, self.evaluated = int(state["step"]), int(state["evaluated"])
         best_step, perplexity = state["best"].tolist()
         self.best = (int(best_step), perplexity)
@@ -202,7 +182,7 @@ class Training:
 
 
 def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
-    """Turn the router rows into parameters in float32: {'<MoE layer>.<tensor>': parameter}."""
+    """Turn what is trained into parameters: {'<MoE layer>.<tensor>': parameter}."""
     trainable = {}
     for layer, block in enumerate(moe_blocks(model)):
         two_level = getattr(block.experts, "two_level", None)
@@ -211,25 +191,25 @@ def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
             # Its matrix, which may be in a part of it.
             owner, names = router, [next(name for name, value in router.named_parameters() if value.ndim == 2)]
         else:
-            owner, names = two_level, ["weight", "bias"]
+            owner, names = two_level, [*STAND_INS]
         for name in names:
             part, _, leaf = name.rpartition(".")
             held: Any = owner.get_submodule(part)
             value = getattr(held, leaf).detach().clone()
             delattr(held, leaf)
-            parameter = nn.Parameter(value if two_level is None else value.float())
+            parameter = nn.Parameter(value)
             held.register_parameter(leaf, parameter)
             trainable[f"{layer}.{name}"] = parameter
     return trainable
 
 
 class FineTuning:
-    """One run of `prism-finetune`: router rows of a refactored checkpoint are trained, and written in the place of the old ones.
+    """One run of `prism-finetune`: tensors of a refactored checkpoint's router are trained, and written in the place of the old ones.
 
     Args:
         source: the refactored checkpoint. The whole model is in memory.
-        router: 'two-level' trains the linear sub-routers, 'stock' the stock gates.
-        curriculum: how to train.
+        router: 'two-level' trains what stands in for dropped sub-experts, 'stock' the rows of the stock gates.
+        settings: how to train.
         calibration: which text, and how the model runs.
         events: told of progress.
 
@@ -241,21 +221,21 @@ class FineTuning:
     """
 
     def __init__(
-        self, source: RefactoredCheckpoint, router: str, curriculum: Curriculum, calibration: Calibration, events: Events | None = None
+        self, source: RefactoredCheckpoint, router: str, settings: Distillation, calibration: Calibration, events: Events | None = None
     ):
-        self.source, self.router, self.curriculum, self.events = source, router, curriculum, events or Events()
+        self.source, self.router, self.settings, self.events = source, router, settings, events or Events()
         rows = calibration.rows(source)
         if len(rows) < 2:
             raise InputError("`datasets`: too little text; needs at least two samples")
-        held_out = max(1, len(rows) // HELD_OUT_ONE_IN)
+        held_out = min(max(1, len(rows) // HELD_OUT_ONE_IN), MOST_HELD_OUT)
         self.identity = {
             "source": source.fingerprint(),
             "router": router,
-            "curriculum": asdict(curriculum),
+            "distillation": asdict(settings),
             "text": calibration.recorded(rows),
             "versions": versions(),
         }
-        self.training = Training(self._model(calibration), rows[:-held_out], rows[-held_out:], curriculum)
+        self.training = Training(self._model(calibration), rows[:-held_out], rows[-held_out:], settings)
 
     def _model(self, calibration: Calibration) -> Any:
         path, dtype = self.source.path, calibration.resolved_dtype(self.source)
@@ -303,7 +283,7 @@ class FineTuning:
         changed, source = self._trained_tensors(), self.source
         shards = {ROUTER_FILE} if self.router == "two-level" else {source.weight_map[name] for name in changed}
         step, perplexity = self.training.best
-        tuned = FineTuned(**asdict(self.curriculum), router=self.router, best_step=step, held_out_perplexity=perplexity)
+        tuned = FineTuned(**asdict(self.settings), router=self.router, best_step=step, held_out_perplexity=perplexity)
         manifest = replace(source.manifest, finetuning=tuned)
         for relative in sorted(path.relative_to(source.path) for path in source.path.rglob("*") if path.is_file()):
             if str(relative) in NOT_COPIED or relative.parts[0].startswith("."):
@@ -326,10 +306,4 @@ class FineTuning:
         for key, value in self.training.best_values.items():
             layer, _, leaf = key.partition(".")
             found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
-        if self.router == "stock":
-            return LayeredModel(self.source, None).names_on_disk(model, found)
-        if self.training.best[0] == 0:
-            # Nothing was better than what was there, whose thresholds are true.
-            return found
-        limits = zip(gates, self.training.thresholds(), strict=True)
-        return found | {f"{names[id(gate)]}.threshold": each for gate, each in limits}
+        return LayeredModel(self.source, None).names_on_disk(model, found) if self.router == "stock" else found

@@ -279,8 +279,8 @@ def partition_seconds(plan: Plan, recipe: Recipe, tokens: int, workers: int) -> 
     few = max(16, tokens // 8)
     saliency = np.random.default_rng(0).random((few, width), dtype=np.float32) ** 4
     solvers.solve(saliency[:16], recipe.sub_experts, recipe.kept, recipe.solver, 0)
-    # As many generations as the whole problem gets.
-    options: dict[str, Any] = {"generations": 1} if recipe.solver == "genetic" and tokens * width > LARGE else {}
+    # As the whole problem is searched.
+    options: dict[str, Any] = {"short": tokens * width > LARGE} if recipe.solver == "genetic" else {}
     start = time.perf_counter()
     solvers.solve(saliency, recipe.sub_experts, recipe.kept, recipe.solver, 0, **options)
     seconds = (time.perf_counter() - start) * tokens / few

@@ -14,6 +14,7 @@ and a factor c_k on the kept output. All are fitted by least squares to the laye
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from prism_refactor.models.experts import by_expert, sub_expert_activations, sub_expert_outputs
 from prism_refactor.models.modeling_prism import TwoLevelRouter
@@ -76,16 +77,17 @@ class _Accumulator:
         cut = self.features
         amounts = features[..., cut // 2 :].sum(-1, keepdim=True)
         for choice, (rows, amount, here, gone) in enumerate(zip(features, amounts, kept, missing, strict=True)):
-            weight, mapped = self.weight[choice], amount * inputs
-            self.gram[:cut, :cut] += (weight * (rows.T @ rows)).double()
-            self.gram[:cut, cut:] += (weight * (rows.T @ mapped)).double()
-            regressors = torch.cat([rows, mapped], 1)
-            self.missing += (weight * (regressors.T @ gone)).double()
-            self.kept[choice] += regressors.T @ here
+            columns = self.weight[choice] * rows.T
+            self.gram[:cut, :cut] += (columns @ rows).double()
+            self.gram[:cut, cut:] += (columns @ (amount * inputs)).double()
+            self.missing[:cut] += (columns @ gone).double()
+            self.kept[choice, :cut] += rows.T @ here
+            self.kept[choice, cut:] += inputs.T @ (amount * here)
             self.kept_square[choice] += here.square().sum()
             self.kept_missing[choice] += (here * gone).sum()
-        squares = torch.einsum("k,kto->to", self.weight, amounts.square())
-        self.gram[cut:, cut:] += (inputs.T @ (squares * inputs)).double()
+        weighted = self.weight[:, None, None] * amounts
+        self.missing[cut:] += (inputs.T @ (weighted * missing).sum(0)).double()
+        self.gram[cut:, cut:] += (inputs.T @ ((weighted * amounts).sum(0) * inputs)).double()
 
     def solve(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(vectors [2 E N, H], map_in [R, H], map_out [H, R], factors [choices]), float32.
@@ -153,15 +155,14 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
         shares = torch.cat([weights.float().repeat_interleave(sub_experts, 1), value.exp()], 1)
         features = torch.zeros(len(choices), len(chunk), 2 * total)
         features.scatter_(2, torch.cat([index, index + total], 1).expand(len(choices), -1, -1), shares * dropped.repeat(1, 1, 2))
-        missing = torch.zeros(len(choices), *chunk.shape)
-        full = torch.zeros_like(chunk)
-        by_slot = dropped.view(len(choices), len(chunk), -1, sub_experts)
+        # Of each token what every choice drops, and all.
+        wanted = F.pad(dropped, (0, 0, 0, 0, 0, 1), value=1.0).permute(1, 2, 0).unflatten(1, (-1, sub_experts)) * weights[..., None, None]
+        sums = torch.zeros(len(chunk), len(choices) + 1, chunk.shape[1])
         for expert, tokens, slots in by_expert(chosen, total // sub_experts):
-            activations = sub_expert_activations(experts, expert, chunk[tokens])
-            outputs = sub_expert_outputs(experts, expert, activations) * weights[tokens, slots, None, None]
-            full.index_add_(0, tokens, outputs.sum(1))
-            missing.index_add_(1, tokens, torch.einsum("ktn,tnh->kth", by_slot[:, tokens, slots], outputs))
-        accumulator.add(features, chunk, full - missing, missing)
+            outputs = sub_expert_outputs(experts, expert, sub_expert_activations(experts, expert, chunk[tokens]))
+            sums.index_add_(0, tokens, wanted[tokens, slots].mT @ outputs)
+        missing = sums[:, :-1].transpose(0, 1)
+        accumulator.add(features, chunk, sums[:, -1] - missing, missing)
     fused = FusedExperts(experts)
     _, hidden, neurons = fused.shape
     rank = map_rank(hidden, neurons * sub_experts, top_k, 3 if fused.inner == "gate_up_proj" else 2)
