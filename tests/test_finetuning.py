@@ -7,9 +7,11 @@ import torch
 from conftest import EXAMPLE, files, load, logits, mostly_long
 from safetensors.torch import load_file, save_file
 
+from prism_refactor.calibration.settings import Calibration
 from prism_refactor.distillation import Distillation
 from prism_refactor.files import output_folder
-from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, set_active
+from prism_refactor.models.checkpoint import Checkpoint
+from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks, set_active
 from prism_refactor.refactoring.finetune import STAND_INS, Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
@@ -32,7 +34,7 @@ def test_only_what_is_trained_moves_and_held_out_perplexity_falls(tmp_path, elas
     record = json.loads((out / "prism.json").read_text())["finetuning"]
     assert (record["router"], record["least_k"], record["most_k"]) == (router, 2, 12 if router == "two-level" else 16)
     assert record["best_step"] > 0
-    leaves = ("gate.weight",) if router == "stock" else tuple(f"gate.{name}" for name in STAND_INS)
+    leaves = ("gate.weight",) if router == "stock" else tuple(f"gate.{name}" for name in (*STAND_INS, "threshold"))
     found = changed_tensors(elastic, out)
     assert found
     assert all(name.endswith(leaves) for name in found)
@@ -79,6 +81,29 @@ def test_it_learns_what_the_model_gives_at_full_k(elastic):
     for _ in range(12):
         training._train_on(rows, 2)
     assert divergence() < 0.9 * before
+
+
+@torch.inference_mode()
+def test_thresholds_are_those_of_what_the_trained_model_computes(elastic):
+    rows = Calibration(num_samples=12, max_seq_length=64).rows(Checkpoint(elastic))
+    training = trained(elastic, Distillation(1, 2, 12, 1e-2, 4, 1, 0), rows)
+    training.best_values = {name: 3 * value for name, value in training.original.items()}
+    found, routers = training.thresholds(), [block.experts.two_level for block in moe_blocks(training.model)]
+    for name, parameter in training.parameters.items():
+        parameter.data = training.best_values[name]
+
+    def ran():
+        set_active(training.model, budget=0.25)
+        training.model.prism_active.ran = 0
+        logits(training.model, rows)
+        return training.model.prism_active.ran.double().mean().item() / len(routers)
+
+    before = ran()
+    for router, own in zip(routers, found, strict=True):
+        assert (own.diff() <= 0).all()
+        router.threshold = own
+    assert abs(ran() - 4) < 0.15
+    assert abs(before - 4) > 2 * abs(ran() - 4)
 
 
 def test_k_is_drawn_between_the_least_and_the_most_and_the_rate_falls_to_nothing():

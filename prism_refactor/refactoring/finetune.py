@@ -1,5 +1,6 @@
 """Router-only fine-tuning: everything is frozen but what routes, and that is distilled from the model at full k."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from prism_refactor.models.refactored import RefactoredCheckpoint
 from prism_refactor.models.transformers_models import adopt_experts, run_experts_with
 from prism_refactor.progress import versions
 from prism_refactor.refactoring.card import model_card
+from prism_refactor.routing.budget import thresholds
 from prism_refactor.signals import exit_code, uninterrupted
 from prism_refactor.tensors import save_tensors
 
@@ -35,6 +37,8 @@ NOT_COPIED = (CARD, MANIFEST, EVALUATION, PAGE)
 HELD_OUT_ONE_IN, MOST_HELD_OUT = 16, 8
 # What of a two-level router is trained: all that stands in for what is dropped. Training what ranks sub-experts gains nothing.
 STAND_INS = ("compensation", "map_in", "map_out", "scale")
+# Thresholds of budgets are taken anew at these shares, from so many sequences beside the held-out ones.
+THRESHOLD_SHARES, THRESHOLD_ROWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0), 8
 # Of Adam. The second for hundreds of steps, not for thousands.
 BETAS = (0.9, 0.95)
 _STATE_FILE, _STATE_RECORD = "training.safetensors", "training.json"
@@ -141,6 +145,41 @@ class Training:
                 logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
                 total += F.cross_entropy(logits, tokens[0, 1:]).item()
         return float(np.exp(total / len(choices) / len(self.held_out)))
+
+    @torch.no_grad()
+    def thresholds(self) -> list[torch.Tensor]:
+        """Thresholds of budgets (see `budget.thresholds`) of each layer's two-level router with the best values.
+
+        They are taken from what the model computes within these budgets: there a trained model's needs are not those at full k.
+        """
+        blocks, found = moe_blocks(self.model), []
+        self.model.eval()
+        with self._values(self.best_values):
+            for share in THRESHOLD_SHARES:
+                set_active(self.model, budget=share)
+                found.append([thresholds(needs).numpy() for needs in self._needs(blocks)])
+        width = full_k(self.model.config)
+        budgets = np.arange(1, width + 1) / width
+        tables = np.array(found).transpose(1, 2, 0)
+        own = [[np.interp(budget, THRESHOLD_SHARES, values) for budget, values in zip(budgets, table, strict=True)] for table in tables]
+        # Budgets of which one is larger never run less.
+        return [torch.from_numpy(np.minimum.accumulate(table)).float() for table in own]
+
+    def _needs(self, blocks: list[Any]) -> list[torch.Tensor]:
+        """What the tokens of some rows need of their sub-experts in each layer, [tokens, K * N]; see `TwoLevelRouter.need`."""
+        needs: list[list[torch.Tensor]] = [[] for _ in blocks]
+
+        def note(layer: int, router: Any, arguments: tuple[Any, ...]) -> None:
+            needs[layer].append(router.need(router.rank(*arguments[:3])).cpu())
+
+        hooks = [block.experts.two_level.register_forward_pre_hook(functools.partial(note, layer)) for layer, block in enumerate(blocks)]
+        try:
+            for row in [*self.held_out, *self.rows[:THRESHOLD_ROWS]]:
+                self.model(input_ids=row[None].to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [torch.cat(each) for each in needs]
 
     @contextmanager
     def _values(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -306,4 +345,10 @@ class FineTuning:
         for key, value in self.training.best_values.items():
             layer, _, leaf = key.partition(".")
             found[f"{names[id(gates[int(layer)])]}.{leaf}"] = value.cpu()
-        return LayeredModel(self.source, None).names_on_disk(model, found) if self.router == "stock" else found
+        if self.router == "stock":
+            return LayeredModel(self.source, None).names_on_disk(model, found)
+        if self.training.best[0] == 0 or not model.prism_active.has_thresholds:
+            # Nothing was better than what was there, whose thresholds are true; or there are none.
+            return found
+        limits = zip(gates, self.training.thresholds(), strict=True)
+        return found | {f"{names[id(gate)]}.threshold": each for gate, each in limits}
