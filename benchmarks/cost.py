@@ -4,7 +4,8 @@
 
 A block of random float32 weights of that size. "whole" are the original's experts, "split" its sub-experts at full k, "half" at half of it,
 each run by transformers' grouped product ("grouped") and by this project's loop ("loop"). "router" is the two-level router at half of k,
-stand-ins for what is dropped included, "budget" the same within a budget of a half. Medians of nine rounds, in each of which everything
+stand-ins for what is dropped included, "budget" the same within a budget of a half. The last columns divide by the faster of "grouped" and
+"loop". Medians of nine rounds, in each of which everything
 runs once; one round before them is thrown away.
 """
 
@@ -117,7 +118,6 @@ def main(hidden: int, neurons: int, count: int, top_k: int, sizes: list[int], to
             ratios = [f"{best['split'] / best['whole']:.2f}", f"{best['half'] / best['split']:.2f}"]
             shares = [f"{found[name] / best['split']:.1%}" for name in ("router", "budget")]
             rows.append([size, number, *(f"{value:.1f}" for value in found.values()), *ratios, *shares])
-        del split
     header = ["N", "tokens", *found, "split / whole", "half / split", "router / split", "budget / split"]
     print(f"hidden {hidden}, {count} experts of {neurons} neurons, {top_k} a token; milliseconds\n")
     print(markdown(header, rows))

@@ -25,8 +25,10 @@ from prism_refactor.formats import MANIFEST
 )
 @click.option("--steps", type=click.IntRange(1), default=40, help="Optimiser steps.")
 @click.option("--learning-rate", type=Finite(0, min_open=True), default=0.01, help="Of Adam, relative to the size of what is trained.")
-@click.option("--least-k", type=click.IntRange(1), help="Active sub-experts of a step at least.  [default: an eighth of all]")
-@click.option("--most-k", type=click.IntRange(1), help="At most.  [default: three quarters; of the stock router all]")
+@click.option("--least-k", type=click.IntRange(1), help="Active sub-experts of a step, at least.  [default: an eighth of all]")
+@click.option(
+    "--most-k", type=click.IntRange(1), help="Active sub-experts of a step at most.  [default: three quarters; of the stock router all]"
+)
 @click.option("--evaluate-every", type=click.IntRange(1), default=20, help="Steps between measurements of the held-out perplexity.")
 @add(TEXT_OPTIONS)
 @click.option("--num-samples", type=click.IntRange(2), default=512, help="Samples of text; one in 16 is held out, at most 8.")
@@ -68,7 +70,8 @@ def main(
     full = checkpoint.prism.max_active
     # At full k a two-level router stands in for nothing; a stock router that is trained must be held to what it was.
     largest, usual = (full - 1, full * 3 // 4) if router == "two-level" else (full, full)
-    least, most = least_k or max(1, full // 8), most_k or max(1, usual)
+    most = most_k or max(1, usual, least_k or 0)
+    least = least_k or max(1, min(full // 8, most))
     if not least <= most <= largest:
         raise UsageError(f"--least-k {least}, --most-k {most}: need 1 <= least <= most <= {largest} for the {router} router")
     check_disk(out_dir, sum(checkpoint.sizes.values()))

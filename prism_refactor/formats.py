@@ -240,7 +240,7 @@ class Text:
 
 @dataclass(frozen=True)
 class FineTuned(Distillation):
-    """How a router was trained: which router, the step whose state was kept, and their held-out perplexity."""
+    """How a router was trained: which router, the step whose state was kept, and its held-out perplexity."""
 
     router: str
     best_step: int

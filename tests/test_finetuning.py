@@ -12,7 +12,7 @@ from prism_refactor.distillation import Distillation
 from prism_refactor.files import output_folder
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks, set_active
-from prism_refactor.refactoring.finetune import STAND_INS, Training
+from prism_refactor.refactoring.finetune import Training
 
 QUICK = ["--steps", "4", "--num-samples", "12", "--max-seq-length", "32", "--batch-size", "2", "--evaluate-every", "2", "--quiet"]
 
@@ -34,10 +34,9 @@ def test_only_what_is_trained_moves_and_held_out_perplexity_falls(tmp_path, elas
     record = json.loads((out / "prism.json").read_text())["finetuning"]
     assert (record["router"], record["least_k"], record["most_k"]) == (router, 2, 12 if router == "two-level" else 16)
     assert record["best_step"] > 0
-    leaves = ("gate.weight",) if router == "stock" else tuple(f"gate.{name}" for name in (*STAND_INS, "threshold"))
+    own = {"weight"} if router == "stock" else {"compensation", "map_in", "map_out", "scale", "threshold"}
     found = changed_tensors(elastic, out)
-    assert found
-    assert all(name.endswith(leaves) for name in found)
+    assert {name.rpartition("gate.")[2] for name in found} == own
     assert set(files(out)) == set(files(elastic))
     card = (out / "README.md").read_text()
     assert f"{'what stands in for dropped sub-experts was' if router == 'two-level' else 'rows of the stock router were'} trained" in card
@@ -56,7 +55,7 @@ def trained(elastic, settings, rows):
 def test_stand_ins_are_trained_and_nothing_else(elastic):
     rows = torch.arange(2, 66)[None].repeat(3, 1)
     training = trained(elastic, Distillation(2, 4, 4, 1e-2, 3, 1, 0), rows)
-    assert {name.partition(".")[2] for name in training.parameters} == set(STAND_INS)
+    assert {name.partition(".")[2] for name in training.parameters} == {"compensation", "map_in", "map_out", "scale"}
     training._train_on(rows, 4)
     for name, parameter in training.parameters.items():
         assert torch.isfinite(parameter.grad).all()
@@ -185,6 +184,23 @@ def test_finetune_refusals(tmp_path, elastic, command, options, code, message):
     assert message in result.err
     assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("gone", "code"), [(("map_in", "map_out", "threshold"), 0), (("map_in", "map_out", "compensation", "scale"), 3)])
+def test_routers_that_earlier_versions_wrote(tmp_path, elastic, command, gone, code):
+    old = shutil.copytree(elastic, tmp_path / "old")
+    tensors = load_file(old / ROUTER_FILE)
+    save_file({name: value for name, value in tensors.items() if not name.endswith(gone)}, old / ROUTER_FILE)
+    result = command("prism-finetune", old, tmp_path / "out", *QUICK)
+    assert result.code == code, result.err
+    assert ("refactor again" in result.err) == (code == 3)
+    assert (tmp_path / "out").exists() == (code == 0)
+
+
+@pytest.mark.parametrize("options", [["--most-k", "1"], ["--least-k", "14"]])
+def test_one_bound_of_k_is_enough(tmp_path, elastic, command, options):
+    result = command("prism-finetune", elastic, tmp_path / "out", *QUICK, *options)
+    assert result.code == 0, result.err
 
 
 def test_resume_without_an_unfinished_run_starts_one(tmp_path, elastic, command):

@@ -127,6 +127,25 @@ def test_genetic_is_never_worse_than_what_it_starts_from(problem, seed):
     assert loss["genetic"] <= min(loss.values()) + 1e-7
 
 
+@PROPERTIES
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_a_short_search_is_never_worse_than_its_starts(problem, seed):
+    saliency, num_groups, kept = problem
+    found = solvers.solve(saliency, num_groups, kept, "genetic", seed, short=True)
+    assert (np.bincount(found.labels) == saliency.shape[1] // num_groups).all()
+    assert found.loss <= min(solvers.solve(saliency, num_groups, kept, method, seed).loss for method in ("greedy", "annealing")) + 1e-7
+
+
+def test_wide_problems_get_a_short_search(monkeypatch):
+    saliency = np.random.default_rng(0).exponential(size=(200, 64)).astype(np.float32)
+    short, long = (solvers.solve(saliency, 4, 1, "genetic", 0, short=short).labels for short in (True, False))
+    module = importlib.import_module("prism_refactor.solvers.genetic")
+    assert (solvers.solve(saliency, 4, 1, "genetic", 0).labels == long).all()
+    monkeypatch.setattr(module, "LARGE", saliency.size - 1)
+    assert (solvers.solve(saliency, 4, 1, "genetic", 0).labels == short).all()
+    assert (short != long).any()
+
+
 @pytest.mark.parametrize(("num_groups", "kept"), [(4, 1), (16, 8)])
 def test_ascent_ends_below_the_papers_annealing_on_independent_neurons(num_groups, kept):
     saliency = np.abs(np.random.default_rng(0).standard_t(2, (1024, 256))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Router-only fine-tuning: everything is frozen but what routes, and that is distilled from the model at full k."""
+"""Fine-tuning of a refactored checkpoint's router alone: it is distilled from the model at full k."""
 
 import functools
 import shutil
@@ -127,6 +127,7 @@ class Training:
     def _teacher(self, batch: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the untrained model at full k, which is the original."""
         set_active(self.model, full_k(self.model.config))
+        self.model.eval()
         # Whoever stores the state must find the parameters' own values.
         with uninterrupted(), self._values(self.original):
             return self.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
@@ -221,7 +222,7 @@ class Training:
 
 
 def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
-    """Turn what is trained into parameters: {'<MoE layer>.<tensor>': parameter}."""
+    """Turn what is trained into parameters: {'<MoE layer>.<tensor>': parameter}. Raises InputError where there is nothing."""
     trainable = {}
     for layer, block in enumerate(moe_blocks(model)):
         two_level = getattr(block.experts, "two_level", None)
@@ -230,7 +231,9 @@ def _make_trainable(model: Any) -> dict[str, nn.Parameter]:
             # Its matrix, which may be in a part of it.
             owner, names = router, [next(name for name, value in router.named_parameters() if value.ndim == 2)]
         else:
-            owner, names = two_level, [*STAND_INS]
+            owner, names = two_level, [name for name in STAND_INS if hasattr(two_level, name)]
+            if not names:
+                raise InputError("the two-level router has nothing that stands in for dropped sub-experts; refactor again")
         for name in names:
             part, _, leaf = name.rpartition(".")
             held: Any = owner.get_submodule(part)
@@ -318,7 +321,7 @@ class FineTuning:
             write_json(state / _STATE_RECORD, {})
 
     def _write(self, folder: Path) -> None:
-        """Write the source's files with the trained rows in the place of the old ones; measurements of the old router are left out."""
+        """Write the source's files with the trained tensors in the place of the old ones; measurements of the old router are left out."""
         changed, source = self._trained_tensors(), self.source
         shards = {ROUTER_FILE} if self.router == "two-level" else {source.weight_map[name] for name in changed}
         step, perplexity = self.training.best
@@ -350,5 +353,6 @@ class FineTuning:
         if self.training.best[0] == 0 or not model.prism_active.has_thresholds:
             # Nothing was better than what was there, whose thresholds are true; or there are none.
             return found
+        self.events.line("taking the thresholds of budgets", event="thresholds")
         limits = zip(gates, self.training.thresholds(), strict=True)
         return found | {f"{names[id(gate)]}.threshold": each for gate, each in limits}
