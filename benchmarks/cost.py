@@ -5,11 +5,11 @@
 A block of random float32 weights of that size. "whole" are the original's experts, "split" its sub-experts at full k, "half" at half of it,
 each run by transformers' grouped product ("grouped") and by this project's loop ("loop"). "router" is the two-level router at half of k,
 stand-ins for what is dropped included, "budget" the same within a budget of a half. The last columns divide by the faster of "grouped" and
-"loop". Medians of nine rounds, in each of which everything
-runs once; one round before them is thrown away.
+"loop". Medians of nine rounds, in each of which everything runs once; one round before them is thrown away.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -110,9 +110,8 @@ def main(hidden: int, neurons: int, count: int, top_k: int, sizes: list[int], to
                     ("half", split, half_experts, half_weights),
                 )
             }
-            given = inputs, weights, experts
-            runs["router"] = lambda given=given, full=full, router=router: router(*given, full // 2)
-            runs["budget"] = lambda given=given, full=full, router=router: router(*given, full, None, 0.5)
+            runs["router"] = functools.partial(router, inputs, weights, experts, full // 2)
+            runs["budget"] = functools.partial(router, inputs, weights, experts, full, budget=0.5)
             found = timed(runs)
             best = {name: min(found[f"{name}, grouped"], found[f"{name}, loop"]) for name in ("whole", "split", "half")}
             ratios = [f"{best['split'] / best['whole']:.2f}", f"{best['half'] / best['split']:.2f}"]

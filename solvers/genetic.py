@@ -151,8 +151,8 @@ def genetic(
     partitions and from what the cheap methods find (`ascent`, `greedy`, the paper's `annealing`), so it is never worse than they are
     from the same seed. Restores the caller's `random` state.
 
-    A short search has one generation of four, no start from `ascent`, which takes as long as all the rest, and no last descent: it ends
-    swap-optimal or below `ascent` by chance only. Where neurons x tokens are many, what a longer one gains does not show on other tokens.
+    A short search has one generation of four, no start from `ascent`, which takes as long as all the rest, and no last descent. So it may
+    end above `ascent`, and swaps may still gain. Where neurons x tokens are many, what a longer search gains does not show on other tokens.
 
     Args:
         problem: what to partition.

@@ -256,7 +256,7 @@ class FineTuning:
         events: told of progress.
 
     Raises:
-        InputError: there is too little text.
+        InputError: there is too little text, or nothing to train.
 
     Attributes:
         training: its state.
