@@ -166,7 +166,7 @@ class Source:
     Attributes:
         name: of its folder.
         fingerprint: see `Checkpoint.fingerprint`.
-        model_type: as in config.json.
+        model_type: see `Checkpoint.kind`.
         sizes: those that the refactoring changes, by config key.
         quantised: how its weights are, as its config.json names it; None if they are not.
         dense: the model type of a dense original, which was read as a `model_type` of one expert; None of a Mixture of Experts.

@@ -275,8 +275,9 @@ def build(family: str, folder: Path, **changes) -> Path:
     model_type = values.pop("model_type", family)
     set_seed(0)
     if "vision" in values:
-        vision = values.pop("vision")
-        config = AutoConfig.for_model(model_type, text_config=values, vision_config=vision, **IMAGE_TOKENS)
+        vision, text_type = values.pop("vision"), values.pop("text_type", None)
+        text = values | ({"model_type": text_type} if text_type else {})
+        config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **IMAGE_TOKENS)
     else:
         config = AutoConfig.for_model(model_type, **values)
     model = auto_class(config).from_config(config)

@@ -5,23 +5,23 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAST, build, files, load, logits, mostly_long, quantise_fp8
+from conftest import FAST, IMAGE_TOKENS, build, files, load, logits, mostly_long, quantise_fp8
 from safetensors.torch import load_file, save_file
 from test_resuming import stop_after
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prism_refactor.calibration.profile import Profile
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.dense import TWINS
+from prism_refactor.models.dense import TWINS, WRAPPERS
 from prism_refactor.models.layered import LayeredModel
 
 WIDE = {"intermediate_size": 64}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
-    "short_factor": [1.0] * 4,
-    "long_factor": [1.0] * 4,
-    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 32,
 }
 HEADS = WIDE | {"head_dim": 16}
 # Scores without a sigmoid or logits with a factor of their own show in the flags; sizes are those that no default gives.
@@ -50,12 +50,90 @@ DENSE = {
 }
 
 
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+QWEN_VISION = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4}
+QWEN_VISION |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+# Models of images and text around a dense one: of a family of their own, and of those that take any text model.
+AROUND = {
+    "qwen3_5": DENSE["qwen3_5_text"] | MROPE | {"vision": QWEN_VISION},
+    "qwen3_vl": HEADS | MROPE | {"vision": QWEN_VISION},
+    "llava": WIDE | {"text_type": "llama", "vision": VISION | {"model_type": "clip_vision_model"}},
+    "mistral3": WIDE | {"text_type": "mistral", "head_dim": 8, "vision": VISION | {"model_type": "pixtral", "image_size": 32}},
+    "internvl": WIDE | {"text_type": "qwen2", "vision": VISION | {"model_type": "internvl_vision", "image_size": [32, 32]}},
+}
+
+
 def dense(model_type, folder, **changes):
-    return build(model_type, folder, **(DENSE[model_type] | {"model_type": model_type} | changes))
+    return build(model_type, folder, **((DENSE | AROUND)[model_type] | {"model_type": model_type} | changes))
 
 
 def test_every_family_of_the_table_is_tested():
-    assert DENSE.keys() == TWINS.keys()
+    assert DENSE.keys() | {"qwen3_vl_text"} == TWINS.keys()
+    assert AROUND.keys() > WRAPPERS.keys()
+
+
+def picture(model_type):
+    """Text with a picture in it, of which every family makes four tokens, as arguments of the model."""
+    generator = torch.Generator().manual_seed(0)
+    ids, size = torch.randint(10, 3000, (1, 20), generator=generator), 16 if model_type == "llava" else 32
+    ids[0, 5:9] = IMAGE_TOKENS["image_token_id"]
+    if not model_type.startswith("qwen"):
+        sizes = {"image_sizes": torch.tensor([[size, size]])} if model_type == "mistral3" else {}
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)} | sizes
+    ids[0, 4], ids[0, 9] = IMAGE_TOKENS["vision_start_token_id"], IMAGE_TOKENS["vision_end_token_id"]
+    patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
+    kinds = (ids == IMAGE_TOKENS["image_token_id"]).int()
+    return {"input_ids": ids, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": kinds}
+
+
+@pytest.mark.parametrize("model_type", mostly_long(AROUND, "qwen3_5", "llava"))
+def test_a_dense_model_inside_one_of_images_and_text(tmp_path, command, model_type):
+    source, out = dense(model_type, tmp_path / "dense"), tmp_path / "out"
+    result = command("prism-refactor", source, out, "--sub-experts", 4, *FAST)
+    assert result.code == 0, result.err
+    verified = command("prism-verify", source, out)
+    assert verified.code == 0, verified.out + verified.err
+    text_type = json.loads((source / "config.json").read_text())["text_config"]["model_type"]
+    read_as = TWINS[text_type][0]
+    config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
+    assert config["model_type"] == WRAPPERS.get(model_type, model_type)
+    assert config["text_config"]["model_type"] == read_as
+    kind = WRAPPERS.get(model_type, f"{model_type} with a {read_as} inside")
+    assert f"The original is a dense {text_type}; here it is a `{kind}`" in card
+    assert ("vLLM: runs it" in card) == (model_type in WRAPPERS)
+    assert f"around a dense {text_type}, read as a {read_as} of one expert" in command("prism-profile", "--explain", source).out
+    given = picture(model_type)
+    with torch.inference_mode():
+        original = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        expected = original(**given).logits
+        assert (original(**given | {"pixel_values": given["pixel_values"] + 1}).logits - expected).abs().max() > 0.01
+        for model in (AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32), load(out)):
+            assert (model(**given).logits - expected).abs().max() < 1e-4 * max(1, expected.std())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_a_dense_model_saved_without_its_head(tmp_path, command, token_ids, model_type):
+    source, out = dense(model_type, tmp_path / "dense", tie_word_embeddings=True), tmp_path / "out"
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), token_ids)
+    edit_tensors(source, lambda name, value: (name.removeprefix("model."), value))
+    result = command("prism-refactor", source, out, "--sub-experts", 4, *FAST)
+    assert result.code == 0, result.err
+    assert {name.split(".")[0] for path in out.glob("model-*.safetensors") for name in load_file(path)} == {"model"}
+    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), token_ids)
+    assert (found - expected).abs().max() < 1e-4 * max(1, expected.std())
+
+
+def test_positions_with_a_factor_for_each_dimension(tmp_path, command, token_ids):
+    """Other factors behind a length, which half of the tokens are."""
+    assert token_ids.shape[1] > LONG["original_max_position_embeddings"]
+    source, out = dense("phi3", tmp_path / "dense", rope_parameters=LONG, original_max_position_embeddings=32), tmp_path / "out"
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected = logits(original, token_ids)
+    result = command("prism-refactor", source, out, "--sub-experts", 4, *FAST)
+    assert result.code == 0, result.err
+    for model in (AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), load(out)):
+        assert (logits(model, token_ids) - expected).abs().max() < 1e-4 * max(1, expected.std())
 
 
 @pytest.mark.parametrize("model_type", mostly_long(DENSE, "llama", "phi3", "lfm2", "qwen2"))
@@ -164,11 +242,11 @@ def edit_tensors(folder, edit):
             "are stored in BF16 and F32; convert the checkpoint to one type",
         ),
         (
-            "llama",
-            lambda folder: edit_tensors(folder, lambda name, value: (name.removeprefix("model."), value)),
-            "is called layers.0.mlp.gate_proj.weight; save it with save_pretrained of AutoModelForCausalLM",
+            "phi3",
+            lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            "a part of each head has positions (partial_rotary_factor 0.5), and all of it in its twin",
         ),
-        ("phi3", lambda folder: edit_config(folder, rope_parameters=LONG), "(longrope), which its twin does not take"),
+        ("llava", lambda folder: edit_config(folder, vision_config={"model_type": "timm_wrapper"}), "transformers cannot build this model"),
     ],
 )
 def test_a_damaged_dense_checkpoint_is_refused_with_the_reason(tmp_path, command, model_type, damage, message):

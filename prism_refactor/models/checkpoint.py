@@ -17,7 +17,7 @@ from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
-from prism_refactor.models.dense import TWINS, Twin
+from prism_refactor.models.dense import TWINS, WRAPPERS, Twin, has_twin
 from prism_refactor.models.discovery import ACTIVE_KEYS, NO_EXPERTS, discover
 from prism_refactor.models.folder import CONFIG, check_folder, read_json
 from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
@@ -46,8 +46,9 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: its transformers config. No code from the folder is ever run.
-        dense: the model type that its config.json names, of a dense model; None of a Mixture of Experts. Everything here is its twin's.
+        dense: the model type of a dense language model; None of a Mixture of Experts. Everything here is its twin's.
         text_config: that of its language model: the same, but in a model that takes images, too.
+        kind: its model type; of a model of images and text that takes any text model, and had a dense one, with that of the text model.
         architecture: how its experts are split, or were.
         dtype: the type that its config names; None if it names none.
         quantised: how its weights are quantised, as config.json names it; None if they are not. Such tensors are read as bfloat16, and
@@ -76,11 +77,14 @@ class Checkpoint:
             raise InputError(f"{self.path / CONFIG}: a model of this type has no text_config; remove it")
         run_plainly(self.config)
         twin = self._twin()
-        self.dense: str | None = self.config.model_type if twin else None
+        self.dense: str | None = self.config.get_text_config().model_type if twin else None
         if twin:
-            kept = {key: value for key, value in self.config_json.items() if key == "quantization_config"}
-            self.config, self.config_json = twin.config, json.loads(twin.config.to_json_string()) | kept
+            quantised = {"quantization_config": found} if (found := self._quantisation()) else {}
+            self.config, self.config_json = twin.config, json.loads(twin.config.to_json_string()) | quantised
         self.text_config: Any = self.config.get_text_config()
+        self.kind: str = self.config.model_type
+        if twin and self.kind not in (self.text_config.model_type, *WRAPPERS.values()):
+            self.kind += f" with a {self.text_config.model_type} inside"
         self.dtype: torch.dtype | None = getattr(self.config, "dtype", None) or getattr(self.text_config, "dtype", None)
         if self.text_config is not self.config and not isinstance(self.config_json.get("text_config"), dict):
             raise InputError(f"{self.path / 'config.json'}: its language model is not in text_config; such models are not split")
@@ -107,7 +111,7 @@ class Checkpoint:
         self._check_config()
 
     def _twin(self) -> Twin | None:
-        if self.config.model_type not in TWINS:
+        if not has_twin(self.config):
             return None
         try:
             return Twin(self.config)
@@ -132,17 +136,22 @@ class Checkpoint:
             return f"{layers} ({said})" if said else layers
         twins = f"of dense models these can be: {', '.join(sorted(TWINS))}"
         if self.text_config is not self.config:
-            return f"it has no experts, and is a '{self.text_config.model_type}' that takes more than text; {twins}"
+            return f"it has no experts, and its text model is a '{self.text_config.model_type}'; {twins}"
         if any(key.startswith(_HYBRID) for key in values):
             return f"it has no experts, and not all its layers are attention with a dense network; {twins}"
         return f"{NO_EXPERTS}; {twins}"
 
-    def _dequantise(self) -> str | None:
-        """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
+    def _quantisation(self) -> dict[str, Any] | None:
+        """What config.json says of how the weights are quantised."""
         found = self.config_json.get("quantization_config") or (self.config_json.get("text_config") or {}).get("quantization_config")
         if not found and self.config_json.get("compression_config"):
             # As compressed-tensors wrote it at first.
             found = {"quant_method": "compressed-tensors"} | self.config_json["compression_config"]
+        return found
+
+    def _dequantise(self) -> str | None:
+        """Put the tensors of a quantised checkpoint in the place of those that they are stored in; returns `quantised`."""
+        found = self._quantisation()
         sign = sign_of_quantisation(self.shapes, self._types)
         if not found:
             if sign is not None:

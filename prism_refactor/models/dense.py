@@ -2,7 +2,7 @@
 
 A layer's feed-forward network is the expert. The router has one row, of zeros: the expert has all the weight, and the model gives what the
 dense one gives. After that it is split as any other. Which family is alike stands in a table, and is proven on a small random model of
-each config.
+each config. In a model of images and text it is the text model that is read so; the rest stays as it is.
 """
 
 import functools
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.discovery import config_values, first_layer, reduced
-from prism_refactor.models.modeling_prism import moe_block
+from prism_refactor.models.modeling_prism import auto_class, moe_block
 from prism_refactor.models.proof import TOLERANCE, random_model
 from prism_refactor.models.stored import Stored
-from prism_refactor.models.transformers_models import build_meta_model, layers_of
+from prism_refactor.models.transformers_models import Conversion, build_meta_model, layers_of
 
 # Stands for the width of the dense feed-forward network.
 _WIDTH = "width"
@@ -44,8 +44,11 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": _QWEN2_MOE,
     "qwen3": ("qwen3_moe", _ONE | _EVERY_LAYER),
     "qwen3_5_text": ("qwen3_5_moe_text", _ONE | {"shared_expert_intermediate_size": 0}),
+    "qwen3_vl_text": ("qwen3_vl_moe_text", _ONE | _EVERY_LAYER),
     "seed_oss": _QWEN2_MOE,
 }
+# Models of images and text whose text model is of one family: the one that is alike. Others take a text model of any family.
+WRAPPERS = {"qwen3_5": "qwen3_5_moe", "qwen3_vl": "qwen3_vl_moe"}
 # What a dense layer calls the matrices of its feed-forward network: gate and up, then down.
 _FEED_FORWARD = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
 # Config keys that transformers' models read and not all config classes have.
@@ -54,11 +57,16 @@ _UNDECLARED = ("head_dim",)
 _JOINED = {"qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
 
 
+def has_twin(config: Any) -> bool:
+    """Whether a transformers config is of a dense model that may have a twin, or of one of images and text around such a model."""
+    return config.get_text_config().model_type in TWINS
+
+
 class Twin:
     """The Mixture-of-Experts model of one expert that a dense model is read as.
 
     Args:
-        config: of the dense model; its model type is in `TWINS`.
+        config: of the dense model, see `has_twin`.
 
     Attributes:
         config: of the twin.
@@ -71,12 +79,13 @@ class Twin:
 
     def __init__(self, config: Any):
         self.dense = config
-        rotary = getattr(config, "rope_parameters", None) or {}
-        if rotary.get("rope_type") == "longrope":
-            raise InputError("its positions have a factor for each dimension (longrope), which its twin does not take")
+        text = config.get_text_config()
+        turned = (getattr(text, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        if turned != 1 and TWINS[text.model_type] == _MIXTRAL:
+            raise InputError(f"a part of each head has positions (partial_rotary_factor {turned}), and all of it in its twin")
         try:
             self.config = _twin_config(config)
-            self.difference = _proven_difference(config)
+            self.difference = _proven_difference(text)
         except InputError:
             raise
         except Exception as error:
@@ -92,14 +101,24 @@ class Twin:
             ({tensor of the twin: how it is stored}, names of the checkpoint's tensors that are not the twin's).
 
         Raises:
-            InputError: a tensor is missing or has another shape than the config says, or some that become one have several types.
+            InputError: transformers cannot build the model, a tensor is missing or has another shape than the config says, or some that
+                become one have several types.
         """
-        dense, twin = (build_meta_model(config, torch.float32) for config in (self.dense, self.config))
-        expected = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
-        found = {}
-        for name, (parts, shape, make) in _made_of(dense, twin).items():
-            for part in parts:
-                _check_part(part, expected[part], shapes)
+        try:
+            dense, twin = (build_meta_model(config, torch.float32) for config in (self.dense, self.config))
+        except Exception as error:
+            raise InputError(f"transformers cannot build this model: {one_line(error)}") from error
+        state = dense.state_dict()
+        conversion = Conversion(dense)
+        on_disk = {conversion.target(name, state): name for name in shapes}
+        prefix = f"{dense.base_model_prefix}."
+        # Saved without the head: what is made below has the prefix, so the rest gets it too.
+        bare = [name for target, name in on_disk.items() if target == prefix + name]
+        found = {prefix + name: Stored((name,), shapes[name], types[name], _as_it_is) for name in bare}
+        for name, (made_of, shape, make) in _made_of(dense, twin).items():
+            parts = tuple(on_disk.get(part, part) for part in made_of)
+            for part, own in zip(parts, made_of, strict=True):
+                _check_part(part, tuple(state[own].shape), shapes)
             if len({types[part] for part in parts}) > 1:
                 stored = " and ".join(types[part] for part in parts)
                 raise InputError(f"tensors {' and '.join(parts)} are stored in {stored}; convert the checkpoint to one type")
@@ -109,8 +128,6 @@ class Twin:
 
 def _check_part(name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise InputError unless a tensor of the dense model is in the checkpoint, as config.json says."""
-    if name not in shapes and name.partition(".")[2] in shapes:
-        raise InputError(f"tensor {name} is called {name.partition('.')[2]}; save it with save_pretrained of AutoModelForCausalLM")
     if name not in shapes:
         raise InputError(f"tensor {name} is missing; complete the checkpoint")
     if shapes[name] != shape:
@@ -120,22 +137,36 @@ def _check_part(name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, 
 
 
 def _twin_config(config: Any) -> Any:
-    model_type, values = TWINS[config.model_type]
+    text = config.get_text_config()
+    family, values = TWINS[text.model_type]
     # One layer has the width of all; a config may say that there are millions.
-    width = _feed_forward(layers_of(build_meta_model(first_layer(config), torch.float32))[1][0])[1][-1].shape[1]
-    twin = CONFIG_MAPPING[model_type]()
-    # Not under another name either what is given here.
-    own = {"model_type", *(alias for alias, key in twin.attribute_map.items() if key in values)}
-    given = {key: value for key, value in config_values(config).items() if key not in own and (hasattr(twin, key) or key in _UNDECLARED)}
-    given |= {key: width if value == _WIDTH else value for key, value in values.items()}
-    try:
-        found = type(twin).from_dict(given)
-    except Exception as error:
-        raise InputError(f"transformers does not take its config as one of {model_type}: {one_line(error)}") from error
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
-    found.architectures = [model_class.__name__]
+    width = _feed_forward(layers_of(build_meta_model(first_layer(text), torch.float32, text_only=True))[1][0])[1][-1].shape[1]
+    found = _as_family(text, family, {key: width if value == _WIDTH else value for key, value in values.items()})
+    if text is not config:
+        found = _as_family(config, WRAPPERS.get(config.model_type, config.model_type), {"text_config": found.to_dict()})
+    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if auto_class(found) is AutoModelForImageTextToText else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(found) in classes:
+        found.architectures = [classes[type(found)].__name__]
     found.dtype = config.dtype
     return found
+
+
+def _as_family(config: Any, family: str, values: dict[str, Any]) -> Any:
+    """A config of another model type that says the same, as far as that type has the keys, with some values of its own."""
+    like = CONFIG_MAPPING[family]()
+    # Not under another name either what is given here.
+    own = {"model_type", *(alias for alias, key in like.attribute_map.items() if key in values)}
+    given = {key: value for key, value in config_values(config).items() if key not in own and (hasattr(like, key) or key in _UNDECLARED)}
+    for part in (value for key, value in given.items() if key.endswith("_config") and isinstance(value, dict)):
+        # Of the parts of a model of images and text, which have types of their own in each family.
+        if config.model_type != family:
+            part.pop("model_type", None)
+    if hasattr(like, "head_dim") and given.get("head_dim") is None and given.get("num_attention_heads"):
+        given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
+    try:
+        return type(like).from_dict(given | values)
+    except Exception as error:
+        raise InputError(f"transformers does not take its config as one of {family}: {one_line(error)}") from error
 
 
 def _feed_forward(layer: nn.Module) -> tuple[list[str], list[torch.Tensor]]:
@@ -185,6 +216,10 @@ def _made_of(dense: Any, twin: Any) -> dict[str, _Made]:
     return made
 
 
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _one_expert(*matrices: torch.Tensor) -> torch.Tensor:
     """The rows of some matrices as those of an expert, [1, rows, columns]."""
     return torch.cat(matrices)[None]
@@ -221,11 +256,15 @@ def _proven_difference(config: Any) -> float:
     state, own = dense.state_dict(), twin.state_dict()
     made = _made_of(dense, twin)
     for name, value in own.items():
-        parts, _, make = made.get(name, ((name,), None, lambda same: same))
+        parts, _, make = made.get(name, ((name,), None, _as_it_is))
         value.copy_(make(*(state[part] for part in parts)))
     ids = torch.randint(3, small.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
-    expected, found = (model(input_ids=ids, use_cache=False)[0] for model in (dense, twin))
-    difference: float = (expected - found).abs().max().item() / max(1.0, expected.std().item())
+    # Behind this length some have other factors of the positions.
+    far = (getattr(small, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+    difference = 0.0
+    for positions in ({}, *([{"position_ids": torch.arange(far, far + ids.shape[1])[None]}] if isinstance(far, int) else [])):
+        expected, found = (model(input_ids=ids, use_cache=False, **positions)[0] for model in (dense, twin))
+        difference = max(difference, (expected - found).abs().max().item() / max(1.0, expected.std().item()))
     if not difference < TOLERANCE:
         raise InputError(f"as one of {twin_config.model_type} with one expert it gives other logits, by {difference:.2g}")
     return difference

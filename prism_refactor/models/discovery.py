@@ -49,7 +49,7 @@ _HEAD: dict[str, int] = {
 }
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Layers that predict further tokens are no part of the model that is split.
-FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers")
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_hidden_layers")
 NO_EXPERTS = "it has no experts"
 _SHORTEST, _LONGEST = 4, 12
 _LARGEST = 10**8

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from prism_refactor.errors import InputError, UsageError
 from prism_refactor.files import write_json
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.dense import TWINS, Twin
+from prism_refactor.models.dense import TWINS, Twin, has_twin
 from prism_refactor.models.discovery import discover
+from prism_refactor.models.modeling_prism import auto_class
 from prism_refactor.models.proof import Proof
+from prism_refactor.models.transformers_models import build_meta_model
 from prism_refactor.refactoring.plan import Splits, possible_splits
 from prism_refactor.tables import table
 
@@ -91,6 +94,10 @@ _DENSE = """## Dense models
 A dense model is read as a Mixture of Experts of one expert, in a family whose attention and norms are the same; see [dense.md](dense.md).
 "as read": the largest difference of a logit between a small random dense model and that.
 """
+_AROUND = """
+A model of images and text is split where its text model is one of these; its other parts are copied. transformers builds these, with the
+default config of their classes, around a text model that is read so: {names}.
+"""
 _DENSE_HEADER = ["dense model_type", "read as", "as read", "stock", "two-level"]
 _HEADER = ["model_type", "config keys", "down_proj", "divided by N", "groups", "stock", "two-level"]
 
@@ -119,7 +126,20 @@ def survey() -> dict[str, Any]:
         families[model_type] = try_family(config)
         click.echo(f"{model_type}: {families[model_type].get('reason', 'proven')}", err=True)
     dense = {model_type: try_dense(CONFIG_MAPPING[model_type]()) for model_type in sorted(TWINS)}
-    return {"transformers": transformers.__version__, "families": dict(sorted(families.items())), "dense": dense}
+    known = {"families": dict(sorted(families.items())), "dense": dense, "around": list(_around_dense())}
+    return {"transformers": transformers.__version__} | known
+
+
+def _around_dense() -> Iterator[str]:
+    """Model types of images and text around a dense text model that is split."""
+    for model_type in sorted(CONFIG_MAPPING):
+        try:
+            config = CONFIG_MAPPING[model_type]()
+            if auto_class(config) is AutoModelForImageTextToText and has_twin(config):
+                build_meta_model(Twin(config).config, torch.float32)
+                yield model_type
+        except Exception as error:
+            click.echo(f"{model_type}: {error}", err=True)
 
 
 def try_dense(config: Any) -> dict[str, Any]:
@@ -179,7 +199,8 @@ def page() -> str:
     lines += _markdown(_HEADER, rows)
     lines += ["", _IN_PLACE, *_markdown(_IN_PLACE_HEADER, in_place)]
     lines += ["", _DENSE, *_markdown(_DENSE_HEADER, _dense_rows(known))]
-    lines += ["", "## Not split", "", "With the class's default config, by what was found:", ""]
+    lines += [_AROUND.format(names=", ".join(f"`{name}`" for name in known["around"]))]
+    lines += ["## Not split", "", "With the class's default config, by what was found:", ""]
     lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
     lines.append("- checkpoints of any family quantised in a way that [quantised.md](quantised.md) does not list: dequantise them first")
     return "\n".join(lines)
@@ -233,7 +254,7 @@ def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
     facts: list[tuple[str, Any]] = [
         (
             "model_type",
-            f"a dense {checkpoint.dense}, read as a {config.model_type} of one expert" if checkpoint.dense else config.model_type,
+            _read_as(checkpoint) if checkpoint.dense else config.model_type,
         ),
         ("layers with experts", f"{len(splits.moe_layers)} of {splits.layers}"),
         ("experts", proof.experts),
@@ -262,6 +283,11 @@ def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.rjust(width)}  {value}" for name, value in facts]
     return "\n".join([f"{checkpoint.path} can be split:", *lines])
+
+
+def _read_as(checkpoint: Checkpoint) -> str:
+    read = f"a dense {checkpoint.dense}, read as a {checkpoint.text_config.model_type} of one expert"
+    return f"{checkpoint.config.model_type} around {read}" if checkpoint.text_config is not checkpoint.config else read
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[Layer
     source = Source(
         checkpoint.path.resolve().name,
         checkpoint.fingerprint(),
-        checkpoint.config.model_type,
+        checkpoint.kind,
         job.plan.before,
         checkpoint.quantised,
         checkpoint.dense,

@@ -105,7 +105,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
     text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
-        model_type=config.model_type,
+        model_type=checkpoint.kind,
         before=before,
         after=after,
         moe_layers=layers,
