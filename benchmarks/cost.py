@@ -97,6 +97,9 @@ def main(hidden: int, neurons: int, count: int, top_k: int, sizes: list[int], to
     for size in sizes:
         full = top_k * size
         split, router = experts_module(hidden, neurons // size, count * size, full), random_router(hidden, neurons, count, size, top_k)
+        for name, value in split.named_parameters():
+            # The same memory: where it lies, and in pages of which size, is worth more than what is compared.
+            value.data = getattr(whole, name).data.view(value.shape)
         for number in tokens:
             inputs, weights, experts = routing(number, hidden, count, top_k)
             all_weights, all_experts, _ = router(inputs, weights, experts, full)

@@ -71,7 +71,8 @@ class OracleRouter(TwoLevelRouter):
 
     def log_size(self, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         sizes = torch.empty(*experts.shape, self.sub_experts)
-        for expert, tokens, slots in by_expert(experts, self.experts[0].num_experts // self.sub_experts):
+        slot = torch.arange(experts.shape[1]).expand(experts.shape)
+        for expert, tokens, slots in by_expert(experts, slot, self.experts[0].num_experts // self.sub_experts):
             activations = sub_expert_activations(self.experts[0], expert, hidden_states[tokens])
             sizes[tokens, slots] = log_sizes(sub_expert_outputs(self.experts[0], expert, activations))
         return sizes
@@ -102,7 +103,8 @@ def gram(router: Any, experts: Any, sample: Routed) -> torch.Tensor:
     width, hidden = router.sub_experts, sample.inputs.shape[1]
     for inputs, weights, chosen in zip(sample.inputs.split(BATCH), sample.weights.split(BATCH), sample.experts.split(BATCH), strict=True):
         outputs = torch.zeros(*chosen.shape, width, hidden)
-        for expert, tokens, slots in by_expert(chosen, experts.num_experts // width):
+        slot = torch.arange(chosen.shape[1]).expand(chosen.shape)
+        for expert, tokens, slots in by_expert(chosen, slot, experts.num_experts // width):
             activations = sub_expert_activations(experts, expert, inputs[tokens])
             outputs[tokens, slots] = sub_expert_outputs(experts, expert, activations) * weights[tokens, slots, None, None]
         flat = outputs.flatten(1, 2)

@@ -30,6 +30,7 @@ from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.layered import LayeredModel
 from prism_refactor.models.loading import load
 from prism_refactor.models.modeling_prism import full_k, set_active
+from prism_refactor.models.transformers_models import adopt_experts, run_experts_with
 from prism_refactor.models.writer import BLOCK
 from prism_refactor.offload import cache as caches
 from prism_refactor.offload.cache import Cache, Pool
@@ -49,11 +50,11 @@ def resident(folder):
     if (folder / "prism.json").exists():
         model = load(folder)
     else:
-        model = conftest.load(folder)
+        model = adopt_experts(conftest.load(folder))
         for parameter in model.parameters():
             # As `serving.engine.load` does: where a tensor lies in memory is in the last bit of its products.
             parameter.data = parameter.data.clone()
-    model.set_experts_implementation(EXPERTS)
+    run_experts_with(model, EXPERTS)
     return model
 
 

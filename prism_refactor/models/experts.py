@@ -5,6 +5,7 @@ sorts the tokens once instead of searching them per expert, skips dropped slots 
 batch may run different numbers of sub-experts, and lets a caller observe the activations.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from prism_refactor.models.modeling_prism import places
 from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts, register_experts
 
 EXPERTS = "prism"
+# See `product`.
+FEW_ROWS, LARGE_MATRIX = 8, 2**17
 # Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -25,20 +28,38 @@ def expert_activations(
 ) -> torch.Tensor:
     """Return the activations of one expert's neurons, [n, C], for MoE inputs [n, H]; `activate`: another than the module's own."""
     fused = FusedExperts(experts)
-    return (activate or fused.activate)(F.linear(inputs, *fused.projection(fused.inner, expert, inputs.dtype)))
+    return (activate or fused.activate)(product(inputs, *fused.projection(fused.inner, expert, inputs.dtype)))
 
 
 def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return one expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
-    return F.linear(activations, *FusedExperts(experts).projection("down_proj", expert, activations.dtype)) * weights[:, None]
+    down, bias = FusedExperts(experts).projection("down_proj", expert, activations.dtype)
+    shares = weights[:, None].to(activations.dtype)
+    # Of activations there are fewer than of outputs.
+    output = product(activations * shares, down)
+    return output if bias is None else output + bias * shares
+
+
+def product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return rows [n, inputs] times a matrix [outputs, inputs], [n, outputs], as F.linear does.
+
+    Where few float32 rows meet a large matrix on a CPU, the matrix comes first: MKL takes a third to nine tenths of the time for that. It
+    multiplies a matrix and one column on one core, so each core gets a part of the matrix. docs/measurements.md, "One block, split".
+    """
+    few, large = rows.shape[0] <= FEW_ROWS, matrix.numel() >= LARGE_MATRIX
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or not (few and large):
+        return F.linear(rows, matrix, bias)
+    if rows.shape[0] == 1:
+        parts = math.gcd(matrix.shape[0], torch.get_num_threads())
+        columns = torch.bmm(matrix.unflatten(0, (parts, -1)), rows.T.expand(parts, -1, -1)).flatten(0, 1)
+    else:
+        columns = matrix @ rows.T
+    found = columns.T.contiguous()
+    return found if bias is None else found + bias
 
 
 def experts_forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    on_expert: OnExpert | None = None,
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, on_expert: OnExpert | None = None
 ) -> torch.Tensor:
     """Sum over each token's experts of weight x output, [T, H].
 
@@ -51,40 +72,80 @@ def experts_forward(
         top_k_weights: [T, k].
         on_expert: observer, see `OnExpert`.
     """
-    output = torch.zeros_like(hidden_states)
-    for expert, tokens, slots in by_expert(top_k_index, self.num_experts):
-        inputs = hidden_states[tokens]
+    sums = RowSums(torch.zeros_like(hidden_states))
+    for expert, tokens, weights in by_expert(top_k_index, top_k_weights, self.num_experts):
+        if not sums.goes_on(tokens):
+            inputs = hidden_states[tokens]
         activations = expert_activations(self, expert, inputs)
         if on_expert is not None:
             on_expert(expert, tokens, inputs, activations)
-        add_rows(output, tokens, weighted_output(self, expert, activations, top_k_weights[tokens, slots]))
-    return output
+        sums.add(tokens, weighted_output(self, expert, activations, weights))
+    return sums.finish()
 
 
-def add_rows(output: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows [n, H] to some rows of [T, H], each to another one."""
-    if len(output) == 1:
-        # As in decoding; index_add_ takes ten times as long for it.
-        output += rows.to(output.dtype)
-    else:
-        output.index_add_(0, tokens, rows.to(output.dtype))
+class RowSums:
+    """Rows that are added to some rows of an output, a part of it after the other.
+
+    Consecutive parts for the same rows, as of the sub-experts of one expert where a token keeps all of them, are summed before.
+
+    Args:
+        output: [T, H], changed in place.
+    """
+
+    def __init__(self, output: torch.Tensor):
+        self._output = output
+        self._tokens: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+
+    def goes_on(self, tokens: torch.Tensor) -> bool:
+        """Whether the last part was for the same rows int64 [n]."""
+        last = self._tokens
+        return last is not None and last.shape == tokens.shape and (self._output.shape[0] == 1 or torch.equal(last, tokens))
+
+    def add(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows [n, H] to those at int64 [n], each to another one."""
+        if self._sum is not None and self.goes_on(tokens):
+            self._sum = self._sum + rows
+            return
+        self._put()
+        self._tokens, self._sum = tokens, rows
+
+    def finish(self) -> torch.Tensor:
+        """The output, after the last part."""
+        self._put()
+        return self._output
+
+    def _put(self) -> None:
+        if self._sum is None or self._tokens is None:
+            return
+        rows = self._sum.to(self._output.dtype)
+        if len(self._output) == 1:
+            # As in decoding; index_add_ takes ten times as long for it.
+            self._output += rows
+        else:
+            self._output.index_add_(0, self._tokens, rows)
 
 
-def by_expert(top_k_index: torch.Tensor, num_experts: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The tokens of each expert that has any: [(expert, token positions [n], slots [n])] for an index [T, k]."""
+def by_expert(top_k_index: torch.Tensor, values: torch.Tensor, num_experts: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The tokens of each expert that has any.
+
+    Args:
+        top_k_index: int64 [T, k], the experts of each token; those from `num_experts` on are left out.
+        values: [T, k, ...], what each token has for them.
+        num_experts: E.
+
+    Returns:
+        [(expert, token positions int64 [n], their values [n, ...])] in the order of experts.
+    """
     if len(top_k_index) == 1:
         # One token, as in decoding: the sort below would take as long as an expert.
-        token, slots = top_k_index.new_zeros(1), torch.arange(top_k_index.shape[1], device=top_k_index.device).split(1)
-        return [(expert, token, slots[slot]) for slot, expert in _rising(top_k_index[0].tolist()) if expert < num_experts]
+        token, each = top_k_index.new_zeros(1), values[0].split(1)
+        return [(expert, token, each[slot]) for slot, expert in _rising(top_k_index[0].tolist()) if expert < num_experts]
     ordered, positions = top_k_index.flatten().sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(num_experts + 1, device=ordered.device)).tolist()
-    width = top_k_index.shape[1]
-    groups = []
-    for expert in range(num_experts):
-        chosen = positions[bounds[expert] : bounds[expert + 1]]
-        if len(chosen):
-            groups.append((expert, chosen // width, chosen % width))
-    return groups
+    tokens, values = positions // top_k_index.shape[1], values.flatten(0, 1)[positions]
+    parts = [(expert, slice(*bounds[expert : expert + 2])) for expert in range(num_experts)]
+    return [(expert, tokens[part], values[part]) for expert, part in parts if part.start < part.stop]
 
 
 def _rising(experts: list[int]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from prism_refactor.errors import InputError, PrismError, ResourceError, UsageError
 from prism_refactor.formats import PrismConfig, RoutingHeader, RoutingPass
 from prism_refactor.models.checkpoint import Checkpoint
-from prism_refactor.models.experts import add_rows, by_expert, expert_activations, weighted_output
+from prism_refactor.models.experts import RowSums, by_expert, expert_activations, weighted_output
 from prism_refactor.models.folder import end_of_text
 from prism_refactor.models.layered import LayeredModel, check_device
 from prism_refactor.models.loading import copy_out_of_files
@@ -156,8 +156,8 @@ class OffloadManager:
             self._forecast.check(layer, rows)
         if self._by_router or self._by_activation:
             self._look_ahead(layer, hidden_states, uses)
-        groups = {expert: (tokens, slots) for expert, tokens, slots in by_expert(index, self.cache.store.experts)}
-        output = torch.zeros_like(hidden_states)
+        groups = {expert: (tokens, shares) for expert, tokens, shares in by_expert(index, weights, self.cache.store.experts)}
+        sums = RowSums(torch.zeros_like(hidden_states))
         # Layers may differ in it (Step-3.7), while their sub-experts lie in the same slots.
         activate = activation_of(self._blocks[layer].experts)
         # What arrived before its turn: sums of floats depend on their order.
@@ -165,7 +165,7 @@ class OffloadManager:
         order = iter(groups)
         turn = next(order, None)
         for expert, slot in self.cache.arrivals(layer):
-            tokens, slots = groups[expert]
+            tokens, shares = groups[expert]
             if isinstance(slot, PrismError):
                 if not self.tolerant:
                     raise slot
@@ -173,13 +173,13 @@ class OffloadManager:
                 early[expert] = None
             else:
                 activations = expert_activations(self._slots, slot, hidden_states[tokens], activate)
-                early[expert] = weighted_output(self._slots, slot, activations, weights[tokens, slots])
+                early[expert] = weighted_output(self._slots, slot, activations, shares)
             while turn is not None and turn in early:
                 part = early.pop(turn)
                 if part is not None:
-                    add_rows(output, groups[turn][0], part)
+                    sums.add(groups[turn][0], part)
                 turn = next(order, None)
-        return output
+        return sums.finish()
 
     def _look_ahead(self, layer: int, hidden_states: torch.Tensor, uses: dict[str, np.ndarray]) -> None:
         """Queue what the coming layers are likely to use, the most likely and the nearest first."""

@@ -158,9 +158,9 @@ def fit_compensation(router: TwoLevelRouter, experts: ExpertsModule, routed: Rou
         # Of each token what every choice drops, and all.
         wanted = F.pad(dropped, (0, 0, 0, 0, 0, 1), value=1.0).permute(1, 2, 0).unflatten(1, (-1, sub_experts)) * weights[..., None, None]
         sums = torch.zeros(len(chunk), len(choices) + 1, chunk.shape[1])
-        for expert, tokens, slots in by_expert(chosen, total // sub_experts):
+        for expert, tokens, own in by_expert(chosen, wanted, total // sub_experts):
             outputs = sub_expert_outputs(experts, expert, sub_expert_activations(experts, expert, chunk[tokens]))
-            sums.index_add_(0, tokens, wanted[tokens, slots].mT @ outputs)
+            sums.index_add_(0, tokens, own.mT @ outputs)
         missing = sums[:, :-1].transpose(0, 1)
         accumulator.add(features, chunk, sums[:, -1] - missing, missing)
     fused = FusedExperts(experts)
