@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_refactor.models.experts import FEW_ROWS, LARGE_MATRIX, RowSums, by_expert, product
+from prism_refactor.models.experts import RowSums, by_expert
+from prism_refactor.models.modeling_prism import FEW_ROWS, LARGE_MATRIX, product
 
 
 @pytest.mark.parametrize(

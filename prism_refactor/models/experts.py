@@ -5,7 +5,6 @@ sorts the tokens once instead of searching them per expert, skips dropped slots 
 batch may run different numbers of sub-experts, and lets a caller observe the activations.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from prism_refactor.formats import PrismConfig
-from prism_refactor.models.modeling_prism import places
+from prism_refactor.models.modeling_prism import places, product
 from prism_refactor.models.transformers_models import ExpertsModule, FusedExperts, register_experts
 
 EXPERTS = "prism"
-# See `product`.
-FEW_ROWS, LARGE_MATRIX = 8, 2**17
 # Told (expert, token positions [n], inputs [n, H], activations [n, C]) for every expert that has tokens.
 OnExpert = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -38,24 +35,6 @@ def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tens
     # Of activations there are fewer than of outputs.
     output = product(activations * shares, down)
     return output if bias is None else output + bias * shares
-
-
-def product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return rows [n, inputs] times a matrix [outputs, inputs], [n, outputs], as F.linear does.
-
-    Where few float32 rows meet a large matrix on a CPU, the matrix comes first: MKL takes a third to nine tenths of the time for that. It
-    multiplies a matrix and one column on one core, so each core gets a part of the matrix. docs/measurements.md, "One block, split".
-    """
-    few, large = rows.shape[0] <= FEW_ROWS, matrix.numel() >= LARGE_MATRIX
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or not (few and large):
-        return F.linear(rows, matrix, bias)
-    if rows.shape[0] == 1:
-        parts = math.gcd(matrix.shape[0], torch.get_num_threads())
-        columns = torch.bmm(matrix.unflatten(0, (parts, -1)), rows.T.expand(parts, -1, -1)).flatten(0, 1)
-    else:
-        columns = matrix @ rows.T
-    found = columns.T.contiguous()
-    return found if bias is None else found + bias
 
 
 def experts_forward(
