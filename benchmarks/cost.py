@@ -2,10 +2,10 @@
 
     python benchmarks/cost.py [--hidden 2048] [--neurons 1024] [--experts 32] [--top-k 8] [--sub-experts 4,8,16] [--tokens 1,16,256]
 
-A block of random float32 weights of that size. "whole" are the original's experts, "split" its sub-experts at full k, "half" at half of it,
-each run by transformers' grouped product ("grouped") and by this project's loop ("loop"). "router" is the two-level router at half of k,
-stand-ins for what is dropped included, "budget" the same within a budget of a half. The last columns divide by the faster of "grouped" and
-"loop". Medians of nine rounds, in each of which everything runs once; one round before them is thrown away.
+A block of random float32 weights of that size. "whole" are the original's experts, "split" its sub-experts, in the same memory, at full
+k, "half" at half of it, each run by transformers' grouped product ("grouped") and by this project's loop ("loop"). "router" is the
+two-level router at half of k, stand-ins for what is dropped included, "budget" the same within a budget of a half. The last columns divide
+by the faster of "grouped" and "loop". Medians of nine rounds, in each of which everything runs once; one round before them is thrown away.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main(hidden: int, neurons: int, count: int, top_k: int, sizes: list[int], to
         full = top_k * size
         split, router = experts_module(hidden, neurons // size, count * size, full), random_router(hidden, neurons, count, size, top_k)
         for name, value in split.named_parameters():
-            # The same memory: where it lies, and in pages of which size, is worth more than what is compared.
+            # The place of two copies in memory would change the times by more than the splitting does.
             value.data = getattr(whole, name).data.view(value.shape)
         for number in tokens:
             inputs, weights, experts = routing(number, hidden, count, top_k)

@@ -228,7 +228,7 @@ def _summary(manifest: Manifest, out_dir: Path) -> str:
         rows.append([layer.layer, len(layer.experts), min(expert.tokens for expert in layer.experts), f"{before:.3f}", f"{after:.3f}"])
     header = ["layer", "experts", "fewest tokens", "dropped, stored order", "dropped, partitioned"]
     changes = ", ".join(f"{key} {value} -> {manifest.result[key]}" for key, value in manifest.source.sizes.items())
-    notes = "\n".join(engine_notes(manifest.result, manifest.source.model_type, manifest.source.stock, manifest.source.plain_router))
+    notes = "\n".join(engine_notes(manifest.result, manifest.source))
     if not manifest.source.stock:
         notes = f"{_TWO_LEVEL_ONLY}\n{notes}"
     recipe = manifest.recipe
@@ -256,7 +256,7 @@ def _json_summary(manifest: Manifest, out_dir: Path, found: list[tuple[Requireme
     required = [{"requirement": item.text, "value": value, "holds": item.holds(value)} for item, value in found]
     seconds = {stage: round(value, 3) for stage, value in seconds.items()}
     sizes = {key: {"source": before, "result": manifest.result[key]} for key, before in manifest.source.sizes.items()}
-    engines = engine_notes(manifest.result, manifest.source.model_type, manifest.source.stock, manifest.source.plain_router)
+    engines = engine_notes(manifest.result, manifest.source)
     found_all = {"sizes": sizes, "layers": layers, "engines": engines, "required": required, "seconds": seconds}
     return json.dumps({"out_dir": str(out_dir)} | found_all, indent=2)
 
@@ -278,6 +278,6 @@ def _plan_table(plan: "Plan", recipe: Recipe, calibration: Calibration, workers:
         f"memory: about {gib(plan.memory_needed)} at the peak, {gib(plan.memory_free)} available",
         f"time: about {forward:.0f} s profiling and {partition:.0f} s partitioning with {shared}, besides fitting and writing",
         *([] if plan.stock else [_TWO_LEVEL_ONLY]),
-        *engine_notes(plan.after, plan.model_type, plan.stock, plan.plain_router),
+        *engine_notes(plan.after, plan),
     ]
     return "\n".join(lines)

@@ -166,11 +166,12 @@ class Source:
     Attributes:
         name: of its folder.
         fingerprint: see `Checkpoint.fingerprint`.
-        model_type: see `Checkpoint.kind`.
+        model_type: as in config.json.
         sizes: those that the refactoring changes, by config key.
         quantised: how its weights are, as its config.json names it; None if they are not.
-        dense: the model type of a dense original, which was read as a `model_type` of one expert; None of a Mixture of Experts.
+        dense: the model type of a dense original, or of its text model, which was read as one of one expert; None of a Mixture of Experts.
         stock, plain_router: see `PrismConfig`.
+        inside: see `Checkpoint`.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Source:
     dense: str | None = None
     stock: bool = True
     plain_router: bool = True
+    inside: str | None = None
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ def test_log_probabilities_of_a_mixed_batch_are_those_of_each_request_alone(engi
     engine = engine_of()
     requests = [replace(request, logprobs=0) for request in greedy(8)]
     together = engine.generate(requests)
-    apart = [engine.generate([request])[0] for request in requests]
+    separately = [engine.generate([request])[0] for request in requests]
     again = [engine.generate([request])[0] for request in requests]
     engine.close()
     found, wanted, same = (
-        torch.tensor([[token.chosen for token in answer.logprobs] for answer in answers]) for answers in (together, apart, again)
+        torch.tensor([[token.chosen for token in answer.logprobs] for answer in answers]) for answers in (together, separately, again)
     )
     assert (found - wanted).abs().max() < 1e-4
     assert torch.equal(same, wanted)

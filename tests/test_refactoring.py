@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prism_refactor.calibration.settings import Calibration
 from prism_refactor.calibration.text import EVALUATION_TEXT, load_tokenizer, token_rows
+from prism_refactor.formats import Source
 from prism_refactor.models.checkpoint import Checkpoint
 from prism_refactor.models.experts import EXPERTS
 from prism_refactor.models.modeling_prism import ROUTER_FILE, attach, moe_blocks, moe_gates, router_tensors, set_active
@@ -337,14 +338,14 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, models, command):
     [(992, 128, True, True, False), (1024, 64, False, True, False), (2048, 48, False, False, True), (64, 8, True, True, True)],
 )
 def test_engines_that_can_run_a_result_are_named(experts, width, vllm, llama, narrow):
-    notes = engine_notes({"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width}, "olmoe")
+    notes = engine_notes({"num_experts": experts, "num_experts_per_tok": 8, "intermediate_size": width}, Source("", "", "olmoe", {}))
     assert ["runs it" in note for note in notes[:2]] == [vllm, llama]
     assert all(("lower --sub-experts" in note) != ("runs it" in note) for note in notes[:2])
     assert any(f"of {width} neurons do not fill" in note for note in notes[2:]) == narrow
 
 
 def test_engines_without_a_class_are_named():
-    notes = engine_notes({"num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 64}, "beam")
+    notes = engine_notes({"num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 64}, Source("", "", "beam", {}))
     assert [note.partition(" (")[0] for note in notes] == ["vLLM: has no class for beam", "llama.cpp: has no class for beam"]
 
 

@@ -31,10 +31,9 @@ def expert_activations(
 def weighted_output(experts: ExpertsModule, expert: int, activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return one expert's output times the routing weights [n], [n, H], from its activations [n, C]."""
     down, bias = FusedExperts(experts).projection("down_proj", expert, activations.dtype)
-    shares = weights[:, None].to(activations.dtype)
     # Of activations there are fewer than of outputs.
-    output = product(activations * shares, down)
-    return output if bias is None else output + bias * shares
+    output = product((activations * weights[:, None]).to(activations.dtype), down)
+    return output if bias is None else output + (bias * weights[:, None]).to(output.dtype)
 
 
 def experts_forward(
@@ -53,19 +52,20 @@ def experts_forward(
     """
     sums = RowSums(torch.zeros_like(hidden_states))
     for expert, tokens, weights in by_expert(top_k_index, top_k_weights, self.num_experts):
-        if not sums.goes_on(tokens):
+        same = sums.last_were(tokens)
+        if not same:
             inputs = hidden_states[tokens]
         activations = expert_activations(self, expert, inputs)
         if on_expert is not None:
             on_expert(expert, tokens, inputs, activations)
-        sums.add(tokens, weighted_output(self, expert, activations, weights))
+        sums.add(tokens, weighted_output(self, expert, activations, weights), same)
     return sums.finish()
 
 
 class RowSums:
-    """Rows that are added to some rows of an output, a part of it after the other.
+    """Adds parts, each of some rows, to an output.
 
-    Consecutive parts for the same rows, as of the sub-experts of one expert where a token keeps all of them, are summed before.
+    Consecutive parts of the same rows are summed first: those of an expert's sub-experts, where its tokens keep all of them.
 
     Args:
         output: [T, H], changed in place.
@@ -76,14 +76,16 @@ class RowSums:
         self._tokens: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
 
-    def goes_on(self, tokens: torch.Tensor) -> bool:
-        """Whether the last part was for the same rows int64 [n]."""
+    def last_were(self, tokens: torch.Tensor) -> bool:
+        """Whether the last part had the same rows, int64 [n]; on a GPU, which would have to be waited for, only where there is one."""
         last = self._tokens
-        return last is not None and last.shape == tokens.shape and (self._output.shape[0] == 1 or torch.equal(last, tokens))
+        if last is None or last.shape != tokens.shape:
+            return False
+        return self._output.shape[0] == 1 or (tokens.device.type == "cpu" and torch.equal(last, tokens))
 
-    def add(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add rows [n, H] to those at int64 [n], each to another one."""
-        if self._sum is not None and self.goes_on(tokens):
+    def add(self, tokens: torch.Tensor, rows: torch.Tensor, same: bool) -> None:
+        """Add rows [n, H] to n different rows of the output, int64 [n]; `same`: `last_were(tokens)`."""
+        if same and self._sum is not None:
             self._sum = self._sum + rows
             return
         self._put()

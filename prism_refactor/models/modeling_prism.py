@@ -258,11 +258,13 @@ class TwoLevelRouter(nn.Module):
 def product(rows, matrix, bias=None):
     """Rows [n, inputs] times a matrix [outputs, inputs], [n, outputs], as F.linear does.
 
-    Where few float32 rows meet a large matrix on a CPU, the matrix comes first: MKL takes a third to nine tenths of the time for that. It
-    multiplies a matrix and one column on one core, so each core gets a part of the matrix. docs/measurements.md, "One block, split".
+    Where MKL multiplies few float32 rows with a large matrix, the matrix comes first, which takes a third to all of the time. It multiplies
+    a matrix and one column on one core, so the matrix is cut for as many cores as divide its rows. See docs/measurements.md, "One block,
+    split".
     """
     few, large = rows.shape[0] <= FEW_ROWS, matrix.numel() >= LARGE_MATRIX
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or not (few and large):
+    by_mkl = rows.dtype == torch.float32 and rows.device.type == "cpu" and torch.backends.mkl.is_available()
+    if not (by_mkl and few and large) or torch.compiler.is_compiling():
         return F.linear(rows, matrix, bias)
     if rows.shape[0] == 1:
         parts = math.gcd(matrix.shape[0], torch.get_num_threads())

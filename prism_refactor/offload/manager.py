@@ -177,7 +177,8 @@ class OffloadManager:
             while turn is not None and turn in early:
                 part = early.pop(turn)
                 if part is not None:
-                    sums.add(groups[turn][0], part)
+                    own = groups[turn][0]
+                    sums.add(own, part, sums.last_were(own))
                 turn = next(order, None)
         return sums.finish()
 

@@ -1,6 +1,9 @@
 """The model card of a refactored checkpoint."""
 
+from typing import Any
+
 from prism_refactor.formats import Manifest
+from prism_refactor.models.modeling_prism import auto_class
 from prism_refactor.refactoring.engines import engine_notes
 
 _STOCK = """## Load it
@@ -45,8 +48,9 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
 """
 
 
-def model_card(manifest: Manifest, loader: str) -> str:
-    """Return Markdown with the front matter that model hubs read; `loader`: the auto class that loads the checkpoint."""
+def model_card(manifest: Manifest, config: Any) -> str:
+    """Return Markdown with the front matter that model hubs read; `config`: of the model, from transformers."""
+    loader, text_type = auto_class(config).__name__, config.get_text_config().model_type
     source, recipe, tuned = manifest.source, manifest.recipe, manifest.finetuning
     _, (top_k, most), *_ = manifest.result.items()
     parts = {"two-level": "what stands in for dropped sub-experts was", "stock": "the rows of the stock router were"}
@@ -62,14 +66,14 @@ def model_card(manifest: Manifest, loader: str) -> str:
     values["stock"] = f"Stock, as a plain `{source.model_type}`, at any k from 1 to {most} active sub-experts per token:"
     if source.dense:
         values["stock"] = f"Stock, as a plain `{source.model_type}`, at {most}: its router is the same for all sub-experts."
-        exact += f" The original is a dense {source.dense}; here it is a `{source.model_type}`, whose attention and norms are the same."
+        exact += f" The original is a dense {source.dense}; here it is a `{text_type}`, whose attention and norms are the same."
     # Of a model of images and text the size is in a part of the config that a keyword does not reach.
     values["active"] = f", {top_k}={most // 2}" if loader == "AutoModelForCausalLM" else ""
     values["stock_active"] = "" if source.dense else values["active"]
     whole = source.sizes[top_k]
     runs = "runs all" if source.dense else "runs 1 whole expert" if whole == 1 else f"chooses from 1 to {whole} whole experts"
     before, after = manifest.dropped
-    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source.model_type, source.stock, source.plain_router))
+    engines = "\n".join(f"- {note}" for note in engine_notes(manifest.result, source))
     values["two_level"] = f"With the two-level router, which loses much less below {most}:"
     loads = _STOCK + (_TWO_LEVEL if recipe.has_router else "") + (_PLUGIN if recipe.has_router and source.plain_router else "")
     if not source.stock:

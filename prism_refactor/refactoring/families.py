@@ -252,10 +252,7 @@ def _explanation(checkpoint: Checkpoint, splits: Splits, proof: Proof) -> str:
         else "unchanged: copies keep the weight"
     )
     facts: list[tuple[str, Any]] = [
-        (
-            "model_type",
-            _read_as(checkpoint) if checkpoint.dense else config.model_type,
-        ),
+        ("model_type", _read_as(checkpoint) if checkpoint.dense else config.model_type),
         ("layers with experts", f"{len(splits.moe_layers)} of {splits.layers}"),
         ("experts", proof.experts),
         *architecture.sizes(config).items(),

@@ -338,7 +338,7 @@ class FineTuning:
             else:
                 shutil.copyfile(source.path / relative, folder / relative)
         manifest.write(folder)
-        (folder / CARD).write_text(model_card(manifest, auto_class(self.source.config).__name__))
+        (folder / CARD).write_text(model_card(manifest, self.source.config))
 
     def _trained_tensors(self) -> dict[str, torch.Tensor]:
         """Return the best values by their names on disk."""

@@ -304,12 +304,13 @@ def _manifest(job: Refactoring, calibration: dict[str, Any], reports: list[Layer
     source = Source(
         checkpoint.path.resolve().name,
         checkpoint.fingerprint(),
-        checkpoint.kind,
+        checkpoint.config.model_type,
         job.plan.before,
         checkpoint.quantised,
         checkpoint.dense,
         checkpoint.architecture.stock,
         checkpoint.architecture.plain_router,
+        checkpoint.inside,
     )
     recipe = replace(job.recipe, keep=job.recipe.kept)
     return Manifest(MANIFEST_FORMAT, source, job.plan.after, recipe, calibration, versions(), reports)
@@ -328,4 +329,4 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, manifest: Manifest) 
         shutil.copyfile(checkpoint.path / relative, destination)
     if manifest.recipe.has_router:
         shutil.copyfile(modeling_prism.__file__, folder / MODELING_FILE)
-    (folder / CARD).write_text(model_card(manifest, auto_class(checkpoint.config).__name__))
+    (folder / CARD).write_text(model_card(manifest, checkpoint.config))

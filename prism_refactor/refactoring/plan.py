@@ -41,6 +41,7 @@ class Plan:
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
         stock, plain_router: see `Architecture`.
+        inside: see `Checkpoint`.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         quantised: how the source's weights are; they are read and written as bfloat16. None if they are not.
         disk_needed, disk_free: at the output folder.
@@ -57,6 +58,7 @@ class Plan:
     tensors_out: int
     stock: bool
     plain_router: bool
+    inside: str | None
     bytes_out: int
     quantised: str | None
     disk_needed: int
@@ -105,7 +107,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, 
     # The hidden states of the text, which --resume goes on with; the new ones are written before the old ones go.
     text_bytes = 2 * _text_bytes(layered, calibration) if profiled else 0
     return Plan(
-        model_type=checkpoint.kind,
+        model_type=config.model_type,
+        inside=checkpoint.inside,
         before=before,
         after=after,
         moe_layers=layers,
