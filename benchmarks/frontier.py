@@ -3,8 +3,9 @@
     python benchmarks/frontier.py OUT_DIR... [--tokens 8192] [--text TEXT.jsonl] [--picture frontier.svg]
 
 Each OUT_DIR is a model that prism-refactor wrote from the same original with the linear router; one is whole in memory. Perplexity, KL
-divergence to the full model (nats a token), and how often the most likely token is the full model's, beside the floating-point operations
-of a token, router and compensation counted. Compared are:
+divergence to the full model (nats a token), and how often the most likely token is the full model's, beside what a token costs with router
+and compensation: floating-point operations, and bytes of the weights that take part, in the checkpoint's type, with all of the embedding.
+Compared are:
 
 - selection: nothing in the place of what is dropped;
 - k: with the compensation, the same number of sub-experts for every token;
@@ -37,15 +38,16 @@ LENGTH = 512
 
 @dataclass
 class Found:
-    """Figures of one way at one share: perplexity, KL divergence to the full model, agreement with its most likely tokens, MFLOPs."""
+    """Figures of one way at one share: perplexity, KL divergence to the full model, agreement with its most likely tokens, cost."""
 
     perplexity: float
     divergence: float
     agreement: float
     mflops: float
+    megabytes: float
 
     def cells(self) -> list[str]:
-        return [f"{self.mflops:.2f}", f"{self.perplexity:.2f}", f"{self.divergence:.3f}", f"{self.agreement:.1%}"]
+        return [f"{self.mflops:.2f}", f"{self.megabytes:.2f}", f"{self.perplexity:.2f}", f"{self.divergence:.3f}", f"{self.agreement:.1%}"]
 
 
 class Model:
@@ -67,6 +69,7 @@ class Model:
         # Windows side by side.
         self.windows: Windows = read_windows(calibration, checkpoint, LENGTH, tokens)
         self.cost = CostModel(checkpoint, "two-level", LENGTH)
+        self.itemsize = (checkpoint.dtype or torch.float32).itemsize
         self.exact = self._scores()
 
     def _scores(self) -> list[torch.Tensor]:
@@ -100,7 +103,9 @@ class Model:
         divergence = sum((full.exp() * (full - own)).sum().item() for full, own in pairs)
         agreement = sum((full.argmax(-1) == own.argmax(-1)).sum().item() for full, own in pairs)
         count = self.windows.tokens
-        return Found(torch.tensor(loss / count).exp().item(), divergence / count, agreement / count, self.cost.at(active).flops / 1e6)
+        cost = self.cost.at(active)
+        perplexity = torch.tensor(loss / count).exp().item()
+        return Found(perplexity, divergence / count, agreement / count, cost.flops / 1e6, cost.active_parameters * self.itemsize / 1e6)
 
 
 def bare(router: Any) -> None:
@@ -136,7 +141,7 @@ def main(folders: list[Path], tokens: int, text: Path | None, picture: Path | No
             if not budget or hasattr(model.routers[0], "threshold"):
                 found[f"{folder.name}, {name}"] = [model.measure(share, set_up, budget) for share in SHARES]
     rows = [[f"{share:.1%}", name, *points[place].cells()] for place, share in enumerate(SHARES) for name, points in found.items()]
-    print(markdown(["share", "way", "MFLOPs", "perplexity", "KL", "same token"], rows))
+    print(markdown(["share", "way", "MFLOPs", "MB", "perplexity", "KL", "same token"], rows))
     if picture:
         draw(found, picture)
 
