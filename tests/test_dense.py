@@ -164,8 +164,9 @@ def test_its_twin_is_the_dense_model(tmp_path, token_ids, model_type):
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_fp8_and_dense_at_once(tmp_path, command):
-    twin = quantise_fp8(dense("qwen3", tmp_path / "dense"), tmp_path / "quantised", block=(12, 20))
+@pytest.mark.parametrize("model_type", mostly_long(("qwen3", "qwen3_vl", "llava"), "qwen3"))
+def test_fp8_and_dense_at_once(tmp_path, command, model_type):
+    twin = quantise_fp8(dense(model_type, tmp_path / "dense"), tmp_path / "quantised", block=(12, 20))
     for name in ("quantised", "twin"):
         assert command("prism-refactor", tmp_path / name, tmp_path / f"{name}-out", "--sub-experts", 4, *FAST).code == 0
     assert twin == tmp_path / "twin"
