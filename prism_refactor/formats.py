@@ -171,7 +171,7 @@ class Source:
         quantised: how its weights are, as its config.json names it; None if they are not.
         dense: the model type of a dense original, or of its text model, which was read as one of one expert; None of a Mixture of Experts.
         stock, plain_router: see `PrismConfig`.
-        inside: see `Checkpoint`.
+        inside: see `models.dense.Twin`.
     """
 
     name: str

@@ -17,7 +17,7 @@ from prism_refactor.errors import InputError, one_line
 from prism_refactor.files import LONGEST_NAME
 from prism_refactor.formats import PrismConfig
 from prism_refactor.models.architectures import Architecture
-from prism_refactor.models.dense import TWINS, WRAPPERS, Twin, has_twin
+from prism_refactor.models.dense import TWINS, Twin, has_twin
 from prism_refactor.models.discovery import ACTIVE_KEYS, NO_EXPERTS, discover
 from prism_refactor.models.folder import CONFIG, check_folder, read_json
 from prism_refactor.models.modeling_prism import ROUTER_FILE, run_plainly
@@ -48,8 +48,7 @@ class Checkpoint:
         config: its transformers config. No code from the folder is ever run.
         dense: the model type of a dense language model; None of a Mixture of Experts. Everything here is its twin's.
         text_config: that of its language model: the same, but in a model that takes images, too.
-        inside: the model type of the text model, where it takes the place of a dense one in a model of images and text that keeps its type;
-            None otherwise.
+        inside: see `Twin`; None of a Mixture of Experts.
         architecture: how its experts are split, or were.
         dtype: the type that its config names; None if it names none.
         quantised: how its weights are quantised, as config.json names it; None if they are not. Such tensors are read as bfloat16, and
@@ -83,8 +82,7 @@ class Checkpoint:
             quantised = {"quantization_config": found} if (found := self._quantisation()) else {}
             self.config, self.config_json = twin.config, json.loads(twin.config.to_json_string()) | quantised
         self.text_config: Any = self.config.get_text_config()
-        model_type, text_type = self.config.model_type, self.text_config.model_type
-        self.inside: str | None = text_type if twin and model_type not in (text_type, *WRAPPERS.values()) else None
+        self.inside: str | None = twin.inside if twin else None
         self.dtype: torch.dtype | None = getattr(self.config, "dtype", None) or getattr(self.text_config, "dtype", None)
         if self.text_config is not self.config and not isinstance(self.config_json.get("text_config"), dict):
             raise InputError(f"{self.path / 'config.json'}: its language model is not in text_config; such models are not split")

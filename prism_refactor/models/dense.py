@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prism_refactor.errors import InputError, one_line
 from prism_refactor.models.discovery import config_values, first_layer, reduced
-from prism_refactor.models.modeling_prism import auto_class, moe_block
+from prism_refactor.models.modeling_prism import auto_class, family_classes, moe_block
 from prism_refactor.models.proof import TOLERANCE, random_model
 from prism_refactor.models.stored import Stored
 from prism_refactor.models.transformers_models import Conversion, build_meta_model, layers_of
@@ -72,6 +72,8 @@ class Twin:
 
     Attributes:
         config: of the twin.
+        inside: the model type of its text model, where it takes the place of the dense one in a model of images and text that keeps its
+            type; None otherwise.
         difference: the largest one of a logit between a small random model of this kind (of its text model) and its twin, in units of the
             logits' standard deviation where that is above 1.
 
@@ -91,6 +93,9 @@ class Twin:
             raise InputError(f"a part of each head has positions (partial_rotary_factor {turned}), and all of it in its twin")
         try:
             self.config = _twin_config(config)
+            own = self.config.get_text_config()
+            keeps_type = own is not self.config and self.config.model_type == config.model_type
+            self.inside: str | None = own.model_type if keeps_type else None
             self.difference = _proven_difference(text)
         except InputError:
             raise
@@ -152,7 +157,7 @@ def _twin_config(config: Any) -> Any:
     found = _as_family(text, family, {key: width if value == _WIDTH else value for key, value in values.items()})
     if text is not config:
         found = _around(config, found)
-    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if auto_class(found) is AutoModelForImageTextToText else MODEL_FOR_CAUSAL_LM_MAPPING
+    classes: Any = family_classes(found)
     if type(found) in classes:
         found.architectures = [classes[type(found)].__name__]
     found.dtype = config.dtype or text.dtype
@@ -177,8 +182,6 @@ def _as_family(config: Any, family: str, values: dict[str, Any]) -> Any:
     for part in (value for key, value in given.items() if key.endswith("_config") and isinstance(value, dict)):
         # The parts of a model of images and text have types of their own in each family.
         part.pop("model_type", None)
-    if hasattr(like, "head_dim") and given.get("head_dim") is None and given.get("num_attention_heads"):
-        given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
     try:
         return type(like).from_dict(given | values)
     except Exception as error:

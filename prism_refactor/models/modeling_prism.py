@@ -749,15 +749,19 @@ def auto_class(config):
     return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
 
 
+def family_classes(config):
+    """transformers' classes by their configs, of the kind of models that `auto_class` loads."""
+    wraps = auto_class(config) is AutoModelForImageTextToText
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if wraps else MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 class PrismForCausalLM(PreTrainedModel):
     """Entry point of `from_pretrained(folder, trust_remote_code=True)`: the family's own class with two-level routing attached."""
 
     @classmethod
     def from_pretrained(cls, folder, *args, config, **kwargs):
         """As any `from_pretrained`; a checkpoint written with `--router replicate` has no sub-router and comes back stock."""
-        wraps = auto_class(config) is AutoModelForImageTextToText
-        family = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if wraps else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
-        model = family.from_pretrained(folder, *args, config=config, **kwargs)
+        model = family_classes(config)[type(config)].from_pretrained(folder, *args, config=config, **kwargs)
         if config.get_text_config().prism["router"] == "replicate":
             return model
         hub = {

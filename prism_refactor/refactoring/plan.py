@@ -41,7 +41,7 @@ class Plan:
         moe_layers: indices of the layers with experts.
         tensors_in, tensors_out: number of tensors.
         stock, plain_router: see `Architecture`.
-        inside: see `Checkpoint`.
+        inside: see `models.dense.Twin`.
         bytes_out: size of the weights written; the same as read, but for the gate rows.
         quantised: how the source's weights are; they are read and written as bfloat16. None if they are not.
         disk_needed, disk_free: at the output folder.
